@@ -1,0 +1,1 @@
+"""Training data: the toy world renderer and the FastComposer folder layout."""

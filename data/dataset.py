@@ -1,0 +1,199 @@
+"""What the trainer reads: samples as arrays, rendered or read once and then mapped from disk.
+
+A sample is a picture, its caption, and for each subject the place of its noun, its mask and a
+reference picture. `Cache` keeps them in a folder of .npy files, so a batch is a few array look-ups
+whatever the samples came from.
+"""
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from multiprocessing import Pool
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from data import toyworld
+
+MAX_SUBJECTS = 2
+CACHE_ROOT = Path(".cache")
+
+
+@dataclass
+class Sample:
+    """One training sample. Arrays have room for `MAX_SUBJECTS`; absent subjects are zero."""
+
+    image: np.ndarray  # (S, S, 3) uint8
+    masks: np.ndarray  # (MAX_SUBJECTS, S, S) bool, the visible pixels of each subject
+    references: np.ndarray  # (MAX_SUBJECTS, S, S, 3) uint8
+    caption: str
+    ends: list[int]  # per subject, the exclusive character index at which its noun ends
+    labels: dict = field(default_factory=dict)  # what only a rendered world knows; see `scene_sample`
+
+
+def pad_subjects(arrays: list[np.ndarray], shape: tuple[int, ...], dtype) -> np.ndarray:
+    """Stack per-subject arrays and fill up with zeros to `MAX_SUBJECTS`."""
+    out = np.zeros((MAX_SUBJECTS, *shape), dtype)
+    for i, array in enumerate(arrays[:MAX_SUBJECTS]):
+        out[i] = array
+    return out
+
+
+def scene_sample(seed: int, split: str) -> Sample:
+    """A scene of the small world with a reference picture of each subject.
+
+    Labels: indices of activity, context and style; per subject the attribute indices, -1 where the
+    picture does not show the attribute.
+    """
+    scene = toyworld.sample_scene(seed, split)
+    image, masks = toyworld.render_scene(scene)
+    size = toyworld.SIZE
+    references = [toyworld.render_reference(subject.identity, seed * MAX_SUBJECTS + i)
+                  for i, subject in enumerate(scene.subjects)]
+    return Sample(image, pad_subjects(list(masks), (size, size), bool),
+                  pad_subjects(references, (size, size, 3), np.uint8), scene.caption,
+                  [subject.end for subject in scene.subjects], scene_labels(scene))
+
+
+def scene_labels(scene: toyworld.Scene) -> dict:
+    """What a judge has to read back from the picture of a scene, as class indices."""
+    attributes = []
+    for subject in scene.subjects:
+        labels = toyworld.attribute_labels(subject.identity)
+        attributes.append([labels[a] if a in subject.visible else -1 for a in toyworld.ATTRIBUTES])
+    return {"activity": toyworld.ACTIVITIES.index(scene.activity),
+            "context": toyworld.CONTEXTS.index(scene.context),
+            "style": toyworld.STYLES.index(scene.style), "attributes": attributes}
+
+
+def portrait_sample(seed: int, split: str) -> Sample:
+    """A reference picture with its full description, for contrastive training.
+
+    Seeds 2k and 2k + 1 are twins that differ in one attribute: in a batch of many people hair alone
+    tells most of them apart, but twins can only be told apart by reading everything.
+    """
+    rng = np.random.default_rng([zlib.crc32(split.encode()), seed // 2, 7])
+    identity = toyworld.sample_identity(rng, split)
+    if seed % 2:
+        identity = twin(rng, identity, split)
+    image = toyworld.render_reference(identity, seed)
+    size = toyworld.SIZE
+    attributes = [list(toyworld.attribute_labels(identity).values())]
+    return Sample(image, pad_subjects([], (size, size), bool), pad_subjects([], (size, size, 3), np.uint8),
+                  toyworld.describe(identity), [], {"attributes": attributes})
+
+
+def twin(rng: np.random.Generator, identity: toyworld.Identity, split: str) -> toyworld.Identity:
+    """The same person with one attribute changed; for training one of the training split."""
+    while True:
+        other = toyworld.sample_identity(rng, split, identity.noun)
+        differing = [a for a in toyworld.ATTRIBUTES if getattr(other, a) != getattr(identity, a)]
+        if differing:
+            name = differing[rng.integers(len(differing))]
+            changed = replace(identity, **{name: getattr(other, name)})
+            if split == "test" or toyworld.identity_split(changed) == split:
+                return changed
+
+
+WORLDS: dict[str, Callable[[int, str], Sample]] = {"scenes": scene_sample, "portraits": portrait_sample}
+
+
+class Cache:
+    """Samples in a folder: `images`, `masks`, `references` as mapped arrays, the rest as lists."""
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+        self.images = np.load(self.folder / "images.npy", mmap_mode="r")  # (N, S, S, 3)
+        self.references = np.load(self.folder / "references.npy", mmap_mode="r")  # (N, P, S, S, 3)
+        self.packed_masks = np.load(self.folder / "masks.npy", mmap_mode="r")  # (N, P, S, S / 8)
+        lines = (self.folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+        self.samples = [json.loads(line) for line in lines]
+        self.captions = [sample["caption"] for sample in self.samples]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def masks(self, indices) -> np.ndarray:
+        """(B, P, S, S) bool."""
+        return np.unpackbits(self.packed_masks[indices], axis=-1).astype(bool)
+
+    def labels(self, name: str) -> np.ndarray:
+        """One label of all samples as an int64 array: (N,), or (N, P, A) for the attributes."""
+        values = [sample["labels"][name] for sample in self.samples]
+        if name != "attributes":
+            return np.array(values)
+        empty = [-1] * len(toyworld.ATTRIBUTES)
+        return np.array([v + [empty] * (MAX_SUBJECTS - len(v)) for v in values])
+
+
+def render_cache(kind: str, count: int, split: str = "train", first: int = 0,
+                 workers: int | None = None) -> Cache:
+    """Samples `first`, ..., `first + count - 1` of the small world, rendered unless they are there.
+
+    The folder's name holds a checksum of the renderer, so that a changed world is drawn anew.
+    """
+    version = zlib.crc32(Path(toyworld.__file__).read_bytes() + Path(__file__).read_bytes())
+    folder = CACHE_ROOT / f"{kind}-{split}-{first}-{count}-{version:08x}"
+    make = _Render(kind, split)
+    return write_cache(folder, make, range(first, first + count), workers)
+
+
+@dataclass(frozen=True)
+class _Render:
+    """`WORLDS[kind]` with its split; a class because worker processes must be able to pickle it."""
+
+    kind: str
+    split: str
+
+    def __call__(self, seed: int) -> Sample:
+        return WORLDS[self.kind](seed, self.split)
+
+
+def write_cache(folder: Path, make: Callable[[int], Sample], indices: range,
+                workers: int | None = None) -> Cache:
+    """Make all samples in parallel and write them to `folder`, whole or not at all."""
+    folder = Path(folder)
+    if not folder.exists():
+        temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+        temporary.mkdir(parents=True)
+        try:
+            _fill(temporary, make, indices, workers or len(os.sched_getaffinity(0)))
+            temporary.rename(folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return Cache(folder)
+
+
+def _fill(folder: Path, make: Callable[[int], Sample], indices: range, workers: int) -> None:
+    size, count = make(indices[0]).image.shape[0], len(indices)
+    shapes = {"images": (count, size, size, 3), "references": (count, MAX_SUBJECTS, size, size, 3),
+              "masks": (count, MAX_SUBJECTS, size, size // 8)}
+    arrays = {name: np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.uint8, shape)
+              for name, shape in shapes.items()}
+    with Pool(workers) as pool, open(folder / "samples.jsonl", "w", encoding="utf-8") as lines:
+        samples = pool.imap(make, indices, chunksize=32)
+        for i, sample in enumerate(tqdm(samples, "rendering", count, unit="picture", leave=False)):
+            arrays["images"][i] = sample.image
+            if sample.references.any():  # absent references stay holes in the file
+                arrays["references"][i] = sample.references
+                arrays["masks"][i] = np.packbits(sample.masks, axis=-1)
+            record = asdict(sample)
+            json.dump({k: record[k] for k in ("caption", "ends", "labels")}, lines)
+            lines.write("\n")
+    for array in arrays.values():
+        array.flush()
+
+
+def batch_indices(seed: int, step: int, batch_size: int, count: int) -> np.ndarray:
+    """The samples of one step, (batch_size,) int64: a pure function of (seed, step).
+
+    Epoch after epoch of fresh permutations, so that a resumed run goes on exactly where it stopped.
+    """
+    start = step * batch_size
+    positions = np.arange(start, start + batch_size)
+    epochs = {e: np.random.default_rng([seed, int(e)]).permutation(count)
+              for e in np.unique(positions // count)}
+    return np.array([epochs[p // count][p % count] for p in positions])

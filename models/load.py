@@ -1,0 +1,160 @@
+"""Read and write a weights folder: `config.json` and one safetensors file per model."""
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from models.clip_image import CLIPImageConfig, CLIPImageEncoder
+from models.clip_text import CLIPTextConfig, CLIPTextEncoder, Tokenizer
+from models.unet import UNet, UNetConfig
+from models.vae import AutoencoderKL, VAEConfig
+
+# Part of a weights folder -> (its class, the class of its sizes).
+PARTS: dict[str, tuple[type[nn.Module], type]] = {
+    "unet": (UNet, UNetConfig),
+    "vae": (AutoencoderKL, VAEConfig),
+    "text_encoder": (CLIPTextEncoder, CLIPTextConfig),
+    "image_encoder": (CLIPImageEncoder, CLIPImageConfig),
+}
+
+
+class WeightsError(Exception):
+    """A weights folder or file cannot be used; the message says why and what to do."""
+
+
+@dataclass
+class Models:
+    """The base model, without MoA: `add_moa(models.unet)` is the caller's line."""
+
+    unet: UNet
+    vae: AutoencoderKL
+    text_encoder: CLIPTextEncoder
+    tokenize: Callable[[list[str]], Tensor]
+    image_encoder: CLIPImageEncoder | None
+    config: dict  # all of config.json
+
+
+def load_models(folder: str | Path, device="cpu", dtype: torch.dtype = torch.float32) -> Models:
+    """Load a weights folder, strictly, for inference. Raises WeightsError."""
+    folder = Path(folder)
+    config = read_config(folder)
+    modules = {part: load_part(folder, part, device, dtype) for part in ("unet", "vae", "text_encoder")}
+    has_images = (folder / "image_encoder.safetensors").exists()
+    image_encoder = load_part(folder, "image_encoder", device, dtype) if has_images else None
+    tokenize = Tokenizer(modules["text_encoder"].cfg)
+    return Models(**modules, tokenize=tokenize, image_encoder=image_encoder, config=config)
+
+
+def read_config(folder: Path) -> dict:
+    """`config.json` of a weights folder as a dict. Raises WeightsError."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise WeightsError(f"{path} not found: {folder} is not a weights folder "
+                           "(make one with weights/convert_sd15.py)")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise WeightsError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise WeightsError(f"{path} must hold a JSON object")
+    return config
+
+
+def build_config(config: dict, part: str):
+    """The sizes of one part, as its dataclass. Raises WeightsError."""
+    cls = PARTS[part][1]
+    try:
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in config[part].items()})
+    except (KeyError, TypeError, AttributeError) as error:
+        raise WeightsError(f"config.json has no usable sizes for {part!r}: {error}") from error
+
+
+def load_part(folder: Path, part: str, device="cpu", dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Build one part without memory, then hand it the file's tensors. Raises WeightsError."""
+    folder = Path(folder)
+    with torch.device("meta"):
+        module = PARTS[part][0](build_config(read_config(folder), part))
+    path = folder / f"{part}.safetensors"
+    state = {k: v.to(device=device, dtype=dtype) for k, v in read_tensors(path).items()}
+    check_exact(state, module.state_dict(), path)
+    module.load_state_dict(state, strict=True, assign=True)
+    return module.eval().requires_grad_(False)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """A safetensors file as a dict. Raises WeightsError."""
+    if not Path(path).is_file():
+        raise WeightsError(f"{path} not found")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{path} is not a readable safetensors file: {error}") from error
+
+
+def check_exact(found: dict[str, Tensor], expected: dict[str, Tensor], path: Path) -> None:
+    """Raise WeightsError unless keys and shapes agree; the message lists the first five differences."""
+    differences = [f"missing {k}" for k in sorted(expected.keys() - found.keys())]
+    differences += [f"unexpected {k}" for k in sorted(found.keys() - expected.keys())]
+    differences += [f"{k} is {tuple(found[k].shape)}, expected {tuple(expected[k].shape)}"
+                    for k in sorted(found.keys() & expected.keys())
+                    if found[k].shape != expected[k].shape]
+    if differences:
+        raise WeightsError(f"{path} does not fit its config.json, {len(differences)} differences: "
+                           + "; ".join(differences[:5]))
+
+
+def save_part(module: nn.Module, folder: Path, part: str, dtype: torch.dtype = torch.float16) -> None:
+    """Write one part and its sizes into a weights folder, each file whole or not at all."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_tensors(module.state_dict(), folder / f"{part}.safetensors", dtype)
+    config = read_config(folder) if (folder / "config.json").exists() else {}
+    write_json({**config, part: asdict(module.cfg)}, folder / "config.json")
+
+
+def carry_over(source: Path, folder: Path) -> None:
+    """Copy all models of the weights folder `source`, with their sizes, into `folder`."""
+    source, folder = Path(source), Path(folder)
+    config = read_config(source)
+    names = [name for name in PARTS if (source / f"{name}.safetensors").exists()]
+    for name in names:
+        write_whole(folder / f"{name}.safetensors", partial(shutil.copyfile, source / f"{name}.safetensors"))
+    kept = {k: v for k, v in config.items() if k != "training"}
+    mine = read_config(folder) if (folder / "config.json").exists() else {}
+    write_json({**kept, **mine}, folder / "config.json")
+
+
+def save_tensors(state: dict[str, Tensor], path: Path, dtype: torch.dtype | None = None,
+                 metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file under a temporary name, then rename it. `dtype` None keeps each."""
+    state = {k: v.detach().to("cpu", dtype).contiguous() for k, v in state.items()}
+    write_whole(path, lambda temporary: save_file(state, temporary, metadata))
+
+
+def write_json(value, path: Path) -> None:
+    """Write JSON under a temporary name, then rename it."""
+    text = json.dumps(value, indent=2) + "\n"
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """`write` to a temporary file beside `path`, flush it to disk, rename: whole or not at all."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # safetensors writes 0600
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,135 @@
+"""From prompts and subjects to pictures: what sample.py, train.py, evaluate.py and the apps share."""
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moa import ExpertContext, MultimodalPrompt, force_routing, load_moa
+from models import Models, load_models
+from samplers import SAMPLERS, guided
+
+PRIOR_ABOVE = 800  # MoA was trained below this timestep; above it the prior draws alone
+
+
+def pick_device(name: str) -> torch.device:
+    """A device by name; `auto` is CUDA where there is one. Raises ValueError when it cannot be used."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A person to be put into a picture: the token that it is fused into and its image feature."""
+
+    position: int  # index of the token among the prompt's 77
+    feature: Tensor  # (F,)
+
+
+@dataclass
+class Pipeline:
+    """A base model, with MoA when `prompt` is there."""
+
+    models: Models
+    prompt: MultimodalPrompt | None = None
+
+    @classmethod
+    def load(cls, weights: str | Path, moa: str | Path | None = None, device="cpu",
+             dtype: torch.dtype = torch.float32) -> "Pipeline":
+        """Load a weights folder and, if given, a MoA file. Raises WeightsError and ValueError."""
+        models = load_models(weights, device, dtype)
+        return cls(models, load_moa(models.unet, moa) if moa else None)
+
+    @property
+    def device(self) -> torch.device:
+        return self.models.unet.conv_in.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.models.unet.conv_in.weight.dtype
+
+    @torch.no_grad()
+    def encode_subjects(self, images: Tensor) -> Tensor:
+        """Pictures of people (B, 3, H, W) in [0, 1] -> image features (B, F)."""
+        encoder = self.models.image_encoder
+        return encoder(encoder.preprocess(images).to(self.device, self.dtype))
+
+    def encode_text(self, prompts: list[str]) -> Tensor:
+        """(B,) prompts -> (B, 77, C)."""
+        return self.models.text_encoder(self.models.tokenize(prompts).to(self.device))
+
+    def context_at(self, text: Tensor, subjects: Sequence[Sequence[Subject]]) -> Callable[[Tensor], object]:
+        """The UNet's context as a function of t (B,): subject tokens change with the timestep.
+
+        text: (B, 77, C). subjects: for each prompt its subjects, possibly none.
+        """
+        if self.prompt is None:
+            return lambda t: text
+        slots = max(1, max(len(s) for s in subjects))
+        features = text.new_zeros(len(text), slots, self.prompt.cfg.image_dim)
+        positions = torch.zeros(len(text), slots, dtype=torch.int64, device=text.device)
+        present = torch.zeros(len(text), slots, dtype=torch.bool, device=text.device)
+        for b, people in enumerate(subjects):
+            for s, subject in enumerate(people):
+                features[b, s], positions[b, s], present[b, s] = subject.feature, subject.position, True
+        return lambda t: ExpertContext(text, self.prompt(text, features, positions, present, t))
+
+    @torch.no_grad()
+    def generate(self, prompts: list[str], seeds: Sequence[int],
+                 subjects: Sequence[Sequence[Subject]] | None = None, negative_prompt: str = "",
+                 size: tuple[int, int] | None = None, steps: int = 20, guidance_scale: float = 5.0,
+                 sampler: str = "unipc", prior_only: bool = False, prior_above: int = PRIOR_ABOVE,
+                 progress: Callable[[int, int, int, Tensor], None] | None = None) -> Tensor:
+        """Draw one picture per prompt.
+
+        Args:
+            prompts, seeds: (B,) each. The noise of a picture depends on its own seed only.
+            subjects: per prompt the people to be fused in; none by default.
+            negative_prompt: what guidance leads away from. It goes through MoA too, without
+                subjects: it was trained so, and otherwise guidance would multiply every difference
+                between the two branches, in the background as well.
+            size: (height, width) in pixels, multiples of the VAE's cell; None is config.json's.
+            prior_only: draw with the base model. prior_above: timesteps from here on use it anyway.
+            progress: called after each step as (step, steps, t, predicted clean latents).
+        Returns: (B, 3, H, W) in [-1, 1], float32 on the CPU.
+        Raises ValueError for bad sizes and, from the sampler, for bad steps.
+        """
+        x = self.noise(seeds, size)
+        text = self.encode_text([negative_prompt] * len(prompts) + list(prompts))
+        people = [[]] * len(prompts) + list(subjects or [[]] * len(prompts))
+        unguided = guidance_scale == 1
+        if unguided:
+            text, people = text[len(prompts):], people[len(prompts):]
+        context = self.context_at(text, people)
+
+        def denoise(x: Tensor, t: Tensor) -> Tensor:
+            prior = self.prompt is not None and (prior_only or int(t[0]) >= prior_above)
+            with force_routing(self.models.unet, 1.0) if prior else nullcontext():
+                return self.models.unet(x, t, text if prior else context(t))
+
+        sample = SAMPLERS[sampler]
+        latents = sample(denoise if unguided else guided(denoise, guidance_scale), x, steps=steps,
+                         progress=progress)
+        return self.decode(latents)
+
+    def noise(self, seeds: Sequence[int], size: tuple[int, int] | None = None) -> Tensor:
+        """(B, 4, h, w) noise, each picture's drawn on the CPU from its own seed."""
+        height, width = size or (self.models.config["image_size"],) * 2
+        factor, channels = self.models.vae.cfg.factor, self.models.unet.cfg.latent_channels
+        for name, value in (("height", height), ("width", width)):
+            if value < factor or value % factor:
+                raise ValueError(f"{name} {value} must be a positive multiple of {factor}")
+        shape = (channels, height // factor, width // factor)
+        noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        return torch.stack(noise).to(self.device, self.dtype)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """(B, 4, h, w) latents -> (B, 3, H, W) pictures in [-1, 1], float32 on the CPU."""
+        return self.models.vae.decode(latents).float().clamp(-1, 1).cpu()

@@ -1,0 +1,208 @@
+"""Train one stage and write its weights.
+
+    python train.py vae   --output runs/vae
+    python train.py clip  --output runs/clip
+    python train.py prior --output runs/prior --weights runs/base
+    python train.py moa   --output runs/moa --weights weights/toyworld
+    python train.py judge --output runs/judge
+
+A run is a pure function of its seed: stop it at any moment and `--resume` goes on to the same
+weights. The output folder holds config.json, metrics.jsonl, checkpoints/, samples/ and the weights.
+"""
+import argparse
+import json
+import signal
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=["vae", "clip", "prior", "moa", "judge"])
+    parser.add_argument("--output", required=True, type=Path, help="folder of the run")
+    parser.add_argument("--preset", default="toyworld", choices=["toyworld", "sd15"],
+                        help="sizes and hyperparameters (default toyworld)")
+    parser.add_argument("--weights", type=Path,
+                        help="folder with the models that the stage builds on (prior, moa)")
+    parser.add_argument("--data", type=Path,
+                        help="dataset in FastComposer's layout (default: the small world, rendered)")
+    parser.add_argument("--samples", type=int, help="how many samples to render or read")
+    parser.add_argument("--steps", type=int, help="optimizer steps (default: the preset's)")
+    parser.add_argument("--batch-size", type=int, help="pictures per step (default: the preset's)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, data order and noise (default 0)")
+    parser.add_argument("--log-every", type=int, default=50, metavar="STEPS", help="default 50")
+    parser.add_argument("--checkpoint-every", type=int, default=1000, metavar="STEPS",
+                        help="checkpoint and sample sheet (default 1000)")
+    parser.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default auto)")
+    args = parser.parse_args()
+    for name in ("samples", "steps", "batch_size", "log_every", "checkpoint_every"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+    return args
+
+
+def git_describe() -> str:
+    """The commit of this code, so that an edited run stays identifiable."""
+    command = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+class StopRequested(Exception):
+    """SIGTERM or SIGINT arrived."""
+
+
+def main() -> None:
+    args = parse_args()
+    from models import WeightsError
+    from pipeline import pick_device
+    from stages import STAGES, StageError, make_config
+    try:
+        config = make_config(args.preset, args.stage, steps=args.steps, batch_size=args.batch_size,
+                             samples=args.samples)
+        prepare_output(args)
+        stage = STAGES[args.stage](config, args.seed, pick_device(args.device), args.weights, args.data)
+        train(stage, args)
+    except (StageError, WeightsError, OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    except StopRequested as stop:
+        sys.exit(f"stopped: {stop}")
+
+
+def prepare_output(args: argparse.Namespace) -> None:
+    """Make the run's folder. An older run in it is only ever continued."""
+    checkpoint = args.output / "checkpoints" / "last.pt"
+    if args.resume and not checkpoint.exists():
+        raise ValueError(f"--resume: there is no {checkpoint}")
+    if not args.resume and checkpoint.exists():
+        raise ValueError(f"{args.output} holds a run already: give --resume or another --output")
+    for name in ("checkpoints", "samples"):
+        (args.output / name).mkdir(parents=True, exist_ok=True)
+
+
+def train(stage, args: argparse.Namespace) -> None:
+    """The loop that all stages share."""
+    import torch
+    from tqdm import tqdm
+
+    from models.load import write_json
+
+    config, device = stage.config, stage.device
+    settings = {"stage": args.stage, "preset": args.preset, "seed": args.seed, "code": git_describe(),
+                "torch": torch.__version__, "device": str(device), **asdict(config)}
+    write_json({"training": settings}, args.output / "config.json")
+    print(json.dumps(settings))
+    parameters = [p for p in stage.module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=config.betas,
+                                  weight_decay=config.weight_decay, fused=True)
+    average = [p.detach().clone() for p in parameters] if config.ema else parameters
+    first = 0
+    if args.resume:
+        first = load_checkpoint(args.output / "checkpoints" / "last.pt", args, parameters, average, optimizer)
+
+    def save(step: int) -> None:
+        save_checkpoint(args.output / "checkpoints" / "last.pt", args, step, parameters, average, optimizer)
+
+    stop = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda received, frame: stop.append(received))
+    metrics = {}
+    progress = tqdm(range(first, config.steps), args.stage, config.steps, initial=first, unit="step")
+    with open(args.output / "metrics.jsonl", "a", encoding="utf-8") as log:
+        for step in progress:
+            for group in optimizer.param_groups:
+                group["lr"] = config.lr * learning_rate_factor(step, config)
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16 or device.type == "cuda"):
+                loss, parts = stage.loss(step)
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip)
+            if not torch.isfinite(norm):
+                raise ValueError(f"the gradient is not finite at step {step}: lower the learning rate; "
+                                 "the last checkpoint is from before it")
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if config.ema:
+                decay = min(config.ema, (1 + step) / (10 + step))
+                torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - decay)
+            done = step + 1
+            if done % args.log_every == 0 or done == config.steps:
+                metrics = {"step": done, "loss": loss.item(), **{k: v.item() for k, v in parts.items()},
+                           "lr": optimizer.param_groups[0]["lr"], "gradient_norm": float(norm)}
+                rate = progress.format_dict["rate"]
+                metrics["images_per_second"] = round((rate or 0) * config.batch_size, 1)
+                log.write(json.dumps(metrics) + "\n")
+                log.flush()
+                progress.set_postfix({k: f"{v:.4g}" for k, v in metrics.items() if k in ("loss", *parts)})
+            if stop or done == config.steps or done % args.checkpoint_every == 0:
+                save(done)
+                if stop:
+                    raise StopRequested(f"step {done} is saved in {args.output}; go on with --resume")
+                with averaged(parameters, average):
+                    stage.sheet(args.output / "samples" / f"{done:06d}.png")
+    with averaged(parameters, average):
+        stage.export(args.output)
+    print(f"{args.output}: {args.stage} is trained, {config.steps} steps")
+
+
+def learning_rate_factor(step: int, config) -> float:
+    """Linear warm-up, then constant, then linear to zero over the last `decay` of all steps."""
+    left = (config.steps - step) / max(config.steps * config.decay, 1e-9)
+    return min(1.0, (step + 1) / max(config.warmup, 1), left)
+
+
+class averaged:
+    """Inside, the parameters hold their moving average."""
+
+    def __init__(self, parameters: list, average: list):
+        self.parameters, self.average = parameters, average
+
+    def swap(self) -> None:
+        for p, a in zip(self.parameters, self.average, strict=True):
+            if p is not a:
+                p.data, a.data = a.data, p.data
+
+    def __enter__(self) -> None:
+        self.swap()
+
+    def __exit__(self, *exception) -> None:
+        self.swap()
+
+
+def run_identity(args: argparse.Namespace) -> dict:
+    """What has to be equal for a run to be the same run."""
+    return {"stage": args.stage, "preset": args.preset, "seed": args.seed}
+
+
+def save_checkpoint(path: Path, args, step: int, parameters, average, optimizer) -> None:
+    """Everything a run needs to go on. There is no random state: noise is a function of the step."""
+    import torch
+
+    from models.load import write_whole
+    state = {"run": run_identity(args), "step": step, "parameters": [p.detach() for p in parameters],
+             "average": [a.detach() for a in average], "optimizer": optimizer.state_dict()}
+    write_whole(path, lambda temporary: torch.save(state, temporary))
+
+
+def load_checkpoint(path: Path, args, parameters, average, optimizer) -> int:
+    """Restore a run in place; returns its step. Raises ValueError when it is another run's."""
+    import torch
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if state["run"] != run_identity(args):
+        raise ValueError(f"{path} is of the run {state['run']}, not of {run_identity(args)}")
+    with torch.no_grad():
+        for p, value in zip(parameters, state["parameters"], strict=True):
+            p.copy_(value)
+        for a, value in zip(average, state["average"], strict=True):
+            a.copy_(value)
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"]
+
+
+if __name__ == "__main__":
+    main()
