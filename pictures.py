@@ -1,24 +1,30 @@
 """Pictures in and out: whatever file a person has -> RGB, and PNGs that say how they were made."""
 import json
-import struct
-import zlib
+import math
+import textwrap
+import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from moa.loss import mean_routing
 from moa.router import grid
 from models.load import write_whole
 
-MAX_PIXELS = 100_000_000
+# Formats that Pillow decodes itself; for some others it starts programs.
+FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
 MIN_SIDE = 16
-# What Pillow's decoders raise on broken files.
-BROKEN = (OSError, SyntaxError, ValueError, EOFError, OverflowError, struct.error, zlib.error,
-          Image.DecompressionBombError)
+MAX_ASPECT = 10  # a sliver would be scaled up to gigabytes
+THUMBNAIL = 256
+FONT = ImageFont.load_default(13)
+LINE = 18  # pixels per line of text
+PRIOR, PERSONALIZED = (28, 36, 84), (255, 205, 70)  # the two ends of the routing maps' colours
+NO_MAP = (226, 226, 226)
 
 
 def read_picture(path: str | Path) -> Tensor:
@@ -29,51 +35,60 @@ def read_picture(path: str | Path) -> Tensor:
     """
     path = Path(path)
     if not path.exists():
-        raise ValueError(f"{path} does not exist")
+        raise ValueError(f"{path} does not exist: give a picture file")
     if not path.is_file():
-        raise ValueError(f"{path} is not a file")
+        raise ValueError(f"{path} is not a file: give a picture file")
     if path.stat().st_size == 0:
-        raise ValueError(f"{path} is empty")
+        raise ValueError(f"{path} is empty: give a picture file")
     try:
-        with Image.open(path) as image:
+        rgb = decode(path)
+    except Exception as error:  # decoders of broken files raise nearly anything
+        raise ValueError(f"{path} cannot be used as a picture: {error or type(error).__name__}") from error
+    return rearrange(torch.from_numpy(rgb), "h w c -> c h w").float() / 255
+
+
+def decode(path: Path) -> np.ndarray:
+    """(H, W, 3) uint8."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about odd metadata
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(path, formats=FORMATS) as image:
             width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise ValueError(f"it has {width} x {height} pixels, more than {MAX_PIXELS:,}")
             if min(width, height) < MIN_SIDE:
-                raise ValueError(f"it has {width} x {height} pixels, fewer than {MIN_SIDE} on a side")
-            rgb = np.asarray(to_rgb(ImageOps.exif_transpose(image)), dtype=np.float32) / 255
-    except BROKEN as error:
-        raise ValueError(f"{path} cannot be used as a picture: {error}") from error
-    return rearrange(torch.from_numpy(rgb), "h w c -> c h w")
+                raise ValueError(f"it has {width} x {height} pixels, both must be at least {MIN_SIDE}")
+            if max(width, height) > MAX_ASPECT * min(width, height):
+                raise ValueError(f"its {width} x {height} pixels are too long and thin, crop it")
+            return np.array(to_rgb(ImageOps.exif_transpose(image)))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any Pillow mode -> RGB, transparent parts over white."""
     if image.mode.startswith("I"):  # 16 bit greyscale: Pillow's own conversion would clip it to 255
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).astype(np.uint8))
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
     if image.mode == "F":
-        raise ValueError("pictures of floating-point numbers are not supported")
-    if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
+        raise ValueError("pictures of floating-point numbers are not supported, save it as PNG")
+    if image.has_transparency_data:
         image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
 def to_images(pictures: Tensor) -> list[Image.Image]:
     """(B, 3, H, W) in [-1, 1] -> Pillow images. Raises ValueError on NaN: a black picture is no answer."""
     if not torch.isfinite(pictures).all():
-        raise ValueError("the picture has values that are not finite; try --dtype fp32")
+        raise ValueError("the picture came out as NaN: try --dtype fp32 or a lower --guidance-scale; if "
+                         "that does not help, the weights are broken")
     pixels = ((pictures.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     return [Image.fromarray(p) for p in rearrange(pixels.cpu(), "b c h w -> b h w c").numpy()]
 
 
-def save_png(image: Image.Image, path: Path, parameters: str, settings: dict) -> None:
-    """Write a PNG whose metadata say how it was made: `parameters` as the field's tools read it, and
-    `moa`, all settings as JSON. Written under a temporary name, then renamed."""
+def save_png(image: Image.Image, path: Path, settings: dict) -> None:
+    """Write a PNG, whole or not at all, whose metadata say how it was made: `parameters` as the
+    field's tools read it, and `moa`, all settings as JSON."""
     info = PngInfo()
-    info.add_text("parameters", parameters)
+    info.add_text("parameters", parameters_text(settings))
     info.add_text("moa", json.dumps(settings))
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, lambda temporary: image.save(temporary, format="PNG", pnginfo=info))
 
 
@@ -82,55 +97,160 @@ def parameters_text(settings: dict) -> str:
     lines = [settings["prompt"]]
     if settings["negative_prompt"]:
         lines.append(f"Negative prompt: {settings['negative_prompt']}")
-    pairs = {"Steps": settings["steps"], "Sampler": settings["sampler"],
+    pairs = {"Steps": settings["steps"], "Sampler": {"unipc": "UniPC", "ddim": "DDIM"}[settings["sampler"]],
              "CFG scale": settings["guidance_scale"], "Seed": settings["seed"],
-             "Size": f"{settings['width']}x{settings['height']}", "Model": settings["weights"]}
+             "Size": f"{settings['width']}x{settings['height']}", "Model": quoted(settings["weights"])}
     return "\n".join([*lines, ", ".join(f"{k}: {v}" for k, v in pairs.items())])
 
 
-def contact_sheet(images: list[Image.Image], columns: int, gap: int = 4) -> Image.Image:
-    """Equal pictures in rows of `columns` on white."""
-    width, height = images[0].size
-    rows = -(-len(images) // columns)
-    sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
-    for i, image in enumerate(images):
-        sheet.paste(image, (i % columns * (width + gap), i // columns * (height + gap)))
+def quoted(value: str) -> str:
+    """As web UIs write a value that their own separators occur in."""
+    return json.dumps(value, ensure_ascii=False) if any(mark in value for mark in ',:"\n') else value
+
+
+def thumbnail(image: Image.Image) -> Image.Image:
+    """A copy, at most 256 pixels wide and high."""
+    small = image.copy()
+    small.thumbnail((THUMBNAIL, THUMBNAIL))
+    return small
+
+
+def write(canvas: ImageDraw.ImageDraw, x: int, y: int, text: str, width: int) -> None:
+    """One line of text, cut where it would leave `width`."""
+    text = shown = " ".join(text.split())
+    while FONT.getlength(shown) > width and text:
+        text = text[:-1]
+        shown = text + "…"
+    canvas.text((x, y), shown, "black", FONT)
+
+
+def labelled(tiles: list[tuple[Image.Image, str]], columns: int, gap: int = 8) -> Image.Image:
+    """Pictures in rows of `columns` on white, each with a line of text below it."""
+    width = max(128, *(image.width for image, _ in tiles)) + gap
+    height = max(image.height for image, _ in tiles) + LINE + gap
+    columns = min(columns, len(tiles))
+    sheet = Image.new("RGB", (columns * width + gap, -(-len(tiles) // columns) * height + gap), "white")
+    for i, (image, text) in enumerate(tiles):
+        x, y = gap + i % columns * width, gap + i // columns * height
+        sheet.paste(image, (x, y))
+        write(ImageDraw.Draw(sheet), x, y + image.height + 1, text, width - gap)
     return sheet
 
 
-def routing_sheet(steps: list[tuple[int, dict, tuple[int, int]]], picture: Image.Image,
-                  cell: int = 40, gap: int = 2) -> Image.Image:
-    """What the routers gave to the personalized experts, beside the picture.
+def stack(parts: list[Image.Image]) -> Image.Image:
+    """Pictures below each other on white."""
+    sheet = Image.new("RGB", (max(p.width for p in parts), sum(p.height for p in parts)), "white")
+    y = 0
+    for part in parts:
+        sheet.paste(part, (0, y))
+        y += part.height
+    return sheet
 
-    Args:
-        steps: per sampling step (t, {(layer, kind): (1, N) weights in [0, 1]}, latent size); a step
-            that the prior drew alone has no maps and stays black.
-        picture: the finished picture.
-    Rows are layers in forward order, self-attention left, cross-attention right; columns are steps.
-    White is all personalized, black all prior, one scale for all maps.
+
+def heading(text: str, width: int) -> Image.Image:
+    """Text in as many lines as it needs."""
+    lines = textwrap.wrap(text, max(16, width // 7))
+    image = Image.new("RGB", (width, LINE * len(lines) + 8), "white")
+    for i, line in enumerate(lines):
+        write(ImageDraw.Draw(image), 8, 8 + LINE * i, line, width - 16)
+    return image
+
+
+def contact_sheet(prompt: str, people: list[tuple[Image.Image, str]],
+                  pictures: list[tuple[Image.Image, str]]) -> Image.Image:
+    """The prompt, a row of subjects, then all pictures, each with its label."""
+    rows = labelled(pictures, min(8, max(4, math.ceil(math.sqrt(len(pictures))))))
+    parts = [rows] if not people else [labelled(people, len(people)), rows]
+    return stack([heading(prompt, max(part.width for part in parts)), *parts])
+
+
+class RoutingSheet:
+    """What the routers gave to the personalized experts while one picture was drawn.
+
+    One map per transformer block (row, in forward order) and step (column, `COLUMNS` of them at
+    most), for self- and for cross-attention.
     """
-    rows = 1 + max((layer for _, maps, _ in steps for layer, _ in maps), default=15)
-    width, height = cell, round(cell * picture.height / picture.width)
-    label, header, half = 34, 14, len(steps) * (width + gap)
-    side = picture.width + 3 * gap
-    sheet = Image.new("RGB", (side + 2 * (label + half), header + max(rows * (height + gap), picture.height)),
-                      (255, 255, 255))
-    sheet.paste(picture, (0, header))
-    draw = ImageDraw.Draw(sheet)
-    for k, kind in enumerate(("self", "cross")):
-        left = side + k * (label + half)
-        draw.text((left, 1), f"{kind} t", fill="black")
-        for column, (t, maps, (h, w)) in enumerate(steps):
-            x = left + label + column * (width + gap)
-            draw.text((x, 1), str(int(t)), fill="black")
-            for row in range(rows):
-                weights = maps.get((row, kind))
-                tile = Image.new("L", (width, height))
-                if weights is not None:
-                    rows_of_map = grid(weights.shape[-1], h / w)[0]
-                    values = rearrange(weights[0], "(h w) -> h w", h=rows_of_map).clamp(0, 1) * 255
-                    tile = Image.fromarray(values.round().numpy().astype(np.uint8)).resize((width, height), 0)
-                sheet.paste(tile, (x, header + row * (height + gap)))
-        for row in range(rows):
-            draw.text((left, header + row * (height + gap) + height // 3), f"l={row}", fill="black")
-    return sheet
+
+    COLUMNS, CELL = 20, 36
+
+    def __init__(self, steps: int):
+        shown = np.linspace(1, steps, min(steps, self.COLUMNS)).round()
+        self.shown = {int(step) for step in shown}
+        self.columns: list[tuple[int, dict[tuple[int, str], Tensor]]] = []  # t, {(l, kind): (1, N)}
+
+    def add(self, step: int, t: int, routing: dict, x0: Tensor) -> None:
+        """Keep the maps of the step that just ended; none when the prior drew it alone.
+
+        routing: {(l, kind): (B or 2B, N, 2)}; of a guided batch the half with the prompt comes last.
+        x0: (B, 4, h, w).
+        """
+        self.size = x0.shape[-2:]
+        if step in self.shown:
+            maps = {key: r[-len(x0)][None, :, 1].float().cpu() for key, r in routing.items()}
+            self.columns.append((t, maps))
+
+    def draw(self, picture: Image.Image, people: list[tuple[Image.Image, str]]) -> Image.Image:
+        """The sheet, with the picture, the mean of all maps and the subjects on its left."""
+        side = labelled([(picture, "the picture"), (self.mean(picture.size), "mean of all maps"), *people], 1)
+        panels = [self.panel(kind) for kind in ("self", "cross")]
+        body = Image.new("RGB", (side.width + sum(p.width for p in panels),
+                                 max(side.height, panels[0].height)), "white")
+        x = 0
+        for part in (side, *panels):
+            body.paste(part, (x, 0))
+            x += part.width
+        return stack([self.legend(body.width), body])
+
+    def mean(self, size: tuple[int, int]) -> Image.Image:
+        """The mean over layers and steps, as large as the picture (Eq. 10, of the other expert)."""
+        maps = [weights for _, column in self.columns for weights in column.values()]
+        if not maps:
+            return Image.new("RGB", size, NO_MAP)
+        return paint(mean_routing(maps, *self.size)[0]).resize(size, Image.Resampling.NEAREST)
+
+    def panel(self, kind: str) -> Image.Image:
+        """The maps of all layers and steps of self- or cross-attention."""
+        scale = self.CELL / max(self.size)
+        height, width = (max(1, round(scale * side)) for side in self.size)
+        row, column, left, top = max(height, LINE) + 2, max(width, 28) + 2, 44, 2 * LINE + 8
+        layers = 1 + max((layer for _, maps in self.columns for layer, _ in maps), default=0)
+        panel = Image.new("RGB", (left + column * len(self.columns) + 12, top + row * layers + 8), "white")
+        canvas = ImageDraw.Draw(panel)
+        write(canvas, left, 8, f"{kind}-attention", panel.width - left)
+        write(canvas, 8, 8 + LINE, "t =", left)
+        for layer in range(layers):
+            write(canvas, 8, top + row * layer + (height - LINE) // 2, f"l = {layer}", left)
+        for i, (t, maps) in enumerate(self.columns):
+            write(canvas, left + column * i, 8 + LINE, str(t), column)
+            for layer in range(layers):
+                tile = self.tile(maps.get((layer, kind)))
+                panel.paste(tile.resize((width, height), Image.Resampling.NEAREST),
+                            (left + column * i, top + row * layer))
+        return panel
+
+    def tile(self, weights: Tensor | None) -> Image.Image:
+        """One map (1, N) on its own grid."""
+        if weights is None:
+            return Image.new("RGB", (1, 1), NO_MAP)
+        height, _ = grid(weights.shape[1], self.size[0] / self.size[1])
+        return paint(rearrange(weights, "1 (h w) -> h w", h=height))
+
+    def legend(self, width: int) -> Image.Image:
+        """What the colours say."""
+        image = Image.new("RGB", (width, LINE + 8), "white")
+        canvas, x = ImageDraw.Draw(image), 8
+        scale, none = paint(torch.linspace(0, 1, 100)[None]), Image.new("RGB", (1, 1), NO_MAP)
+        for tile, size, text in ((scale, 100, "weight of the personalized expert, from 0 to 1"),
+                                 (none, LINE, "drawn by the prior alone;   "
+                                              "l: transformer block in forward order, t: timestep")):
+            image.paste(tile.resize((size, LINE - 2)), (x, 8))
+            write(canvas, x + size + 6, 8, text, width)
+            x += size + 30 + round(FONT.getlength(text))
+        return image
+
+
+def paint(weights: Tensor) -> Image.Image:
+    """(h, w) in [0, 1] -> from the prior's colour to the personalized expert's."""
+    values = weights.clamp(0, 1).numpy()[..., None]
+    colours = (1 - values) * np.array(PRIOR) + values * np.array(PERSONALIZED)
+    return Image.fromarray(colours.round().astype(np.uint8))

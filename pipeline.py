@@ -1,4 +1,5 @@
 """From prompts and subjects to pictures: what sample.py, train.py, evaluate.py and the apps share."""
+import re
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -18,10 +19,12 @@ def pick_device(name: str) -> torch.device:
     """A device by name; `auto` is CUDA where there is one. Raises ValueError when it cannot be used."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"(cpu|mps|xpu|cuda(:\d+)?)", name):
+        raise ValueError(f"--device {name} is unknown: give auto, cpu, cuda, cuda:1, ...")
     try:
-        return torch.empty(1, device=name).device
+        return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"--device {name} cannot be used here: {str(error)[:90]}") from error
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,16 @@ class Pipeline:
              dtype: torch.dtype = torch.float32) -> "Pipeline":
         """Load a weights folder and, if given, a MoA file. Raises WeightsError and ValueError."""
         models = load_models(weights, device, dtype)
-        return cls(models, load_moa(models.unet, moa) if moa else None)
+        if moa is None:
+            return cls(models)
+        prompt = load_moa(models.unet, moa)
+        width = models.image_encoder.cfg.output_dim if models.image_encoder else prompt.cfg.image_dim
+        sizes = models.text_encoder.cfg.dim, width, len(list(models.unet.transformer_blocks()))
+        wanted = prompt.cfg.text_dim, prompt.cfg.image_dim, prompt.cfg.layers
+        if sizes != wanted:
+            raise ValueError(f"{moa} was trained with other models than those in {weights}: its text tokens, "
+                             f"image features and layers are {wanted}, here they are {sizes}")
+        return cls(models, prompt)
 
     @property
     def device(self) -> torch.device:
@@ -103,6 +115,8 @@ class Pipeline:
         x = self.noise(seeds, size)
         text = self.encode_text([negative_prompt] * len(prompts) + list(prompts))
         people = [[]] * len(prompts) + list(subjects or [[]] * len(prompts))
+        if self.prompt is None and any(people):
+            raise ValueError("subjects need MoA weights: load the pipeline with a MoA file")
         unguided = guidance_scale == 1
         if unguided:
             text, people = text[len(prompts):], people[len(prompts):]
@@ -131,5 +145,9 @@ class Pipeline:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """(B, 4, h, w) latents -> (B, 3, H, W) pictures in [-1, 1], float32 on the CPU."""
-        return self.models.vae.decode(latents).float().clamp(-1, 1).cpu()
+        """(B, 4, h, w) latents -> (B, 3, H, W) pictures in [-1, 1], float32 on the CPU.
+
+        Infinite values become NaN, so that they cannot pass for black or white.
+        """
+        pictures = self.models.vae.decode(latents).float().cpu()
+        return pictures.masked_fill(pictures.isinf(), float("nan")).clamp(-1, 1)

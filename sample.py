@@ -10,14 +10,22 @@ import argparse
 import random
 import re
 import sys
+import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from typing import NamedTuple
 
 SHIPPED = Path(__file__).resolve().parent / "weights" / "toyworld"
-BATCH = 8  # pictures drawn at once
+BATCH = 8  # pictures drawn at once, fewer where they are large
+BATCH_PIXELS = 8 * 512 * 512
 # Words that a subject may stand for when it is given without WORD=.
 PEOPLE = ("man", "woman", "boy", "girl", "person", "kid", "child", "baby", "guy", "lady", "gentleman",
           "father", "mother", "dad", "mom", "son", "daughter", "grandfather", "grandmother", "friend")
+# What a flag, or config.json in its place, may say.
+LIMITS = {"num": (1, 1000), "seed": (0, 2 ** 63 - 1), "steps": (1, 999), "guidance_scale": (0, 100),
+          "width": (8, 2048), "height": (8, 2048)}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -31,212 +39,308 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="a .png, or a folder (default sample.png; with --num above 1 a folder of that name)")
     add("--num", type=int, default=1, help="how many pictures; picture k has seed SEED + k (default 1)")
     add("--seed", type=int, help="of the noise (default: random, printed)")
-    add("--steps", type=int, help="sampling steps (default: 20)")
-    add("--guidance-scale", type=float, help="classifier-free guidance; 1 is none (default: the weights')")
+    add("--steps", type=int, help="sampling steps (default: the weights', or 20)")
+    add("--guidance-scale", type=float,
+        help="classifier-free guidance; 1 is none (default: the weights', or 5)")
     add("--negative-prompt", default="", help="what to lead away from")
     add("--sampler", choices=["unipc", "ddim"], default="unipc", help="default unipc")
-    add("--width", type=int, help="pixels (default: the weights')")
-    add("--height", type=int, help="pixels (default: the weights')")
+    add("--width", type=int, help="pixels, a multiple of 8 (default: the weights')")
+    add("--height", type=int, help="pixels, a multiple of 8 (default: the weights')")
     add("--prior-only", action="store_true", help="draw with the base model, whatever the subjects")
     add("--save-routing", type=Path, metavar="FILE",
-        help="also save what the routers gave to the personalized experts, per layer and step (.png)")
+        help="also save what the routers gave to the personalized experts in the first picture (.png)")
     add("--weights", type=Path, default=SHIPPED, metavar="FOLDER", help="default: the small world")
     add("--moa", type=Path, metavar="FILE", help="default: moa.safetensors in the weights folder")
-    add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default auto)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default auto)")
     add("--dtype", choices=["fp32", "fp16", "bf16"], default="fp32", help="default fp32")
-    args = parser.parse_args(argv)
-    for name, low, high in (("num", 1, 10_000), ("steps", 1, 1000), ("width", 8, 8192), ("height", 8, 8192)):
-        value = getattr(args, name)
-        if value is not None and not low <= value <= high:
-            parser.error(f"--{name} must be in {low}..{high}, not {value}")
-    for name in ("width", "height"):
-        if (getattr(args, name) or 8) % 8:
-            parser.error(f"--{name} must be a multiple of 8, not {getattr(args, name)}")
-    if args.seed is not None and not 0 <= args.seed < 2 ** 63 - args.num:
-        parser.error(f"--seed must be in 0..2^63, not {args.seed}")
-    if not args.prompt.strip():
-        parser.error("--prompt is empty")
-    return args
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    warnings.showwarning = lambda message, *rest, **more: print(f"warning: {message}", file=sys.stderr)
-    from models import WeightsError
     try:
-        run(args)
-    except (ValueError, WeightsError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        with warnings.catch_warnings():
+            warnings.showwarning = WarningPrinter()
+            run(args)
+    except (ValueError, OSError) as error:
+        fail(error)
+    except (MemoryError, RuntimeError) as error:
+        if "allocate" not in str(error):  # on a CPU, torch has no error class for it
+            raise
+        fail("not enough memory: make --width and --height smaller, or take --dtype fp16")
     except KeyboardInterrupt:
         sys.exit(130)
 
 
+def fail(error: Exception | str) -> None:
+    """Say in one line what is wrong, and leave."""
+    print("error:", " ".join(str(error).split()), file=sys.stderr)
+    sys.exit(2)
+
+
+class WarningPrinter:
+    """Prints each warning once, as one line that does not break the progress bar."""
+
+    def __init__(self):
+        self.said = set()
+
+    def __call__(self, message, *rest, **more) -> None:
+        from tqdm import tqdm
+        if str(message) not in self.said:
+            self.said.add(str(message))
+            tqdm.write("warning: " + " ".join(str(message).split()), file=sys.stderr)
+
+
 def run(args: argparse.Namespace) -> None:
-    """Load, encode, sample, decode, save."""
-    import torch
-    from tqdm import tqdm
-
-    from pictures import read_picture, to_images
-    from pipeline import Pipeline, Subject, pick_device
-
-    outputs = plan_outputs(args)
+    """Check, load, encode, draw, save."""
+    check(args)
+    files, sheet = plan_files(args)
     places = bind_subjects(args.prompt, args.subject)
-    photos = [read_picture(file) for _, _, file in places]
-    moa = args.moa or (args.weights / "moa.safetensors")
-    if places and not args.prior_only and not moa.is_file():
-        raise ValueError(f"{moa} not found: --subject needs trained MoA weights (--moa FILE)")
-    pipeline = Pipeline.load(args.weights, moa if moa.is_file() else None,
-                             pick_device(args.device),
-                             {"fp32": torch.float32, "fp16": torch.float16,
-                              "bf16": torch.bfloat16}[args.dtype])
-    subjects = []
-    for (word, nth, file), photo in zip(places, photos, strict=True):
-        positions = pipeline.models.tokenize.word_positions(args.prompt, word)
-        if nth >= len(positions):
-            raise ValueError(f"the word {word!r} for {file} lies beyond the 77 tokens of the prompt")
-        subjects.append(Subject(positions[nth], pipeline.encode_subjects(photo[None])[0]))
-        warn_if_foreign(pipeline, subjects[-1].feature, file)
-    defaults = {"steps": 20, "guidance_scale": 5.0, **pipeline.models.config.get("sampling", {})}
-    steps = args.steps or defaults["steps"]
-    scale = defaults["guidance_scale"] if args.guidance_scale is None else args.guidance_scale
-    size = pipeline.models.config["image_size"]
-    size = (args.height or size, args.width or size)
-    seed = random.randrange(2 ** 32) if args.seed is None else args.seed
-    print(f"seed {seed}")
-    recorder = RoutingRecorder(pipeline) if args.save_routing else None
-    images = []
-    with tqdm(total=steps * -(-args.num // BATCH), unit="step", desc="sampling") as bar:
-        for first in range(0, args.num, BATCH):
-            seeds = range(seed + first, seed + min(first + BATCH, args.num))
-            images += to_images(pipeline.generate(
-                [args.prompt] * len(seeds), seeds, [subjects] * len(seeds), args.negative_prompt, size,
-                steps, scale, args.sampler, args.prior_only,
-                progress=recorder.step(bar) if recorder else lambda *_: bar.update()))
-    settings = {
-        "prompt": args.prompt, "negative_prompt": args.negative_prompt, "steps": steps,
-        "sampler": args.sampler, "guidance_scale": scale, "width": size[1], "height": size[0],
-        "weights": args.weights.resolve().name, "moa": moa.name if moa.is_file() else None,
-        "prior_only": args.prior_only, "dtype": args.dtype,
-        "subjects": [f"{word}={Path(file).name}" for word, _, file in places]}
-    save_all(images, outputs, settings, seed)
-    if recorder:
-        recorder.save(args.save_routing, images[0])
-        outputs.append(args.save_routing)
-    print("\n".join(str(path) for path in outputs))
+    keep_photos(places, [*files, sheet, args.save_routing])
+    from pictures import RoutingSheet, contact_sheet, read_picture, save_png, thumbnail, to_images
+    photos = [read_picture(place.file) for place in places]
+    pipeline, moa = load_pipeline(args)
+    fill_in(args, pipeline.models.config)
+    subjects = [make_subject(pipeline, args.prompt, place, photo)
+                for place, photo in zip(places, photos, strict=True) if not args.prior_only]
+    settings = describe(args, places, moa)
+    routing = RoutingSheet(args.steps) if args.save_routing else None
+    print(f"seed {args.seed}", flush=True)
+    small = []
+    for k, image in enumerate(draw(args, pipeline, subjects, routing)):
+        save_png(image, files[k], {**settings, "seed": args.seed + k})
+        print(files[k], flush=True)
+        small.append((thumbnail(image), f"seed {args.seed + k}"))
+    people = [(thumbnail(to_images(photo[None] * 2 - 1)[0]), name)
+              for photo, name in zip(photos, settings["subjects"], strict=True)]
+    if sheet:
+        save_png(contact_sheet(args.prompt, people, small), sheet, {**settings, "seed": args.seed})
+        print(sheet)
+    if routing:
+        save_png(routing.draw(small[0][0], people), args.save_routing, {**settings, "seed": args.seed})
+        print(args.save_routing)
 
 
-def plan_outputs(args: argparse.Namespace) -> list[Path]:
-    """The files to write: --output, or numbered files and a sheet in it. Tries the folder at once, so
-    that nobody waits for a picture that cannot be saved."""
-    for path in (args.output, args.save_routing):
-        if path is not None and path.suffix and path.suffix.lower() != ".png":
-            raise ValueError(f"{path}: pictures are saved as .png")
-    if args.save_routing is not None and args.save_routing.suffix.lower() != ".png":
-        raise ValueError(f"--save-routing {args.save_routing}: give a .png file")
-    many = args.num > 1 or not args.output.suffix
-    folder = args.output.with_suffix("") if many else args.output.parent
-    for place in {folder, args.save_routing.parent if args.save_routing else folder}:
-        place.mkdir(parents=True, exist_ok=True)
-        probe = place / ".moa-write-test"
-        probe.touch()
-        probe.unlink()
-    if not many:
-        if args.output.is_dir():
-            raise ValueError(f"--output {args.output} is a folder")
-        return [args.output]
-    sheet = [folder / "sheet.png"] if args.num > 1 else []
-    return [folder / f"{k:03d}.png" for k in range(args.num)] + sheet
+def check(args: argparse.Namespace) -> None:
+    """Raise ValueError for the first setting that cannot be drawn."""
+    for name, (low, high) in LIMITS.items():
+        value, flag = getattr(args, name), "--" + name.replace("_", "-")
+        if value is None:
+            continue
+        right = isinstance(value, (int, float) if name == "guidance_scale" else int)
+        if not right or not low <= value <= high:
+            raise ValueError(f"{flag} must be in {low}..{high}, not {value}")
+        if name in ("width", "height") and value % 8:
+            raise ValueError(f"{flag} must be a multiple of 8, not {value}: {value // 8 * 8} or "
+                             f"{value // 8 * 8 + 8}")
+    if not args.prompt.strip():
+        raise ValueError("--prompt is empty: say what to draw")
+    if args.prior_only and args.save_routing:
+        raise ValueError("--save-routing has nothing to show with --prior-only: leave one of them out")
 
 
-def bind_subjects(prompt: str, arguments: list[str]) -> list[tuple[str, int, str]]:
-    """Which word of the prompt each subject stands for: (word, its n-th occurrence, file).
+def plan_files(args: argparse.Namespace) -> tuple[list[Path], Path | None]:
+    """The pictures' files and, for several, their contact sheet's. Tries now whether they can be
+    written, so that nobody waits for a picture that cannot be saved."""
+    output, sheet = args.output, None
+    for flag, path in (("--output", output), ("--save-routing", args.save_routing)):
+        if path and path.suffix.lower() not in ("", ".png") and not path.is_dir():
+            raise ValueError(f"{flag} {path}: pictures are saved as .png, give a name that ends so")
+    if args.num == 1 and output.suffix and not output.is_dir():
+        files = [output]
+    else:
+        folder = output if output.is_dir() else output.with_suffix("")
+        files = [folder / f"{k:03d}.png" for k in range(args.num)]
+        sheet = folder / "sheet.png" if args.num > 1 else None
+    check_writable("--output", files[0])
+    if args.save_routing:
+        if not args.save_routing.suffix:
+            raise ValueError(f"--save-routing {args.save_routing} must be a file whose name ends in .png")
+        if args.save_routing.resolve() in [path.resolve() for path in (*files, sheet or files[0])]:
+            raise ValueError(f"--save-routing {args.save_routing} is --output's file: give another name")
+        check_writable("--save-routing", args.save_routing)
+    return files, sheet
+
+
+def check_writable(flag: str, path: Path) -> None:
+    """Raise ValueError unless `path` can be created or replaced. Leaves nothing behind."""
+    if path.is_dir():
+        raise ValueError(f"{flag} {path} is a folder, give another name")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"{flag} {path} cannot be written, {folder}: {error.strerror}. "
+                         "Give another place") from error
+
+
+class Place(NamedTuple):
+    """Where a subject stands in the prompt."""
+
+    word: str
+    end: int  # index of the character behind the word
+    file: str
+
+
+def bind_subjects(prompt: str, arguments: list[str]) -> list[Place]:
+    """Which word of the prompt each subject stands for.
 
     WORD=FILE takes the next free occurrence of WORD; a bare FILE the next free word for a person.
+    Raises ValueError when there is none.
     """
-    def occurrences(words) -> list[tuple[str, int]]:
-        pattern = rf"(?<!\w)(?:{'|'.join(map(re.escape, words))})(?!\w)"
-        found = [match[0].lower() for match in re.finditer(pattern, prompt, re.IGNORECASE)]
-        return [(word, found[:i].count(word)) for i, word in enumerate(found)]
-
-    parsed = []
-    for argument in arguments:
-        word, equals, file = argument.partition("=")
-        named = bool(equals) and not Path(argument).exists()
-        parsed.append((word.strip().lower(), file) if named else (None, argument))
-    taken, bound = set(), {}
+    parsed = [split_subject(argument) for argument in arguments]
+    bound: dict[int, Place] = {}
     for i, (word, file) in sorted(enumerate(parsed), key=lambda item: item[1][0] is None):
-        if word == "":
-            raise ValueError(f"--subject {arguments[i]}: the word before = is empty")
-        free = [place for place in occurrences([word] if word else PEOPLE) if place not in taken]
+        taken = {place.end for place in bound.values()}
+        free = [match for match in find_words(prompt, [word] if word else PEOPLE) if match.end() not in taken]
         if not free:
-            raise ValueError(no_place(prompt, word, file, occurrences(PEOPLE)))
-        taken.add(free[0])
-        bound[i] = (*free[0], file)
+            raise ValueError(no_place(prompt, word, file))
+        bound[i] = Place(free[0][0].lower(), free[0].end(), file)
     return [bound[i] for i in range(len(parsed))]
 
 
-def no_place(prompt: str, word: str | None, file: str, people: list) -> str:
+def split_subject(argument: str) -> tuple[str | None, str]:
+    """[WORD=]FILE -> word or None, file. A path that has an = itself is told by its / or by existing."""
+    word, equals, file = argument.partition("=")
+    if not equals or "/" in word or Path(argument).exists():
+        return None, argument
+    if not word.strip():
+        raise ValueError(f"--subject {argument}: the word before = is empty")
+    return word.strip().lower(), file
+
+
+def find_words(prompt: str, words) -> list[re.Match]:
+    """The whole words of a prompt that are among `words`, in order."""
+    pattern = rf"(?<!\w)(?:{'|'.join(map(re.escape, words))})(?!\w)"
+    return list(re.finditer(pattern, prompt, re.IGNORECASE))
+
+
+def no_place(prompt: str, word: str | None, file: str) -> str:
     """Why a subject has no word, and what to do."""
+    if word and find_words(prompt, [word]):
+        return f"--subject {word}={file}: every {word!r} in the prompt has a subject already: {prompt!r}"
     if word:
-        return f"--subject {word}={file}: the prompt has no (further) word {word!r}: {prompt!r}"
-    if people:
-        return f"--subject {file}: all words for people in the prompt are taken: {prompt!r}"
-    return (f"--subject {file}: the prompt names nobody it could stand for: {prompt!r}. Write one of "
-            f"{', '.join(PEOPLE[:6])}, or WORD={file} with a word of the prompt")
+        return f"--subject {word}={file}: there is no {word!r} in the prompt: {prompt!r}"
+    if find_words(prompt, PEOPLE):
+        return (f"--subject {file}: more subjects than words for people in the prompt: {prompt!r}. "
+                f"Add a word, or say WORD={file}")
+    return (f"--subject {file}: nobody in the prompt to stand for: {prompt!r}. Write one of "
+            f"{', '.join(PEOPLE[:6])}, ..., or say WORD={file} with a word of the prompt")
+
+
+def keep_photos(places: list[Place], outputs: list[Path | None]) -> None:
+    """Raise ValueError if an output would replace a subject's photo."""
+    photos = {Path(place.file).resolve() for place in places}
+    for output in outputs:
+        if output and output.resolve() in photos:
+            raise ValueError(f"{output} is a subject's photo and would be replaced: give another --output")
+
+
+def load_pipeline(args: argparse.Namespace):
+    """The models, and the MoA file that they were given or None. Raises ValueError."""
+    import torch
+
+    from models import WeightsError
+    from pipeline import Pipeline, pick_device
+    moa = args.moa or args.weights / "moa.safetensors"
+    device = pick_device(args.device)
+    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.dtype]
+    if args.moa and not moa.is_file():
+        raise ValueError(f"--moa {moa} is not a file: give one that train.py moa has written")
+    if args.prior_only or not moa.is_file():
+        moa = None
+    try:
+        pipeline = Pipeline.load(args.weights, moa, device, dtype)
+    except WeightsError as error:
+        raise ValueError(error) from error
+    if not args.prior_only and moa is None and (args.subject or args.save_routing):
+        raise ValueError(f"--weights {args.weights} has no moa.safetensors, which --subject and "
+                         "--save-routing need: give --moa FILE, or --prior-only to draw without subjects")
+    if moa and args.subject and pipeline.models.image_encoder is None:
+        raise ValueError(f"--weights {args.weights} has no image_encoder.safetensors, which --subject needs")
+    return pipeline, moa
+
+
+def fill_in(args: argparse.Namespace, config: dict) -> None:
+    """Take what the flags leave open from config.json, and a random seed."""
+    sampling = config.get("sampling")
+    sampling = sampling if isinstance(sampling, dict) else {}
+    defaults = {"steps": sampling.get("steps", 20), "guidance_scale": sampling.get("guidance_scale", 5.0),
+                "width": config.get("image_size", 512), "height": config.get("image_size", 512),
+                "seed": random.randrange(2 ** 32)}
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    check(args)
+
+
+def make_subject(pipeline, prompt: str, place: Place, photo):
+    """Encode a photo and find the token that it is fused into. Raises ValueError if it has none."""
+    from pipeline import Subject
+    word, end, file = place
+    tokenize = pipeline.models.tokenize
+    if tokenize.unknown_words(word):
+        known = [person for person in PEOPLE if not tokenize.unknown_words(person)]
+        raise ValueError(f"--subject {file}: these weights do not know the word {word!r}; the people they "
+                         f"know: {', '.join(known)}")
+    before = tokenize.encode(prompt[:end])
+    if len(before) > tokenize.length - 2 or before[-1:] != tokenize.encode(word)[-1:]:
+        raise ValueError(f"--subject {file}: its word {word!r} lies beyond the {tokenize.length} tokens of "
+                         "the prompt: make the prompt shorter")
+    feature = pipeline.encode_subjects(photo[None])[0]
+    warn_if_foreign(pipeline, feature, file)
+    return Subject(len(before), feature)
 
 
 def warn_if_foreign(pipeline, feature, file: str) -> None:
-    """The shipped cartoon weights say so when a subject looks like nobody of their world."""
+    """The shipped cartoon weights say so when a subject looks like nobody of their world: when its
+    feature's mean squared deviation, in units of the world's spread, is above a limit."""
+    import torch
     world = pipeline.models.config.get("subjects")
     if world is None:
         return
-    import torch
-    mean, std = torch.tensor(world["mean"]), torch.tensor(world["std"])
-    distance = ((feature.float().cpu() - mean) / std).square().mean()
-    if distance > world["limit"]:
-        warnings.warn(f"{file} looks like nobody of the small cartoon world that these weights know; "
-                      "the picture will not resemble it. For photos use Stable Diffusion 1.5's weights")
+    try:
+        mean, std, limit = torch.tensor(world["mean"]), torch.tensor(world["std"]), float(world["limit"])
+        distance = ((feature.float().cpu() - mean) / std).square().mean()
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"config.json: \"subjects\" needs mean, std and limit: {error}") from error
+    if distance > limit:
+        warnings.warn(f"{file} looks like nobody of the small cartoon world that these weights know: the "
+                      "picture will not resemble it. For photos use Stable Diffusion 1.5's weights",
+                      stacklevel=2)
 
 
-class RoutingRecorder:
-    """The weight of the personalized expert in every layer at every step, for the first picture."""
+def draw(args: argparse.Namespace, pipeline, subjects: list, sheet) -> Iterator:
+    """Yield the pictures, drawn in batches; `sheet` takes the routers' maps of the first, unless None."""
+    from tqdm import tqdm
 
-    def __init__(self, pipeline):
-        from moa import record_routing
-        if pipeline.prompt is None:
-            raise ValueError("--save-routing needs MoA weights (--moa FILE)")
-        self.context = record_routing(pipeline.models.unet)
-        self.routing = self.context.__enter__()
-        self.steps = []
-
-    def step(self, bar):
-        """A progress callback that keeps the maps of the step that just ended."""
-        def keep(step, steps, t, x0):
-            bar.update()
-            # The guided half comes last; its first picture is number -B.
-            maps = {key: 1 - r[-len(x0), :, 0].float().cpu() for key, r in self.routing.items()}
-            self.steps.append((t, maps, x0.shape[-2:]))
-            self.routing.clear()
-        return keep
-
-    def save(self, path: Path, picture) -> None:
-        """Rows: layers, self- before cross-attention; columns: steps. Black is the prior."""
-        self.context.__exit__(None, None, None)
-        from pictures import routing_sheet
-        routing_sheet(self.steps, picture).save(path)
+    from moa import record_routing
+    from pictures import to_images
+    size = min(BATCH, max(1, BATCH_PIXELS // (args.width * args.height)))
+    seeds = range(args.seed, args.seed + args.num)
+    batches = [seeds[k:k + size] for k in range(0, args.num, size)]
+    with (record_routing(pipeline.models.unet) if sheet else nullcontext({}) as routing,
+          tqdm(total=args.steps * len(batches), desc="sampling", unit="step", disable=None) as bar):
+        for batch in batches:
+            def progress(step, steps, t, x0, first=batch is batches[0]):
+                bar.update()
+                if sheet and first:
+                    sheet.add(step, t, routing, x0)
+                routing.clear()
+            yield from to_images(pipeline.generate(
+                [args.prompt] * len(batch), batch, [subjects] * len(batch),
+                args.negative_prompt, (args.height, args.width), args.steps, args.guidance_scale,
+                args.sampler, progress=progress))
 
 
-def save_all(images: list, outputs: list[Path], settings: dict, seed: int) -> None:
-    """Write the pictures with their metadata and, for several, a contact sheet."""
-    from pictures import contact_sheet, parameters_text, save_png
-    for k, image in enumerate(images):
-        own = {**settings, "seed": seed + k}
-        save_png(image, outputs[k], parameters_text(own), own)
-    if len(outputs) > len(images):
-        columns = min(len(images), 8)
-        save_png(contact_sheet(images, columns), outputs[-1],
-                 parameters_text({**settings, "seed": seed}), {**settings, "seed": seed})
+def describe(args: argparse.Namespace, places: list[Place], moa: Path | None) -> dict:
+    """The settings that go into the pictures' metadata: names of files, never where they lie."""
+    kept = ("prompt", "negative_prompt", "steps", "sampler", "guidance_scale", "width", "height",
+            "prior_only", "dtype")
+    return {**{name: getattr(args, name) for name in kept},
+            "weights": args.weights.resolve().name, "moa": moa.name if moa else None,
+            "subjects": [f"{place.word}={Path(place.file).name}" for place in places]}
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from data import toyworld
 from data.dataset import MAX_SUBJECTS, Cache, batch_indices, render_cache
+from data.fastcomposer import folder_cache
 from data.judge import Judge
 from moa import (ExpertContext, MultimodalPrompt, PromptConfig, add_moa, record_routing,
                  record_subject_attention, save_moa)
@@ -21,7 +22,8 @@ from moa.loss import masked_loss, mean_routing, object_loss, router_loss
 from models import load_models
 from models.clip_image import CLIPImageConfig, CLIPImageEncoder
 from models.clip_text import BOS, EOS, CLIPTextConfig, CLIPTextEncoder, Tokenizer
-from models.load import Models, carry_over, load_part, read_config, save_part, save_tensors, write_json
+from models.load import (Models, carry_over, load_part, read_config, save_part, save_tensors, write_json,
+                         write_whole)
 from models.open_clip_import import open_clip
 from models.unet import UNet, UNetConfig
 from models.vae import AutoencoderKL, VAEConfig
@@ -64,7 +66,7 @@ TOYWORLD = {
     "prior": TrainConfig(steps=6000, batch_size=32, lr=1e-3, ema=0.998),
     "moa": TrainConfig(steps=4000, batch_size=32, lr=1e-3, ema=0.998, max_timestep=800,
                        lambda_router=2e-5, lambda_object=3e-3),
-    "judge": TrainConfig(steps=3000, batch_size=32, lr=1e-3, ema=0.998),
+    "judge": TrainConfig(steps=4500, batch_size=32, lr=2e-3, ema=0.998, bf16=True),
 }
 # Table 1 of the paper, and FastComposer's values where it is silent.
 SD15 = {
@@ -128,11 +130,16 @@ class Stage:
     """`module` holds what is trained; `loss(step)` is a pure function of it and the step."""
 
     module: nn.Module
+    reads: tuple[str, ...] = ("data",)  # which of --weights and --data the stage can use
+    size = toyworld.SIZE  # of its pictures, in pixels
 
     def __init__(self, config: TrainConfig, seed: int, device: torch.device,
                  weights: Path | None, data: Path | None):
         self.config, self.seed, self.device = config, seed, device
         self.weights, self.data = weights, data
+        for name in ("weights", "data"):
+            if getattr(self, name) is not None and name not in self.reads:
+                raise StageError(f"this stage cannot use --{name}: leave it out")
         torch.manual_seed(seed)  # initial weights
         self.setup()
         self.module.to(device)
@@ -140,6 +147,12 @@ class Stage:
     def setup(self) -> None:
         """Build `module` and the data."""
         raise NotImplementedError
+
+    def training_scenes(self) -> Cache:
+        """The scenes of the folder --data, else rendered ones."""
+        if self.data is not None:
+            return folder_cache(self.data, self.config.samples, self.size)
+        return render_cache("scenes", self.config.samples)
 
     def indices(self, step: int, count: int) -> np.ndarray:
         return batch_indices(self.seed, step, self.config.batch_size, count)
@@ -162,7 +175,7 @@ class VAEStage(Stage):
 
     def setup(self) -> None:
         self.module = AutoencoderKL(SMALL["vae"]).to(memory_format=torch.channels_last)
-        self.scenes = render_cache("scenes", self.config.samples)
+        self.scenes = self.training_scenes()
         self.test = render_cache("scenes", 512, "test")
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -199,7 +212,7 @@ class VAEStage(Stage):
         """Latents get mean 0 and spread 1 per channel, so that SD's scale factor fits them."""
         images = np.array(self.scenes.images[:2048])
         means = torch.cat([self.module.posterior(to_picture(batch).to(self.device))[0]
-                           for batch in np.array_split(images, 64)])
+                           for batch in np.array_split(images, max(1, len(images) // 32))])
         channels = rearrange(means, "b c h w -> c (b h w)")
         self.module.normalize_latents(channels.mean(1), channels.std(1))
         save_part(self.module, folder, "vae")
@@ -207,9 +220,15 @@ class VAEStage(Stage):
 
 class CLIPStage(Stage):
     """Text and image encoder, contrastively: half scenes with captions, half portraits with full
-    descriptions, the latter in pairs that differ in one attribute."""
+    descriptions, the latter in pairs that differ in one attribute. Models of --weights are kept."""
+
+    reads = ("weights",)
 
     def setup(self) -> None:
+        if self.weights is not None:
+            read_config(self.weights)
+        if self.config.batch_size < 4 or self.config.samples < 2:
+            raise StageError("clip compares pairs: it needs --batch-size 4 and --samples 2 at least")
         text, image = small_text_config(), SMALL["image_encoder"]
         self.module = nn.ModuleDict({
             "text_encoder": CLIPTextEncoder(text), "image_encoder": CLIPImageEncoder(image),
@@ -260,7 +279,8 @@ class CLIPStage(Stage):
         """How much of a person the image features hold: a linear read-out of held-out portraits."""
         train = torch.cat([self.features(self.portraits.images[i:i + 200]) for i in range(0, 4000, 200)
                            if i < len(self.portraits)]).cpu()
-        test = torch.cat([self.features(self.test.images[i:i + 200]) for i in range(0, 2000, 200)]).cpu()
+        test = torch.cat([self.features(self.test.images[i:i + 200])
+                          for i in range(0, len(self.test), 200)]).cpu()
         labels, truth = (torch.as_tensor(c.labels("attributes")[:, 0]) for c in (self.portraits, self.test))
         scores = {}
         for a, (name, classes) in enumerate(toyworld.ATTRIBUTES.items()):
@@ -275,6 +295,8 @@ class CLIPStage(Stage):
               + ", ".join(f"{k} {v:.2f}" for k, v in scores.items()))
 
     def export(self, folder: Path) -> None:
+        if self.weights is not None:
+            carry_over(self.weights, folder)
         for part in ("text_encoder", "image_encoder"):
             save_part(self.module[part], folder, part)
 
@@ -299,8 +321,14 @@ def map_images(images: np.ndarray, function, path: Path) -> np.ndarray:
     if not path.exists():
         batches = [function(to_picture(images[i:i + 64])).half().cpu().numpy()
                    for i in tqdm(range(0, len(images), 64), path.stem, leave=False)]
-        np.save(path, np.concatenate(batches))
+        write_whole(path, lambda temporary: save_array(np.concatenate(batches), temporary))
     return np.load(path, mmap_mode="r")
+
+
+def save_array(array: np.ndarray, path: Path) -> None:
+    """`np.save`, which would add .npy to a name without it."""
+    with open(path, "wb") as file:
+        np.save(file, array)
 
 
 def encode_latents(cache: Cache, vae: AutoencoderKL, device: torch.device) -> Tensor:
@@ -328,6 +356,8 @@ def fingerprint(module: nn.Module) -> str:
 class PriorStage(Stage):
     """The base model: noise prediction on the small world's scenes, text encoder and VAE frozen."""
 
+    reads = ("weights", "data")
+
     def setup(self) -> None:
         if self.weights is None:
             raise StageError("the prior needs --weights FOLDER with a VAE and a text encoder")
@@ -347,7 +377,7 @@ class PriorStage(Stage):
                 nn.init.zeros_(module.bias)
 
     def load_scenes(self) -> None:
-        self.scenes = render_cache("scenes", self.config.samples)
+        self.scenes = self.training_scenes()
         self.latents = encode_latents(self.scenes, self.vae, self.device)
         self.tokens = tokenize_all(self.tokenize, self.scenes.captions)
         self.null = self.tokenize([""])
@@ -400,6 +430,7 @@ class MoAStage(PriorStage):
             raise StageError(f"{self.weights} has no image encoder")
         self.unet, self.vae, self.text_encoder = models.unet, models.vae, models.text_encoder
         self.image_encoder, self.tokenize = models.image_encoder, models.tokenize
+        self.size = models.config.get("image_size", self.size)
         add_moa(self.unet.to(memory_format=torch.channels_last))
         text_dim, image_dim = self.text_encoder.cfg.dim, self.image_encoder.cfg.output_dim
         layers = len(list(self.unet.transformer_blocks()))
@@ -411,13 +442,15 @@ class MoAStage(PriorStage):
         self.positions, self.present = self.subject_positions(self.scenes)
 
     def subject_positions(self, scenes: Cache) -> tuple[Tensor, Tensor]:
-        """Token index of each subject's noun (N, P) int64, and whether there is one (N, P) bool."""
+        """Token index of each subject's noun (N, P) int64, and whether there is one (N, P) bool.
+        A noun behind the last token that fits is not there."""
         positions = torch.zeros(len(scenes), MAX_SUBJECTS, dtype=torch.int64)
         present = torch.zeros(len(scenes), MAX_SUBJECTS, dtype=torch.bool)
         for i, sample in enumerate(scenes.samples):
             for s, end in enumerate(sample["ends"]):
-                positions[i, s] = len(self.tokenize.encode(sample["caption"][:end]))
-                present[i, s] = True
+                position = len(self.tokenize.encode(sample["caption"][:end]))
+                if position < self.tokenize.length - 1:  # the last is the end of the text
+                    positions[i, s], present[i, s] = position, True
         return positions, present
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -491,8 +524,10 @@ class JudgeStage(Stage):
 
     def setup(self) -> None:
         self.module = Judge().to(memory_format=torch.channels_last)
-        self.scenes = render_cache("scenes", self.config.samples)
+        self.scenes = self.training_scenes()
         self.test = render_cache("scenes", 2000, "test")
+        if not all(sample["labels"] for sample in self.scenes.samples):
+            raise StageError(f"{self.data} has no labels for a judge: only the small world writes them")
         self.labels = {id(c): {name: torch.as_tensor(c.labels(name))
                                for name in ("activity", "context", "style", "attributes")}
                        for c in (self.scenes, self.test)}
@@ -528,7 +563,7 @@ class JudgeStage(Stage):
         """Accuracies on held-out renders, as JSON."""
         hits: dict[str, list[Tensor]] = {}
         for start in range(0, len(self.test), 100):
-            image, masks, labels = self.batch(self.test, np.arange(start, start + 100))
+            image, masks, labels = self.batch(self.test, np.arange(len(self.test))[start:start + 100])
             verdict = self.module(image)
             for name in ("activity", "context", "style"):
                 hits.setdefault(name, []).append(getattr(verdict, name).argmax(1) == labels[name])

@@ -1,19 +1,23 @@
 """Train one stage and write its weights.
 
     python train.py vae   --output runs/vae
-    python train.py clip  --output runs/clip
-    python train.py prior --output runs/prior --weights runs/base
-    python train.py moa   --output runs/moa --weights weights/toyworld
+    python train.py clip  --output runs/clip  --weights runs/vae
+    python train.py prior --output runs/prior --weights runs/clip
+    python train.py moa   --output runs/moa   --weights runs/prior
     python train.py judge --output runs/judge
 
 A run is a pure function of its seed: stop it at any moment and `--resume` goes on to the same
-weights. The output folder holds config.json, metrics.jsonl, checkpoints/, samples/ and the weights.
+weights. The output folder holds config.json, metrics.jsonl, checkpoints/, samples/ and the weights,
+those of --weights too, so each run's folder is the next one's --weights.
+
+Exit status: 0 trained, 2 an error (one line on stderr), 130 or 143 stopped by SIGINT or SIGTERM.
 """
 import argparse
 import json
 import signal
 import subprocess
 import sys
+import zlib
 from dataclasses import asdict
 from pathlib import Path
 
@@ -26,7 +30,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--preset", default="toyworld", choices=["toyworld", "sd15"],
                         help="sizes and hyperparameters (default toyworld)")
     parser.add_argument("--weights", type=Path,
-                        help="folder with the models that the stage builds on (prior, moa)")
+                        help="folder with the models that the stage builds on (clip, prior, moa)")
     parser.add_argument("--data", type=Path,
                         help="dataset in FastComposer's layout (default: the small world, rendered)")
     parser.add_argument("--samples", type=int, help="how many samples to render or read")
@@ -55,33 +59,42 @@ def git_describe() -> str:
 
 
 class StopRequested(Exception):
-    """SIGTERM or SIGINT arrived."""
+    """A signal arrived; the arguments are its number and what to tell."""
 
 
 def main() -> None:
     args = parse_args()
+    from data.fastcomposer import read_ids
     from models import WeightsError
     from pipeline import pick_device
     from stages import STAGES, StageError, make_config
     try:
+        if args.data is not None:
+            count = len(read_ids(args.data, "train"))
+            args.samples = min(args.samples or count, count)
         config = make_config(args.preset, args.stage, steps=args.steps, batch_size=args.batch_size,
                              samples=args.samples)
         prepare_output(args)
         stage = STAGES[args.stage](config, args.seed, pick_device(args.device), args.weights, args.data)
         train(stage, args)
     except (StageError, WeightsError, OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
-    except StopRequested as stop:
-        sys.exit(f"stopped: {stop}")
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+    except (StopRequested, KeyboardInterrupt) as stop:
+        number, message = stop.args or (signal.SIGINT, "before the first step")
+        print("stopped:", message, file=sys.stderr)
+        sys.exit(128 + number)
 
 
 def prepare_output(args: argparse.Namespace) -> None:
-    """Make the run's folder. An older run in it is only ever continued."""
+    """Make the run's folder. An older run in it is only ever continued, weights are left alone."""
     checkpoint = args.output / "checkpoints" / "last.pt"
     if args.resume and not checkpoint.exists():
         raise ValueError(f"--resume: there is no {checkpoint}")
     if not args.resume and checkpoint.exists():
         raise ValueError(f"{args.output} holds a run already: give --resume or another --output")
+    if not args.resume and any(args.output.glob("*.safetensors")):
+        raise ValueError(f"{args.output} holds weights already: give another --output")
     for name in ("checkpoints", "samples"):
         (args.output / name).mkdir(parents=True, exist_ok=True)
 
@@ -91,30 +104,31 @@ def train(stage, args: argparse.Namespace) -> None:
     import torch
     from tqdm import tqdm
 
-    from models.load import write_json
+    from models.load import read_config, write_json
 
     config, device = stage.config, stage.device
     settings = {"stage": args.stage, "preset": args.preset, "seed": args.seed, "code": git_describe(),
+                "weights": args.weights and str(args.weights), "data": args.data and str(args.data),
                 "torch": torch.__version__, "device": str(device), **asdict(config)}
-    write_json({"training": settings}, args.output / "config.json")
-    print(json.dumps(settings))
     parameters = [p for p in stage.module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=config.betas,
                                   weight_decay=config.weight_decay, fused=True)
     average = [p.detach().clone() for p in parameters] if config.ema else parameters
-    first = 0
-    if args.resume:
-        first = load_checkpoint(args.output / "checkpoints" / "last.pt", args, parameters, average, optimizer)
-
-    def save(step: int) -> None:
-        save_checkpoint(args.output / "checkpoints" / "last.pt", args, step, parameters, average, optimizer)
+    first, written, run = 0, {}, run_identity(args, config)
+    checkpoint, log_path = args.output / "checkpoints" / "last.pt", args.output / "metrics.jsonl"
+    if args.resume:  # before anything is written
+        first = load_checkpoint(checkpoint, run, parameters, average, optimizer)
+        written = read_config(args.output)
+    write_json({**written, "training": settings}, args.output / "config.json")
+    print(json.dumps(settings))
+    cut_metrics(log_path, first)
 
     stop = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda received, frame: stop.append(received))
     metrics = {}
     progress = tqdm(range(first, config.steps), args.stage, config.steps, initial=first, unit="step")
-    with open(args.output / "metrics.jsonl", "a", encoding="utf-8") as log:
+    with progress, open(log_path, "a", encoding="utf-8") as log:
         for step in progress:
             for group in optimizer.param_groups:
                 group["lr"] = config.lr * learning_rate_factor(step, config)
@@ -140,9 +154,10 @@ def train(stage, args: argparse.Namespace) -> None:
                 log.flush()
                 progress.set_postfix({k: f"{v:.4g}" for k, v in metrics.items() if k in ("loss", *parts)})
             if stop or done == config.steps or done % args.checkpoint_every == 0:
-                save(done)
+                save_checkpoint(checkpoint, run, done, parameters, average, optimizer)
                 if stop:
-                    raise StopRequested(f"step {done} is saved in {args.output}; go on with --resume")
+                    message = f"step {done} is saved in {args.output}; go on with --resume"
+                    raise StopRequested(stop[0], message)
                 with averaged(parameters, average):
                     stage.sheet(args.output / "samples" / f"{done:06d}.png")
     with averaged(parameters, average):
@@ -174,27 +189,48 @@ class averaged:
         self.swap()
 
 
-def run_identity(args: argparse.Namespace) -> dict:
-    """What has to be equal for a run to be the same run."""
-    return {"stage": args.stage, "preset": args.preset, "seed": args.seed}
+def cut_metrics(path: Path, step: int) -> None:
+    """Drop what was logged after `step`: a resumed run logs it again."""
+    from models.load import write_whole
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    write_whole(path, lambda temporary: temporary.write_text("".join(kept), encoding="utf-8"))
 
 
-def save_checkpoint(path: Path, args, step: int, parameters, average, optimizer) -> None:
+def run_identity(args: argparse.Namespace, config) -> dict:
+    """What has to be equal for a run to be the same run; for the weights, a checksum of their bytes."""
+    from models.load import PARTS
+    checksum = 0
+    for path in (args.weights / f"{part}.safetensors" for part in PARTS if args.weights):
+        if path.exists():
+            checksum = zlib.crc32(path.read_bytes(), checksum)
+    return {"stage": args.stage, "preset": args.preset, "seed": args.seed, "steps": config.steps,
+            "batch_size": config.batch_size, "samples": config.samples, "weights": checksum,
+            "data": args.data and str(args.data.resolve())}
+
+
+def save_checkpoint(path: Path, run: dict, step: int, parameters, average, optimizer) -> None:
     """Everything a run needs to go on. There is no random state: noise is a function of the step."""
     import torch
 
     from models.load import write_whole
-    state = {"run": run_identity(args), "step": step, "parameters": [p.detach() for p in parameters],
+    state = {"run": run, "step": step, "parameters": [p.detach() for p in parameters],
              "average": [a.detach() for a in average], "optimizer": optimizer.state_dict()}
     write_whole(path, lambda temporary: torch.save(state, temporary))
 
 
-def load_checkpoint(path: Path, args, parameters, average, optimizer) -> int:
-    """Restore a run in place; returns its step. Raises ValueError when it is another run's."""
+def load_checkpoint(path: Path, run: dict, parameters, average, optimizer) -> int:
+    """Restore a run in place; returns its step. Raises ValueError when it is broken or another run's."""
     import torch
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    if state["run"] != run_identity(args):
-        raise ValueError(f"{path} is of the run {state['run']}, not of {run_identity(args)}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        different = [f"{k} {v}, not {run[k]}" for k, v in state["run"].items() if v != run[k]]
+        if [v.shape for v in state["parameters"]] != [p.shape for p in parameters]:
+            different.append("a model of other sizes")
+    except Exception as error:  # a broken file raises whatever its bytes lead to
+        raise ValueError(f"{path} is not a checkpoint that can be read: {str(error)[:100]}") from error
+    if different:
+        raise ValueError(f"{path} is of another run: {', '.join(different)}")
     with torch.no_grad():
         for p, value in zip(parameters, state["parameters"], strict=True):
             p.copy_(value)

@@ -46,15 +46,15 @@ class Judge(nn.Module):
     def __init__(self):
         super().__init__()
         self.stem = nn.Conv2d(3, 32, 4, stride=4)  # 128 px -> 32 x 32
-        self.fine = nn.Sequential(Block(32, 64, 1), Block(64, 64, 1))
-        self.middle = Block(64, 96, 2)
+        self.fine = Block(32, 48, 1)
+        self.middle = Block(48, 96, 2)
         self.coarse = nn.Sequential(Block(96, 128, 2), Block(128, 128, 1))
-        self.coarse_to_fine = nn.Conv2d(128, 64, 1)
-        self.middle_to_fine = nn.Conv2d(96, 64, 1)
-        self.merge = Block(64, 64, 1)
-        self.people = nn.Conv2d(64, 1 + MAX_SUBJECTS, 1)
+        self.coarse_to_fine = nn.Conv2d(128, 48, 1)
+        self.middle_to_fine = nn.Conv2d(96, 48, 1)
+        self.merge = Block(48, 48, 1)
+        self.people = nn.Conv2d(48, 1 + MAX_SUBJECTS, 1)
         # Features at three heights of a person: hair, shirt and trousers can share a colour.
-        self.person = nn.Sequential(nn.Linear(3 * 64 + 128, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU())
+        self.person = nn.Sequential(nn.Linear(3 * 48 + 128, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU())
         self.attributes = nn.ModuleDict(
             {name: nn.Linear(256, len(classes)) for name, classes in toyworld.ATTRIBUTES.items()})
         self.scene = nn.Sequential(nn.Linear(2 * 128, 256), nn.ReLU())

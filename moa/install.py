@@ -104,7 +104,7 @@ def force_routing(unet: nn.Module, prior: float | Tensor) -> Iterator[None]:
     values = torch.as_tensor(prior)
     if not bool(((values >= 0) & (values <= 1)).all()):
         raise ValueError(f"the prior's weight must be in [0, 1], not {prior}")
-    forced = prior if isinstance(prior, Tensor) else float(prior)
+    forced = values if values.ndim else float(values)
     routers = [moa.router for _, _, moa in moa_layers(unet)]
     before = [router.forced for router in routers]
     for router in routers:
@@ -145,10 +145,14 @@ def load_moa(unet: nn.Module, path: str | Path) -> MultimodalPrompt:
     Raises ValueError when the file is none of `save_moa` or does not fit this UNet.
     """
     config, state = read_moa(path)
-    if not isinstance(next(unet.transformer_blocks()).attn1, MixtureOfAttention):
-        add_moa(unet, config["router_hidden"])
     weight = next(unet.parameters())
-    prompt = MultimodalPrompt(PromptConfig(**config["prompt"])).to(weight.device, weight.dtype)
+    try:
+        prompt = MultimodalPrompt(PromptConfig(**config["prompt"])).to(weight.device, weight.dtype)
+        if not isinstance(next(unet.transformer_blocks()).attn1, MixtureOfAttention):
+            add_moa(unet, config["router_hidden"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{path} is not a MoA file: its config cannot be used: {error}") from error
+    prompt.encoding.float()
     expected = trainable_state(unet) | {f"prompt.{k}": v for k, v in prompt.state_dict().items()}
     wrong = sorted(expected.keys() ^ state.keys())
     wrong += [k for k in sorted(expected.keys() & state.keys()) if expected[k].shape != state[k].shape]
@@ -167,7 +171,7 @@ def read_moa(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
         with safe_open(path, "pt") as file:
             config = json.loads((file.metadata() or {}).get("moa", "null"))
             state = {key: file.get_tensor(key) for key in file.keys()}
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, RecursionError) as error:
         raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path} is not a MoA file: its metadata holds no MoA config")

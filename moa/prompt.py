@@ -68,7 +68,8 @@ class MultimodalPrompt(nn.Module):
         words = text.gather(1, index)  # (B, S, C)
         m = self.norm_m(torch.cat([features, words], dim=-1))
         layers = torch.arange(self.cfg.layers, device=text.device)
-        pe = self.norm_pe(self.encoding(t, layers))  # (L, B, C + F)
+        pe = self.encoding(t, layers).to(self.norm_pe.weight.dtype)  # angles keep full precision
+        pe = self.norm_pe(pe)  # (L, B, C + F)
         change = self.mlp(m[None] + rearrange(pe, "l b c -> l b 1 c"))  # (L, B, S, C), Eq. 8
         change = change * present[None, :, :, None]
         tokens = text.expand(self.cfg.layers, *text.shape)

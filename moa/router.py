@@ -41,7 +41,7 @@ class Router(nn.Module):
 
 def grid(pixels: int, aspect: float = 1.0) -> tuple[int, int]:
     """Height and width of a feature map of `pixels` pixels whose height / width is about `aspect`."""
-    height = round((pixels * aspect) ** 0.5)
+    height = max(1, round((pixels * aspect) ** 0.5))
     while pixels % height:  # odd sizes are rounded up on the way down: take the nearest divisor
         height -= 1
     return height, pixels // height

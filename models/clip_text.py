@@ -15,6 +15,7 @@ from torch import Tensor
 from models.open_clip_import import open_clip
 
 BOS, EOS = 49406, 49407  # start of text; end of text, which is also Stable Diffusion's padding
+MAX_CHARACTERS = 4000  # far more than 77 tokens; byte-pair encoding one long word takes quadratic time
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,13 @@ class CLIPTextConfig:
     # Token ids that have a row in the embedding, ascending; empty when all have one. A small world
     # needs a hundred words of CLIP's 49,408.
     kept_tokens: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        if self.dim % self.heads:
+            raise ValueError(f"width {self.dim} is not divisible by {self.heads} heads")
+        kept = self.kept_tokens
+        if kept and not (list(kept) == sorted(set(kept)) and {BOS, EOS} <= set(kept)):
+            raise ValueError("kept_tokens must be ascending and include the start and end tokens")
 
     @property
     def rows(self) -> int:
@@ -128,6 +136,11 @@ class CLIPTextEncoder(nn.Module):
         return self.text_model(tokens, skip)
 
 
+def cut(text: str) -> str:
+    """The text without the characters that no 77 tokens can reach."""
+    return re.sub(r"[ \t\n]+", " ", text)[:MAX_CHARACTERS]
+
+
 class Tokenizer:
     """CLIP's byte-pair encoding, as open_clip ships it, padded as Stable Diffusion does."""
 
@@ -140,7 +153,10 @@ class Tokenizer:
         """(B,) strings -> (B, 77) int64. Warns about words that are unknown or do not fit."""
         rows = []
         for text in texts:
-            ids = self.encode(text)
+            unknown, ids = self.unknown_words(text), self.encode(text)
+            if unknown:
+                warnings.warn(f"these weights do not know the words: {', '.join(unknown)}. They know: "
+                              f"{', '.join(self.known_words())}", stacklevel=2)
             room = self.length - 2
             if len(ids) > room:
                 warnings.warn(f"the prompt is longer than {room} tokens; lost: "
@@ -150,19 +166,16 @@ class Tokenizer:
         return torch.tensor(rows, dtype=torch.int64)
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text without start, end and padding. Words without an embedding are dropped."""
+        """The ids of a text without start, end and padding. Tokens without an embedding are dropped."""
         # A prompt that spells a special token must not become one.
-        ids = [i for i in self.bpe.encode(text) if i < BOS]
-        unknown = self.unknown_words(text) if self.kept_tokens else []
-        if unknown:
-            warnings.warn(f"these weights do not know the words: {', '.join(unknown)}. They know: "
-                          f"{', '.join(self.known_words())}", stacklevel=3)
-            ids = [i for i in ids if i in self.kept_tokens]
-        return ids
+        ids = [i for i in self.bpe.encode(cut(text)) if i < BOS]
+        return [i for i in ids if i in self.kept_tokens] if self.kept_tokens else ids
 
     def unknown_words(self, text: str) -> list[str]:
         """The words of a text of which a part has no embedding, in order, each once."""
-        words = re.findall(r"[^\s,.;:!?]+|[,.;:!?]", text.lower())
+        if not self.kept_tokens:
+            return []
+        words = self.bpe.pat.findall(self.bpe.clean_fn(cut(text)))  # as the byte-pair encoding splits it
         return list(dict.fromkeys(
             word for word in words if not self.kept_tokens.issuperset(self.bpe.encode(word))))
 
@@ -174,8 +187,10 @@ class Tokenizer:
     def word_positions(self, text: str, word: str) -> list[int]:
         """Where a word stands: of each occurrence the index of its last token in the 77.
 
-        Occurrences that were cut off are left out.
+        Occurrences that were cut off are left out, and those of a word without an embedding.
         """
+        if not word or self.unknown_words(word):
+            return []
         positions = []
         for match in re.finditer(rf"(?<!\w){re.escape(word)}(?!\w)", text, flags=re.IGNORECASE):
             positions.append(len(self.encode(text[: match.end()])))  # BOS shifts by one

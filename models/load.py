@@ -62,7 +62,7 @@ def read_config(folder: Path) -> dict:
                            "(make one with weights/convert_sd15.py)")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise WeightsError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(config, dict):
         raise WeightsError(f"{path} must hold a JSON object")
@@ -74,15 +74,19 @@ def build_config(config: dict, part: str):
     cls = PARTS[part][1]
     try:
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in config[part].items()})
-    except (KeyError, TypeError, AttributeError) as error:
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise WeightsError(f"config.json has no usable sizes for {part!r}: {error}") from error
 
 
 def load_part(folder: Path, part: str, device="cpu", dtype: torch.dtype = torch.float32) -> nn.Module:
     """Build one part without memory, then hand it the file's tensors. Raises WeightsError."""
     folder = Path(folder)
-    with torch.device("meta"):
-        module = PARTS[part][0](build_config(read_config(folder), part))
+    cfg = build_config(read_config(folder), part)
+    try:
+        with torch.device("meta"):
+            module = PARTS[part][0](cfg)
+    except (ArithmeticError, AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        raise WeightsError(f"the sizes of {part!r} in config.json do not make a model: {error}") from error
     path = folder / f"{part}.safetensors"
     state = {k: v.to(device=device, dtype=dtype) for k, v in read_tensors(path).items()}
     check_exact(state, module.state_dict(), path)

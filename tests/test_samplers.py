@@ -215,7 +215,7 @@ def test_plain_inversion_equals_diffusers(diffusers, steps):
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("name, end", [("unipc", (1, 0)), ("ddim", noise_level(0)[:2])])
 def test_one_image_with_one_noise_stays_on_its_line(name, end, spacing, steps):
-    """With the true eps at hand, x is alpha x0 + sigma eps at every timestep the network is told."""
+    """With the true eps at hand, x is alpha x0 + sigma eps at each t that the network is told."""
     x0, eps = (normal(2, 4, 5, 6, seed=seed, dtype=torch.float64) for seed in (1, 2))
     denoise, calls = recorded(lambda x, t: eps)
     first = noise_level(timesteps(steps, spacing, end_node=name == "unipc")[0])

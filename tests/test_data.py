@@ -1,0 +1,431 @@
+"""The renderer is a pure function, its folder layout is read back exactly, broken folders are named."""
+import json
+import pickle
+import subprocess
+import sys
+import warnings
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data import toyworld
+from data.dataset import (
+    MAX_SUBJECTS,
+    batch_indices,
+    portrait_sample,
+    scene_labels,
+    scene_sample,
+    write_cache,
+)
+from data.fastcomposer import DataError, folder_cache, read_ids, read_sample
+
+ROOT = Path(__file__).parents[1]
+
+
+def checksum(sample) -> int:
+    return zlib.crc32(b"".join(a.tobytes() for a in (sample.image, sample.masks, sample.references)))
+
+
+def first_scene(**wanted) -> toyworld.Scene:
+    """The first training scene with these values."""
+    return next(scene for scene in map(toyworld.sample_scene, range(10_000))
+                if all(getattr(scene, name) == value for name, value in wanted.items()))
+
+
+# The small world ---------------------------------------------------------------------------------
+
+
+def test_same_seed_same_bytes_in_another_process():
+    seeds = range(3)
+    here = [checksum(scene_sample(seed, "train")) for seed in seeds]
+    code = ("from tests.test_data import checksum, scene_sample\n"
+            f"print([checksum(scene_sample(s, 'train')) for s in {list(seeds)}])")
+    there = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert json.loads(there.stdout) == here
+    assert len(set(here)) == len(here)
+    assert checksum(scene_sample(0, "test")) not in here
+
+
+def test_a_render_depends_on_its_own_seed_only():
+    scene = toyworld.sample_scene(5)
+    image, masks = toyworld.render_scene(scene)
+    toyworld.render_scene(toyworld.sample_scene(6))
+    np.random.default_rng().random()
+    again, masks_again = toyworld.render_scene(scene)
+    assert (image == again).all()
+    assert (masks == masks_again).all()
+
+
+def test_splits_share_no_person_and_held_out_pairs_are_never_trained_on():
+    train = [toyworld.sample_scene(seed, "train") for seed in range(3000)]
+    test = [toyworld.sample_scene(seed, "test") for seed in range(1000)]
+    people = {split: {toyworld.identity_key(s.identity) for scene in scenes for s in scene.subjects}
+              for split, scenes in (("train", train), ("test", test))}
+    assert not people["train"] & people["test"]
+    assert not {(s.activity, s.context) for s in train} & toyworld.HELD_OUT
+    assert {(s.activity, s.context) for s in test} >= toyworld.HELD_OUT
+    # ... and what training can see, it sees.
+    assert {s.activity for s in train} == set(toyworld.ACTIVITIES)
+    assert {s.context for s in train} == set(toyworld.CONTEXTS)
+    assert {s.style for s in train} == set(toyworld.STYLES)
+
+
+def test_twin_portraits_differ_in_one_attribute():
+    for pair in range(4):
+        a, b = (portrait_sample(2 * pair + i, "train").labels["attributes"][0] for i in range(2))
+        assert sum(x != y for x, y in zip(a, b, strict=True)) == 1
+
+
+def test_masks_are_disjoint_and_lie_on_the_people():
+    for seed in range(12):
+        scene = toyworld.sample_scene(seed)
+        image, masks = toyworld.render_scene(scene)
+        assert image.shape == (toyworld.SIZE, toyworld.SIZE, 3)
+        assert image.dtype == np.uint8
+        assert masks.shape == (len(scene.subjects), toyworld.SIZE, toyworld.SIZE)
+        assert masks.sum(0).max() == 1
+        shares = masks.mean((1, 2))
+        assert (shares > 0.02).all() and (shares < 0.5).all()
+        # Subjects run from left to right.
+        centers = [np.nonzero(mask)[1].mean() for mask in masks]
+        assert centers == sorted(centers)
+
+
+def test_another_person_changes_the_picture_inside_the_masks_only():
+    """What the masked loss relies on: the background does not know who stands before it."""
+    scene = first_scene(activity="standing", style="", context="in a park")
+    others = [toyworld.sample_identity(np.random.default_rng(k), noun=s.identity.noun)
+              for k, s in enumerate(scene.subjects)]
+    images, masks = zip(*(toyworld.render_scene(toyworld.compose_scene(3, people, "standing", "in a park"))
+                          for people in ([s.identity for s in scene.subjects], others)), strict=True)
+    covered = masks[0].any(0) | masks[1].any(0)
+    grown = np.array(Image.fromarray(np.uint8(covered)).resize((32, 32), Image.Resampling.BOX)) > 0
+    grown = np.kron(grown | covered.reshape(32, 4, 32, 4).any((1, 3)), np.ones((4, 4))) > 0
+    changed = (images[0] != images[1]).any(-1)
+    assert changed[covered].mean() > 0.5
+    assert changed[~grown].mean() < 0.02  # soft edges and the shadow
+
+
+def test_captions_name_their_subjects_in_known_words():
+    known = set(toyworld.vocabulary())
+    for seed in range(2000):
+        scene = toyworld.sample_scene(seed, ("train", "test")[seed % 2])
+        assert set(scene.caption.lower().split()) <= known
+        ends = [subject.end for subject in scene.subjects]
+        assert ends == sorted(set(ends))
+        for subject in scene.subjects:
+            assert scene.caption[:subject.end].split()[-1] == subject.noun
+            assert subject.noun in (subject.identity.noun, toyworld.TRAITS[subject.identity.noun].generic)
+
+
+def test_a_description_tells_every_attribute():
+    rng = np.random.default_rng(0)
+    known = set(toyworld.vocabulary())
+    seen: dict[str, tuple] = {}
+    for _ in range(4000):
+        person = toyworld.sample_identity(rng)
+        text = toyworld.describe(person)
+        assert set(text.split()) <= known
+        labels = (person.noun, *toyworld.attribute_labels(person).values())
+        assert seen.setdefault(text, labels) == labels  # equal texts, equal people
+
+
+def test_labels_are_hidden_where_the_picture_hides_them():
+    pencil = scene_labels(first_scene(style="pencil drawing"))["attributes"]
+    assert all((value == -1) == (name in toyworld.COLOR_ATTRIBUTES)
+               for person in pencil for name, value in zip(toyworld.ATTRIBUTES, person, strict=True))
+    suit = scene_labels(first_scene(activity="wearing a space suit", style=""))["attributes"]
+    hidden = {name for name, value in zip(toyworld.ATTRIBUTES, suit[0], strict=True) if value == -1}
+    assert hidden == toyworld.SUIT
+
+
+def test_compose_scene_refuses_what_cannot_be_drawn():
+    person = toyworld.sample_identity(np.random.default_rng(0))
+    for people, activity in (([], "standing"), ([person] * 3, "standing"), ([person], "dancing"),
+                             ([person] * 2, "riding a bike"), ([person], "flying")):
+        with pytest.raises(ValueError, match="cannot be"):
+            toyworld.compose_scene(0, people, activity, "in Paris")
+
+
+# Caches and batches ------------------------------------------------------------------------------
+
+
+def test_batches_are_a_pure_function_and_cover_every_epoch_once():
+    count, size = 10, 4
+    steps = [batch_indices(3, step, size, count) for step in range(10)]  # 40 places, 4 epochs
+    order = np.concatenate(steps)
+    for epoch in order.reshape(4, count):
+        assert sorted(epoch) == list(range(count))
+    assert any((a != b).any() for a, b in zip(order[:count], order[count:2 * count], strict=True))
+    for step in (7, 2):  # asked again, out of order
+        assert (batch_indices(3, step, size, count) == steps[step]).all()
+    assert (batch_indices(4, 0, size, count) != steps[0]).any()
+    long = batch_indices(0, 0, 25, count)  # a batch of two epochs and a half
+    assert sorted(long[:20]) == sorted([*range(count)] * 2)
+    assert len(set(long[20:])) == 5
+
+
+def failing_sample(seed: int):
+    if seed == 3:
+        raise RuntimeError("sample 3")
+    return scene_sample(seed, "train")
+
+
+def train_sample(seed: int):
+    return scene_sample(seed, "train")
+
+
+def test_a_cache_is_written_whole_or_not_at_all(tmp_path):
+    with pytest.raises(RuntimeError, match="sample 3"):
+        write_cache(tmp_path / "cache", failing_sample, range(4), workers=1)
+    assert not list(tmp_path.iterdir())
+    cache = write_cache(tmp_path / "cache", train_sample, range(2, 5), workers=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+    assert len(cache) == 3
+    for i, seed in enumerate(range(2, 5)):
+        sample = train_sample(seed)
+        assert (cache.images[i] == sample.image).all()
+        assert (cache.references[i] == sample.references).all()
+        assert (cache.masks([i])[0] == sample.masks).all()
+        assert cache.samples[i] == {"caption": sample.caption, "ends": sample.ends, "labels": sample.labels}
+    # It is there, so nothing is made again.
+    assert len(write_cache(tmp_path / "cache", failing_sample, range(4))) == 3
+
+
+# The folder layout -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Six training pictures and two for testing, as the command line writes them."""
+    output = tmp_path_factory.mktemp("layout") / "world"
+    for split, count in (("train", 6), ("test", 2)):
+        toyworld.main(["--output", str(output), "--count", str(count), "--split", split, "--seed", "40"])
+    return output
+
+
+def test_a_written_folder_is_read_back(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("data.fastcomposer.CACHE_ROOT", tmp_path)
+    assert len(read_ids(folder, "train")) == 6
+    for split, count in (("train", 5), ("test", 2)):
+        cache = folder_cache(folder, count, toyworld.SIZE, split)
+        assert len(cache) == count
+        for i in range(count):
+            truth = scene_sample(40 + i, split)
+            image_id = read_ids(folder, split)[i]
+            assert (cache.images[i] == np.array(Image.open(folder / image_id[:5] / f"{image_id}.jpg"))).all()
+            assert np.abs(cache.images[i].astype(float) - truth.image).mean() < 6  # JPEG
+            assert (cache.masks([i])[0] == truth.masks).all()
+            assert cache.samples[i] == {"caption": truth.caption, "ends": truth.ends, "labels": truth.labels}
+            present = cache.references[i].any((1, 2, 3))
+            assert (present == truth.masks.any((1, 2))).all()
+    assert len(list(tmp_path.iterdir())) == 2
+    folder_cache(folder, 5, toyworld.SIZE)
+    assert len(list(tmp_path.iterdir())) == 2  # the same cache
+    folder_cache(folder, 4, toyworld.SIZE)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_folder_has_both_splits(folder):
+    ids = {name: (folder / f"image_ids{name}.txt").read_text().split() for name in ("", "_train", "_test")}
+    assert ids[""] == ids["_train"] + ids["_test"]
+    assert len(set(ids[""])) == 8
+
+
+@pytest.mark.parametrize("options", [
+    ["--count", "0"], ["--count", "2", "--workers", "0"], ["--count", "2", "--seed", "-1"],
+    ["--count", "many"], ["--count", "2", "--split", "dev"], ["--count", "2", "--seed", "400000000"], []])
+def test_bad_values_on_the_command_line(tmp_path, options, capsys):
+    with pytest.raises(SystemExit) as stop:
+        toyworld.main(["--output", str(tmp_path / "out"), *options])
+    assert stop.value.code == 2
+    assert "error:" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_output_that_is_a_file(tmp_path, capsys):
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(SystemExit) as stop:
+        toyworld.main(["--output", str(tmp_path / "out"), "--count", "1"])
+    assert stop.value.code == 2
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+# Hand-made samples -------------------------------------------------------------------------------
+
+RED, BLUE, GRAY = (250, 0, 0), (0, 0, 250), (128, 128, 128)
+
+
+def write_sample(folder: Path, size: tuple[int, int] = (60, 40)) -> Path:
+    """A gray picture (width, height) with a red box, segment 7, and a smaller blue one, segment 9."""
+    width, height = size
+    picture = np.full((height, width, 3), GRAY, np.uint8)
+    instances = np.zeros((height, width), np.uint8)
+    boxes = {7: [20, 10, 30, 30], 9: [40, 20, 44, 36]}
+    for number, color in ((7, RED), (9, BLUE)):
+        x1, y1, x2, y2 = boxes[number]
+        picture[y1:y2, x1:x2], instances[y1:y2, x1:x2] = color, number
+    caption = "a cat beside a tall dog"
+    segments = [{"id": 9, "end": len(caption), "bbox": boxes[9], "coco_label": "dog"},
+                {"id": 7, "end": 5, "bbox": boxes[7], "coco_label": "cat"}]
+    stem = folder / "00000" / "000000012"
+    stem.parent.mkdir(parents=True)
+    (folder / "image_ids_train.txt").write_text("000000012\n")
+    Image.fromarray(picture).save(stem.with_suffix(".jpg"), quality=95, subsampling=0)
+    np.save(stem.with_suffix(".npy"), instances)
+    stem.with_suffix(".json").write_text(json.dumps({"caption": caption, "segments": segments}))
+    return stem
+
+
+def edit_json(stem: Path, change) -> None:
+    """Hand the record to `change` and write it back."""
+    path = stem.with_suffix(".json")
+    record = json.loads(path.read_text())
+    change(record)
+    path.write_text(json.dumps(record))
+
+
+def test_a_sample_is_cut_square_and_its_subjects_are_in_caption_order(tmp_path):
+    sample = read_sample(write_sample(tmp_path), 80)
+    assert sample.image.shape == (80, 80, 3)
+    assert sample.ends == [5, 23]
+    assert sample.labels == {}
+    expected = np.zeros((MAX_SUBJECTS, 80, 80), bool)
+    expected[0, 20:60, 20:40] = True  # columns 10 to 50 are kept, then everything is doubled
+    expected[1, 40:72, 60:68] = True
+    assert (sample.masks == expected).all()
+    for mask, color in zip(expected, (RED, BLUE), strict=True):
+        assert np.abs(np.median(sample.image[mask], axis=0) - color).max() < 12
+
+
+def test_a_reference_is_the_subject_on_noise_padded_to_a_square(tmp_path):
+    stem = write_sample(tmp_path)
+    edit_json(stem, lambda r: r["segments"][1].update(bbox=[15, 10, 35, 40]))  # twice as wide as the box
+    reference = read_sample(stem, 60).references[0]  # 20 x 30, padded by 5 on both sides, doubled
+    assert reference.shape == (60, 60, 3)
+    assert not reference[:, :8].any() and not reference[:, -8:].any()
+    assert np.abs(reference[3:37, 23:37].astype(int) - RED).max() < 60
+    noise = reference[44:56, 14:46].astype(float)
+    assert noise.std() > 25  # neither gray, nor black
+    assert (read_sample(stem, 60).references == read_sample(stem, 60).references).all()
+
+
+def test_a_tall_picture_and_a_subject_outside_the_cut(tmp_path):
+    stem = write_sample(tmp_path, (300, 40))  # the middle 40 columns show neither
+    sample = read_sample(stem, 40)
+    assert sample.ends == []
+    assert not sample.masks.any() and not sample.references.any()
+    tall = read_sample(write_sample(tmp_path / "tall", (60, 70)), 120)
+    assert tall.masks[0, 10:50, 40:60].all()  # rows 5 to 65 are kept, then doubled
+
+
+def test_the_largest_subjects_are_kept_and_equal_ends_stay_two(tmp_path):
+    stem = write_sample(tmp_path)
+    instances = np.load(stem.with_suffix(".npy"))
+    instances[0, 20:24] = 200
+    np.save(stem.with_suffix(".npy"), instances)
+    edit_json(stem, lambda r: r["segments"].insert(0, {"id": 200, "end": 3, "bbox": [20, 0, 24, 1]}))
+    assert read_sample(stem, 40).ends == [5, 23]
+    edit_json(stem, lambda r: [s.update(end=5) for s in r["segments"]])
+    sample = read_sample(stem, 40)
+    assert sample.ends == [5, 5]
+    assert sample.masks.any((1, 2)).all()
+
+
+class Bomb:
+    def __reduce__(self):
+        return Path.touch, (Path("exploded"),)
+
+
+def break_npy(value):
+    return ".npy", lambda path: np.save(path, value)
+
+
+def break_json(change):
+    return ".json", lambda path: edit_json(path.with_suffix(""), change)
+
+
+def write_archive(path: Path) -> None:
+    with open(path, "wb") as file:
+        np.savez(file, np.zeros((40, 60), np.uint8))
+
+
+def first(**values):
+    return break_json(lambda r: r["segments"][0].update(values))
+
+
+BROKEN = {
+    "no picture": (".jpg", Path.unlink),
+    "half a picture": (".jpg", lambda path: path.write_bytes(path.read_bytes()[:700])),
+    "no picture at all": (".jpg", lambda path: path.write_bytes(b"GIF89a")),
+    "a folder": (".jpg", lambda path: (path.unlink(), path.mkdir())),
+    "no map": (".npy", Path.unlink),
+    "empty map": (".npy", lambda path: path.write_bytes(b"")),
+    "half a map": (".npy", lambda path: path.write_bytes(path.read_bytes()[:500])),
+    "map of another shape": break_npy(np.zeros((40, 59), np.uint8)),
+    "transposed map": break_npy(np.zeros((60, 40), np.uint8)),
+    "map of colors": break_npy(np.zeros((40, 60, 3), np.uint8)),
+    "float map": break_npy(np.zeros((40, 60))),
+    "bool map": break_npy(np.zeros((40, 60), bool)),
+    "pickled map": (".npy", lambda path: path.write_bytes(pickle.dumps(Bomb()))),
+    "map of objects": (".npy", lambda path: np.save(path, np.full((40, 60), Bomb()), allow_pickle=True)),
+    "map in an archive": (".npy", write_archive),
+    "no record": (".json", Path.unlink),
+    "invalid json": (".json", lambda path: path.write_text('{"caption": "a')),
+    "deep json": (".json", lambda path: path.write_text("[" * 100_000)),
+    "not utf-8": (".json", lambda path: path.write_bytes(b'{"caption": "\xff"}')),
+    "a list": (".json", lambda path: path.write_text("[1]")),
+    "null": (".json", lambda path: path.write_text("null")),
+    "no caption": break_json(lambda r: r.pop("caption")),
+    "caption of numbers": break_json(lambda r: r.update(caption=list(range(30)))),
+    "no segments": break_json(lambda r: r.pop("segments")),
+    "segment is a text": break_json(lambda r: r.update(segments=["cat"])),
+    "no end": break_json(lambda r: r["segments"][0].pop("end")),
+    "end behind the caption": first(end=24),
+    "end at zero": first(end=0),
+    "end is a text": first(end="5"),
+    "id is a float": first(id=9.0),
+    "bbox right of the picture": first(bbox=[40, 20, 61, 36]),
+    "bbox below the picture": first(bbox=[40, 20, 44, 41]),
+    "negative bbox": first(bbox=[-1, 20, 44, 36]),
+    "bbox of no width": first(bbox=[44, 20, 44, 36]),
+    "bbox of three numbers": first(bbox=[40, 20, 44]),
+    "bbox of floats": first(bbox=[40.0, 20, 44, 36]),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_file_is_named(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    stem = write_sample(tmp_path)
+    suffix, damage = BROKEN[name]
+    damage(stem.with_suffix(suffix))
+    with pytest.raises(DataError, match=f"{stem}{suffix}: ") as error, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        read_sample(stem, 40)
+    assert len(str(error.value).splitlines()) == 1
+    assert not Path("exploded").exists()
+
+
+def test_one_broken_file_leaves_no_cache(tmp_path, monkeypatch):
+    """The error crosses from the worker process."""
+    monkeypatch.setattr("data.fastcomposer.CACHE_ROOT", tmp_path / "cache")
+    stem = write_sample(tmp_path)
+    (tmp_path / "image_ids_train.txt").write_text("000000012\n000000013\n")
+    with pytest.raises(DataError, match="000000013.jpg: "):
+        folder_cache(tmp_path, 2, 40)
+    assert not list((tmp_path / "cache").iterdir())
+    assert len(folder_cache(tmp_path, 1, 40)) == 1
+    assert stem.with_suffix(".jpg").exists()
+
+
+@pytest.mark.parametrize("text", [None, "", "\n\n", "../../etc/passwd", "12a", "²", b"\xff"])
+def test_a_bad_list_of_ids(text, tmp_path):
+    path = tmp_path / "image_ids_train.txt"
+    if text is not None:
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(DataError, match=f"{path}: "):
+        read_ids(tmp_path, "train")

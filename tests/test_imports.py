@@ -1,0 +1,75 @@
+"""Imports point one way, and only at packages that requirements.txt names."""
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = {"models", "moa", "samplers", "data", "weights", "apps", "examples"}
+ROOMS = FOLDERS | {script.stem for script in ROOT.glob("*.py")}
+# Room -> what it must not import.
+FORBIDDEN = {
+    "models": ROOMS - {"models"},
+    "samplers": ROOMS - {"samplers"},
+    "moa": ROOMS - {"moa", "models"},
+    "data": ROOMS - {"data"},
+    "weights": ROOMS - {"models", "weights"},
+}
+DISTRIBUTIONS = {"open_clip": "open_clip_torch", "PIL": "pillow"}
+
+
+def sources() -> list[Path]:
+    files = [f for folder in FOLDERS if (ROOT / folder).is_dir() for f in (ROOT / folder).rglob("*.py")]
+    return sorted([*files, *ROOT.glob("*.py")])
+
+
+def imported(path: Path) -> set[str]:
+    """Full names of the modules that a file imports, anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = path.relative_to(ROOT).parts[:-node.level] if node.level else ()
+            names.add(".".join([*above, *([node.module] if node.module else [])]))
+    return names
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("path", sources(), ids=name)
+def test_imports_point_one_way(path):
+    room = path.relative_to(ROOT).parts[0]
+    tops = {module.split(".")[0] for module in imported(path)}
+    wrong = tops & FORBIDDEN.get(room, set())
+    assert not wrong, f"{name(path)} imports {', '.join(sorted(wrong))}"
+    if room == "moa":
+        inner = {m for m in imported(path) if m.split(".")[0] == "models"}
+        assert inner <= {"models.attention"}, f"{name(path)} imports {inner}"
+    if path == ROOT / "data" / "judge.py":
+        assert tops - sys.stdlib_module_names <= {"torch", "data"}
+    elif room in FORBIDDEN or room == "pipeline.py":
+        assert not tops & {"train", "sample", "evaluate", "apps"}
+
+
+@pytest.mark.parametrize("path", sources(), ids=name)
+def test_third_party_packages_are_required(path):
+    requirements = ROOT / "requirements.txt"
+    if not requirements.exists():
+        pytest.skip("requirements.txt does not exist yet")
+    lines = [line.split("#")[0].strip() for line in requirements.read_text().splitlines()]
+    named = {re.match(r"[\w.-]+", line)[0].lower().replace("-", "_")
+             for line in lines if line and not line.startswith("-")}
+    assert named == {"torch", "einops", "safetensors", "open_clip_torch", "numpy", "pillow", "tqdm"}
+    tops = {module.split(".")[0] for module in imported(path)} - ROOMS - sys.stdlib_module_names
+    missing = {DISTRIBUTIONS.get(top, top) for top in tops} - named
+    assert not missing, f"{name(path)} imports {', '.join(sorted(missing))}"
+
+
+def test_there_is_something_to_check():
+    assert {"models/unet.py", "moa/mixture.py", "pipeline.py"} <= {name(path) for path in sources()}
+    assert "models.attention" in imported(ROOT / "moa" / "mixture.py")

@@ -1,0 +1,221 @@
+"""Weights folders: what is written comes back, and what is broken is refused by name."""
+import json
+
+import pytest
+import torch
+from parity_full import random, randomize
+from safetensors.torch import load_file, save_file
+
+from models import WeightsError, load_models
+from models.clip_image import CLIPImageConfig, CLIPImageEncoder
+from models.clip_text import BOS, EOS, CLIPTextConfig, CLIPTextEncoder
+from models.load import carry_over, load_part, read_config, save_part, save_tensors, write_json, write_whole
+from models.unet import UNet, UNetConfig
+from models.vae import AutoencoderKL, VAEConfig
+
+CONFIGS = {
+    "unet": (UNet, UNetConfig(channels=(16, 24), layers=1, heads=4, context_dim=12, groups=8)),
+    "vae": (AutoencoderKL, VAEConfig(channels=(8, 16), layers=1, groups=4)),
+    "text_encoder": (CLIPTextEncoder, CLIPTextConfig(
+        dim=12, layers=1, heads=2, kept_tokens=(320, 786, BOS, EOS))),
+    "image_encoder": (CLIPImageEncoder, CLIPImageConfig(
+        image_size=16, patch_size=8, dim=16, layers=1, heads=2, output_dim=10))}
+
+
+@pytest.fixture(scope="module")
+def modules():
+    return {part: randomize(cls(cfg)) for part, (cls, cfg) in CONFIGS.items()}
+
+
+@pytest.fixture
+def folder(tmp_path, modules):
+    for part in ("unet", "vae", "text_encoder"):
+        save_part(modules[part], tmp_path / "weights", part, torch.float32)
+    return tmp_path / "weights"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("images", [False, True])
+def test_round_trip(folder, modules, images):
+    if images:
+        save_part(modules["image_encoder"], folder, "image_encoder", torch.float32)
+    models = load_models(folder)
+    for part in CONFIGS if images else ("unet", "vae", "text_encoder"):
+        loaded = getattr(models, part)
+        assert loaded.cfg == CONFIGS[part][1]
+        assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
+        for k, v in modules[part].state_dict().items():
+            assert torch.equal(loaded.state_dict()[k], v), k
+    assert (models.image_encoder is not None) == images
+    assert models.config == json.loads((folder / "config.json").read_text())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_interface_held_fixed(folder, modules, dtype):
+    save_part(modules["image_encoder"], folder, "image_encoder")
+    models = load_models(str(folder), device="cpu", dtype=dtype)
+    tokens = models.tokenize(["a man", ""])
+    assert tokens.shape == (2, 77) and tokens.dtype == torch.int64
+    context = models.text_encoder(tokens)
+    assert context.shape == (2, 77, 12)
+    latents = models.vae.encode(random(2, 3, 8, 12).to(dtype))
+    assert latents.shape == (2, 4, 4, 6)
+    eps = models.unet(latents, torch.tensor([0, 999]), context)
+    assert eps.shape == latents.shape
+    picture = models.vae.decode(latents)
+    assert picture.shape == (2, 3, 8, 12)
+    features = models.image_encoder(models.image_encoder.preprocess(random(2, 3, 20, 30).sigmoid()).to(dtype))
+    assert features.shape == (2, 10)
+    for value in (context, latents, eps, picture, features):
+        assert value.dtype == dtype and value.isfinite().all()
+    for part in CONFIGS:
+        assert {p.dtype for p in getattr(models, part).parameters()} == {dtype}
+
+
+def test_files_are_half_precision_by_default_and_readable_by_all(tmp_path, modules):
+    save_part(modules["vae"], tmp_path, "vae")
+    assert {v.dtype for v in load_file(tmp_path / "vae.safetensors").values()} == {torch.float16}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "vae.safetensors"]
+    for path in tmp_path.iterdir():
+        assert path.stat().st_mode & 0o777 == 0o644
+
+
+def test_saving_a_part_keeps_the_rest_of_the_config(folder, modules):
+    write_json({**read_config(folder), "training": {"steps": 3}}, folder / "config.json")
+    save_part(modules["vae"], folder, "vae")
+    assert read_config(folder).keys() == {"unet", "vae", "text_encoder", "training"}
+
+
+def test_carry_over(folder, modules, tmp_path):
+    write_json({**read_config(folder), "training": {"steps": 3}}, folder / "config.json")
+    target = tmp_path / "target"
+    target.mkdir()
+    write_json({"training": {"steps": 9}}, target / "config.json")
+    carry_over(folder, target)
+    assert sorted(p.name for p in target.iterdir()) == sorted(p.name for p in folder.iterdir())
+    assert read_config(target)["training"] == {"steps": 9}
+    assert torch.equal(load_models(target).unet.conv_in.weight, modules["unet"].conv_in.weight)
+
+
+# What is broken is refused
+
+def edit(path, change):
+    state = load_file(path)
+    change(state)
+    save_file(state, path)
+
+
+def rename_all(state):
+    for k in list(state):
+        state["model." + k] = state.pop(k)
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda s: s.pop("conv_in.weight"), "1 differences: missing conv_in.weight"),
+    (lambda s: s.update(extra=torch.zeros(1)), "1 differences: unexpected extra"),
+    (lambda s: s.update({"conv_in.bias": torch.zeros(17)}),
+     r"1 differences: conv_in.bias is \(17,\), expected \(16,\)"),
+    (lambda s: s.update({"conv_in.bias": torch.zeros(())}), r"conv_in.bias is \(\), expected \(16,\)"),
+    (lambda s: s.clear(), "differences: missing conv_in.bias; missing")])
+def test_tensors_must_agree_exactly(folder, change, message):
+    edit(folder / "unet.safetensors", change)
+    with pytest.raises(WeightsError, match=message):
+        load_models(folder)
+
+
+def test_the_message_lists_the_first_five_differences(folder):
+    path, count = folder / "vae.safetensors", len(load_file(folder / "vae.safetensors"))
+    edit(path, rename_all)
+    with pytest.raises(WeightsError) as error:
+        load_models(folder)
+    message = str(error.value)
+    assert str(path) in message and f"{2 * count} differences" in message
+    assert message.count("missing") == 5 and message.count(";") == 4
+
+
+@pytest.mark.parametrize("content", [b"", b"junk", b"\xff" * 64, b"\x80\x04" * 50, None])
+def test_unreadable_tensors(folder, content):
+    path = folder / "text_encoder.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] if content is None else content)
+    with pytest.raises(WeightsError, match="text_encoder.safetensors is not a readable safetensors file"):
+        load_models(folder)
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_missing_file(folder, part):
+    (folder / f"{part}.safetensors").unlink()
+    with pytest.raises(WeightsError, match=f"{part}.safetensors not found"):
+        load_models(folder)
+
+
+@pytest.mark.parametrize("text, message", [
+    (b"{", "not valid JSON"), (b"", "not valid JSON"), (b"\xff\xfe{", "not valid JSON"),
+    (b"[" * 100_000, "not valid JSON"), (b"[]", "must hold a JSON object"),
+    (b"3", "must hold a JSON object"), (b"null", "must hold a JSON object"),
+    (b"{}", "no usable sizes for 'unet'"), (b'{"unet": 3}', "no usable sizes for 'unet'"),
+    (b'{"unet": null}', "no usable sizes for 'unet'"), (b'{"unet": []}', "no usable sizes for 'unet'"),
+    (b'{"unet": {"colour": 1}}', "no usable sizes for 'unet'.*colour")])
+def test_bad_config(folder, text, message):
+    (folder / "config.json").write_bytes(text)
+    with pytest.raises(WeightsError, match=message):
+        load_models(folder)
+
+
+@pytest.mark.parametrize("part, sizes", [
+    ("unet", {"channels": "wide"}), ("unet", {"channels": []}), ("unet", {"channels": [15, 24]}),
+    ("unet", {"channels": 16}), ("unet", {"heads": 0}), ("unet", {"heads": None}), ("unet", {"heads": 5}),
+    ("unet", {"groups": 0}), ("unet", {"groups": 7}), ("unet", {"layers": 1.5}),
+    ("unet", {"context_dim": -1}), ("vae", {"groups": 0}), ("vae", {"channels": [{}]}),
+    ("text_encoder", {"length": -3}), ("text_encoder", {"dim": "x"}), ("text_encoder", {"heads": 0}),
+    ("text_encoder", {"heads": 5}), ("text_encoder", {"kept_tokens": 4}),
+    ("text_encoder", {"kept_tokens": [[1], 2, 3, 4]}), ("text_encoder", {"kept_tokens": [1, 2, 3, 4]}),
+    ("text_encoder", {"kept_tokens": [786, 320, BOS, EOS]}),
+    ("image_encoder", {"patch_size": 0}), ("image_encoder", {"heads": 3})])
+def test_sizes_that_make_no_model(folder, modules, part, sizes):
+    save_part(modules["image_encoder"], folder, "image_encoder")
+    config = read_config(folder)
+    write_json({**config, part: {**config[part], **sizes}}, folder / "config.json")
+    with pytest.raises(WeightsError, match=part):
+        load_models(folder)
+
+
+def test_no_folder(tmp_path):
+    for path in (tmp_path / "absent", tmp_path):
+        with pytest.raises(WeightsError, match="is not a weights folder"):
+            load_models(path)
+
+
+# Writing
+
+@pytest.mark.parametrize("before", [None, "old"])
+def test_a_writer_that_fails_leaves_nothing_behind(tmp_path, before):
+    path = tmp_path / "file"
+    if before:
+        path.write_text(before)
+
+    def fail(temporary):
+        temporary.write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_whole(path, fail)
+    with pytest.raises(OSError):
+        write_whole(path, lambda temporary: None)  # wrote nothing
+    with pytest.raises(TypeError):
+        write_json({"x": object()}, path)
+    with pytest.raises(TypeError):
+        save_tensors({"x": torch.zeros(2)}, path, metadata={"x": 3})
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == ([("file", "old")] if before else [])
+
+
+def test_a_written_file_replaces_the_old_one(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old and long")
+    write_whole(path, lambda temporary: temporary.write_text("new"))
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("file", "new")]
+
+
+def test_load_part_loads_one_part_alone(tmp_path, modules):
+    save_part(modules["vae"], tmp_path, "vae")
+    assert isinstance(load_part(tmp_path, "vae"), AutoencoderKL)

@@ -1,0 +1,378 @@
+"""sample.py from its flags to its files, with a tiny world of random weights."""
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import sample
+from models.clip_image import CLIPImageConfig, CLIPImageEncoder
+from models.clip_text import BOS, EOS, CLIPTextConfig, CLIPTextEncoder
+from models.load import read_config, save_part, write_json
+from models.open_clip_import import open_clip
+from models.unet import UNet, UNetConfig
+from models.vae import AutoencoderKL, VAEConfig
+from moa import MultimodalPrompt, PromptConfig, add_moa, moa_layers, save_moa
+from pipeline import Pipeline
+
+SCRIPT = Path(sample.__file__)
+WORDS = "a and woman man girl old on the beach , riding bike"
+PROMPT = "a woman on the beach"
+
+
+def small_models() -> dict[str, torch.nn.Module]:
+    encode = open_clip().tokenizer.SimpleTokenizer().encode
+    kept = tuple(sorted({*encode(WORDS), BOS, EOS}))
+    return {"unet": UNet(UNetConfig(channels=(8, 16, 16, 16), heads=2, context_dim=16, groups=4)),
+            "vae": AutoencoderKL(VAEConfig(channels=(8, 8, 8, 8), layers=1, groups=4)),
+            "text_encoder": CLIPTextEncoder(CLIPTextConfig(dim=16, layers=1, heads=2, kept_tokens=kept)),
+            "image_encoder": CLIPImageEncoder(CLIPImageConfig(32, 8, dim=16, layers=1, heads=2, output_dim=16))}
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory) -> Path:
+    """A weights folder whose pictures show every difference: routers and subject tokens act strongly."""
+    torch.manual_seed(0)
+    folder, models = tmp_path_factory.mktemp("weights") / "tiny", small_models()
+    for part, module in models.items():
+        save_part(module, folder, part)
+    write_json({**read_config(folder), "image_size": 64, "sampling": {"steps": 3, "guidance_scale": 3.0}},
+               folder / "config.json")
+    unet, prompt = add_moa(models["unet"]), MultimodalPrompt(PromptConfig(16, 16, 32, 16))
+    with torch.no_grad():
+        for _, _, layer in moa_layers(unet):
+            layer.router.f.weight.normal_()
+            for weight in layer.personalized.parameters():
+                weight.add_(0.3 * torch.randn_like(weight))
+        prompt.mlp[-1].weight.normal_()
+    save_moa(unet, prompt, folder / "moa.safetensors")
+    return folder
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch) -> Path:
+    """An empty folder to work in, but for two photos."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for name in ("ada.png", "bob.png"):
+        Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(name)
+    return tmp_path
+
+
+@pytest.fixture
+def draw(place, world, capsys):
+    """Run the command; returns the lines of stdout and of stderr."""
+    def run(*flags, prompt=PROMPT, weights=world):
+        sample.main(["--weights", str(weights), "--prompt", prompt, "--seed", "5", *map(str, flags)])
+        captured = capsys.readouterr()
+        return captured.out.splitlines(), captured.err.splitlines()
+    return run
+
+
+@pytest.fixture
+def refuse(draw, place, capsys):
+    """Run a command that cannot work; returns its one line of complaint, seen that it left nothing."""
+    def run(*flags, **more) -> str:
+        before = sorted(place.rglob("*"))
+        with pytest.raises(SystemExit) as stopped:
+            draw(*flags, **more)
+        out, err = capsys.readouterr()
+        assert stopped.value.code == 2 and sorted(place.rglob("*")) == before
+        assert len(err.splitlines()) == 1 and err.startswith("error: ") and len(err) < 600, err
+        return err
+    return run
+
+
+@pytest.fixture
+def other_world(world, tmp_path):
+    """A copy of the weights to be broken."""
+    return Path(shutil.copytree(world, tmp_path / "other"))
+
+
+def pixels(path) -> np.ndarray:
+    with Image.open(path) as image:
+        assert image.mode == "RGB"
+        return np.array(image).astype(int)
+
+
+def settings(path) -> dict:
+    with Image.open(path) as image:
+        return json.loads(image.text["moa"])
+
+
+# What it draws
+
+
+def test_one_picture(draw, place):
+    out, err = draw("--subject", "ada.png", "--output", "new/folder/x.png")
+    assert out == ["seed 5", "new/folder/x.png"] and err == []
+    assert pixels("new/folder/x.png").shape == (64, 64, 3)
+    assert os.listdir("new/folder") == ["x.png"]
+    with Image.open("new/folder/x.png") as image:
+        assert image.text["parameters"].splitlines() == [
+            PROMPT, "Steps: 3, Sampler: UniPC, CFG scale: 3.0, Seed: 5, Size: 64x64, Model: tiny"]
+    assert settings("new/folder/x.png") == {
+        "prompt": PROMPT, "negative_prompt": "", "steps": 3, "sampler": "unipc", "guidance_scale": 3.0,
+        "width": 64, "height": 64, "prior_only": False, "dtype": "fp32", "weights": "tiny",
+        "moa": "moa.safetensors", "subjects": ["woman=ada.png"], "seed": 5}
+
+
+def test_image_k_of_many_is_seed_plus_k_alone(draw, monkeypatch):
+    monkeypatch.setattr(sample, "BATCH", 2)  # so that three take two batches
+    out, _ = draw("--subject", "ada.png", "--num", 3, "--output", "many.png")
+    assert out == ["seed 5", *(f"many/{name}.png" for name in ("000", "001", "002", "sheet"))]
+    for k in range(3):
+        draw("--subject", "ada.png", "--seed", 5 + k, "--output", "one.png")
+        assert np.abs(pixels("one.png") - pixels(f"many/00{k}.png")).max() <= 1
+        assert settings(f"many/00{k}.png") == settings("one.png")
+    assert np.abs(pixels("many/000.png") - pixels("many/001.png")).mean() > 1
+
+
+def test_prior_only_is_the_base_model(draw, other_world):
+    draw("--subject", "ada.png", "--prior-only", "--output", "prior.png")
+    (other_world / "moa.safetensors").unlink()
+    draw("--output", "base.png", weights=other_world)
+    assert np.array_equal(pixels("prior.png"), pixels("base.png"))
+    assert settings("prior.png")["moa"] is None
+
+
+def test_subjects_words_and_their_order_matter(draw):
+    def picture(*subjects):
+        flags = [flag for subject in subjects for flag in ("--subject", subject)]
+        draw(*flags, prompt="a woman and a man and a woman", *["--output", "x.png"])
+        return settings("x.png")["subjects"], pixels("x.png")
+    named, first = picture("man=bob.png", "ada.png")
+    assert named == ["man=bob.png", "woman=ada.png"]
+    assert np.array_equal(first, picture("ada.png", "bob.png")[1])  # in prompt order
+    assert np.abs(first - picture("bob.png", "ada.png")[1]).mean() > 0.1
+    second = picture("WOMAN=bob.png", "woman=ada.png")
+    assert second[0] == ["woman=bob.png", "woman=ada.png"]
+    assert np.abs(second[1] - picture("woman=ada.png", "woman=bob.png")[1]).mean() > 0.1
+    picture("ada.png", "ada.png", "ada.png")  # one file for all three
+
+
+def test_binding_to_words():
+    def bind(prompt, *subjects):
+        return [(place.word, place.end, place.file) for place in sample.bind_subjects(prompt, subjects)]
+    assert bind("A Woman, a MAN", "a", "b") == [("woman", 7, "a"), ("man", 14, "b")]
+    assert bind("a woman and a man", "man=a") == [("man", 17, "a")]  # not the one in "woman"
+    assert bind("a man, a woman, a man", "a", "man=b", "c") == [("woman", 14, "a"), ("man", 5, "b"), ("man", 21, "c")]
+    assert bind("the old man and a man", "old man=a", "b") == [("old man", 11, "a"), ("man", 21, "b")]
+    assert bind("a cat (man's) in w.x", "w.x=a", "b") == [("w.x", 20, "a"), ("man", 10, "b")]
+    assert bind("a man", "some/a=b.png") == [("man", 5, "some/a=b.png")]
+
+
+def test_file_names_of_every_kind(draw, place):
+    for name in ("a=b.png", "woman=ada.png", "Zoë 笑.png", "no suffix"):
+        shutil.copy("ada.png", name)
+        draw("--subject", name, "--output", "x.png")
+        assert settings("x.png")["subjects"] == [f"woman={name}"]
+    draw("--subject", "woman=a=b.png", "--output", "Zoë/笑.png")
+    assert settings("Zoë/笑.png")["subjects"] == ["woman=a=b.png"]
+    draw("--subject", place / "ada.png", "--output", "x.png")
+    assert str(place) not in Image.open("x.png").text["parameters"] + json.dumps(settings("x.png"))
+
+
+def test_writes_into_folders_and_replaces_files(draw, place):
+    (place / "x.png").mkdir()
+    assert draw("--output", "x.png")[0][1:] == ["x.png/000.png"]
+    assert draw("--output", "plain")[0][1:] == ["plain/000.png"]
+    (place / "old.PNG").write_text("old")
+    draw("--output", "old.PNG")
+    assert pixels("old.PNG").shape == (64, 64, 3)
+    assert draw()[0][1:] == ["sample.png"]
+
+
+@pytest.mark.parametrize("flags", [
+    ["--steps", 1], ["--steps", 5, "--sampler", "ddim"], ["--guidance-scale", 1], ["--guidance-scale", 0],
+    ["--seed", 0], ["--seed", 2 ** 63 - 1, "--num", 2], ["--negative-prompt", "man"],
+    ["--negative-prompt", ""], ["--width", 8, "--height", 8], ["--device", "cpu"], ["--dtype", "fp16"],
+    ["--dtype", "bf16"], ["--save-routing", "r.png"]])
+def test_settings_that_work(draw, flags):
+    out, err = draw("--subject", "ada.png", "--output", "x.png", *flags)
+    assert err == [] and all(Path(path).is_file() for path in out[1:])
+    assert pixels(out[1]).std() > 1
+
+
+def test_odd_sizes_and_their_routing(draw):
+    out, err = draw("--subject", "ada.png", "--width", 136, "--height", 120, "--save-routing", "maps/r.png")
+    assert out == ["seed 5", "sample.png", "maps/r.png"] and err == []
+    assert pixels("sample.png").shape == (120, 136, 3)
+    assert pixels("maps/r.png").shape[1] > 300
+
+
+def test_random_seed_is_printed_and_kept(world, place, capsys):
+    sample.main(["--weights", str(world), "--prompt", PROMPT])
+    first = capsys.readouterr().out.splitlines()[0]
+    assert re.fullmatch(r"seed \d+", first) and settings("sample.png")["seed"] == int(first.split()[1])
+
+
+# What it warns of
+
+
+def test_warns_once_in_one_line_of_words_unknown_or_lost(draw):
+    _, err = draw("--num", 2, prompt="a purple woman on the zebra")
+    assert len(err) == 1 and err[0].startswith("warning: ") and "purple, zebra" in err[0]
+    _, err = draw("--subject", "ada.png", prompt="a woman " + "on the beach " * 40)
+    assert len(err) == 1 and err[0].startswith("warning: ") and "longer than 75 tokens" in err[0]
+
+
+def test_says_when_a_subject_is_foreign(draw, other_world):
+    config = read_config(other_world)
+    known = {"mean": [0.0] * 16, "std": [1.0] * 16, "limit": 1e9}
+    write_json({**config, "subjects": known}, other_world / "config.json")
+    assert draw("--subject", "ada.png", weights=other_world)[1] == []
+    write_json({**config, "subjects": {**known, "limit": 0.0}}, other_world / "config.json")
+    (line,) = draw("--subject", "ada.png", weights=other_world)[1]
+    assert line.startswith("warning: ada.png looks like nobody")
+
+
+# What it refuses
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--steps", "0"], "--steps must be in 1..999, not 0"),
+    (["--steps", "1000"], "--steps must be in 1..999, not 1000"),
+    (["--num", "0"], "--num must be in"), (["--num", "1001"], "--num must be in"),
+    (["--seed", "-1"], "--seed must be in"), (["--seed", str(2 ** 63)], "--seed must be in"),
+    (["--guidance-scale", "nan"], "--guidance-scale must be in 0..100, not nan"),
+    (["--guidance-scale", "-1"], "--guidance-scale must be in"),
+    (["--width", "100"], "--width must be a multiple of 8, not 100: 96 or 104"),
+    (["--height", "0"], "--height must be in 8..2048"), (["--width", "1000000"], "--width must be in 8..2048"),
+    (["--device", "cuda:99"], "--device cuda:99 cannot be used"), (["--device", "tpu"], "--device tpu is unknown"),
+    (["--device", "meta"], "--device meta is unknown"), (["--device", ""], "--device  is unknown"),
+    (["--subject", "missing.png"], "missing.png does not exist"),
+    (["--subject", "woman=missing.png"], "missing.png does not exist"),
+    (["--subject", "woman="], "is not a file"), (["--subject", ""], "is not a file"),
+    (["--subject", "=ada.png"], "the word before = is empty"),
+    (["--subject", "."], ". is not a file"), (["--subject", str(SCRIPT)], "cannot be used as a picture"),
+    (["--subject", "cat=ada.png"], "there is no 'cat' in the prompt"),
+    (["--subject", "man=ada.png"], "there is no 'man' in the prompt"),
+    (["--subject", "ada.png", "--subject", "bob.png"], "more subjects than words"),
+    (["--subject", "woman=ada.png", "--subject", "woman=bob.png"], "every 'woman' in the prompt has a subject"),
+    (["--output", "x.jpg"], "saved as .png"), (["--output", "/proc/x/y.png"], "cannot be written"),
+    (["--output", "/proc"], "cannot be written"), (["--output", "ada.png/x.png"], "cannot be written"),
+    (["--output", "ada.png", "--subject", "./ada.png"], "is a subject's photo"),
+    (["--output", "a" * 300 + ".png"], "File name too long"),
+    (["--num", "3", "--output", "ada.png/x"], "cannot be written"),
+    (["--save-routing", "r"], "--save-routing r must be a file"), (["--save-routing", "r.jpg"], "saved as .png"),
+    (["--save-routing", "sample.png"], "give another name"), (["--save-routing", "."], "--save-routing ."),
+    (["--save-routing", "r.png", "--prior-only"], "leave one of them out"),
+    (["--moa", "missing.safetensors"], "--moa missing.safetensors is not a file"),
+    (["--moa", "ada.png"], "ada.png is not a readable safetensors file")], ids=lambda value: str(value)[:40])
+def test_refuses(refuse, flags, words):
+    assert words in refuse(*flags)
+
+
+def test_refuses_prompts_without_a_place(refuse):
+    assert "nobody in the prompt" in refuse("--subject", "ada.png", prompt="the beach")
+    assert "nobody in the prompt" in refuse("--subject", "ada.png", prompt="a womanly beach")
+    assert "--prompt is empty" in refuse(prompt=" \n")
+    assert "do not know the word 'lady'" in refuse("--subject", "ada.png", prompt="a lady on the beach")
+    assert "beyond the 77 tokens" in refuse("--subject", "ada.png", prompt="on the beach " * 40 + "a woman")
+
+
+def test_refuses_a_file_where_a_folder_is_needed(refuse, place):
+    (place / "out").touch()
+    assert "out/000.png cannot be written" in refuse("--num", 3, "--output", "out.png")
+
+
+def test_refuses_wrong_folders(refuse, place, world):
+    (place / "empty").mkdir()
+    for folder in ("missing", "empty", "ada.png"):
+        assert f"{folder} is not a weights folder" in refuse(weights=folder)
+    line = refuse("--moa", world / "unet.safetensors")
+    assert "unet.safetensors is not a MoA file" in line
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "image_encoder", "moa"])
+def test_refuses_broken_weights(refuse, other_world, part):
+    file = other_world / f"{part}.safetensors"
+    whole = file.read_bytes()
+    for broken in (b"", whole[:20], whole[: len(whole) // 2], b"\xff" * 100):
+        file.write_bytes(broken)
+        assert file.name in refuse("--subject", "ada.png", weights=other_world)
+    file.unlink()
+    assert f"{part}.safetensors" in refuse("--subject", "ada.png", weights=other_world)
+
+
+@pytest.mark.parametrize("change", [
+    {"image_size": "64"}, {"image_size": 60}, {"image_size": None}, {"sampling": {"steps": 0}}, {"unet": {}},
+    {"sampling": {"guidance_scale": "x"}}, {"sampling": {"steps": 2.5}}, {"subjects": 3}, {"unet": {"heads": 0}},
+    {"subjects": {"mean": [0.0], "std": [[1.0], 2], "limit": 1}}, {"vae": []}, {"text_encoder": {"dim": 3}}], ids=str)
+def test_refuses_a_broken_config(refuse, other_world, change):
+    write_json({**read_config(other_world), **change}, other_world / "config.json")
+    refuse("--subject", "ada.png", weights=other_world)
+
+
+def test_refuses_moa_of_other_models(refuse, other_world):
+    unet = UNet(UNetConfig(channels=(8, 16, 16, 16), heads=2, context_dim=16, groups=4))
+    prompt = MultimodalPrompt(PromptConfig(text_dim=16, image_dim=24, hidden=8, layers=16))
+    save_moa(add_moa(unet), prompt, other_world / "wide.safetensors")
+    assert "other models" in refuse("--moa", other_world / "wide.safetensors")
+    unet = UNet(replace(unet.cfg, channels=(16, 16, 16, 16)))
+    save_moa(add_moa(unet), prompt, other_world / "wide.safetensors")
+    assert "does not fit" in refuse("--moa", other_world / "wide.safetensors")
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_nan_is_an_error_and_no_picture(refuse, other_world, part, value):
+    file = other_world / f"{part}.safetensors"
+    state = load_file(file)
+    name = {"unet": "conv_out.bias", "vae": "decoder.conv_out.bias"}.get(part, sorted(state)[-1])
+    save_file({**state, name: torch.full_like(state[name], value)}, file)
+    with_seed = pytest.MonkeyPatch()
+    with with_seed.context() as patch:  # the seed is printed by then, and that is all
+        patch.setattr("builtins.print", lambda *a, file=None, **k: file and file.write(" ".join(a) + "\n"))
+        assert "NaN" in refuse("--subject", "ada.png", weights=other_world)
+
+
+@pytest.mark.parametrize("error, code, words", [
+    (KeyboardInterrupt(), 130, ""), (torch.OutOfMemoryError("Tried to allocate 9 GiB"), 2, "error: not enough memory"),
+    (OSError(28, "No space left on device"), 2, "No space left")])
+def test_stops_cleanly(draw, place, monkeypatch, capsys, error, code, words):
+    def stop(*args, **more):
+        raise error
+    monkeypatch.setattr(Pipeline, "decode", stop)
+    with pytest.raises(SystemExit) as stopped:
+        draw("--num", 2, "--output", "new", "--save-routing", "r.png")
+    assert stopped.value.code == code and words in capsys.readouterr().err
+    assert sorted(os.listdir()) == ["ada.png", "bob.png"]
+
+
+# As a process of its own
+
+
+def test_help_is_quick_and_needs_no_torch():
+    code = ("import sys, sample\ntry: sample.main(['--help'])\nexcept SystemExit as stop: assert not stop.code\n"
+            "assert not {'torch', 'numpy', 'PIL'} & sys.modules.keys()")
+    start = time.process_time(), time.monotonic()
+    shown = subprocess.run([sys.executable, "-c", code], cwd=SCRIPT.parent, capture_output=True, text=True)
+    assert shown.returncode == 0 and "--save-routing" in shown.stdout, shown.stderr
+    assert time.monotonic() - start[1] < 10  # a fraction of a second on a machine that is free
+    wrong = subprocess.run([sys.executable, SCRIPT, "--prompt", "x", "--steps", "many"], capture_output=True, text=True)
+    assert wrong.returncode == 2 and "invalid int value: 'many'" in wrong.stderr and "Traceback" not in wrong.stderr
+
+
+def test_interrupted_as_a_process(place, world):
+    command = [sys.executable, SCRIPT, "--weights", world, "--prompt", PROMPT, "--steps", "999", "--width", "512",
+               "--height", "512", "--seed", "3"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "seed 3\n"
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and out == "" and err == ""
+    assert sorted(os.listdir()) == ["ada.png", "bob.png"]

@@ -1,0 +1,460 @@
+"""Every stage of train.py, on models and data small enough to train in a second.
+
+`python tests/test_train.py STAGE ...` is train.py with these sizes, for the tests that need a process.
+"""
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import stages
+import train
+from data import toyworld
+from data.dataset import render_cache
+from data.fastcomposer import read_ids
+from models import load_models
+from models.clip_image import CLIPImageConfig
+from models.clip_text import CLIPTextConfig
+from models.load import PARTS, load_part, read_tensors
+from models.unet import UNetConfig
+from models.vae import VAEConfig
+from pipeline import Pipeline
+
+SMALL = {
+    "unet": UNetConfig(channels=(8, 8, 16, 16), heads=2, context_dim=16, groups=4),
+    "vae": VAEConfig(channels=(8, 8, 8, 8), layers=1, groups=4),
+    "text_encoder": CLIPTextConfig(dim=16, layers=1, heads=2),
+    "image_encoder": CLIPImageConfig(image_size=32, patch_size=8, dim=16, layers=1, heads=2, output_dim=16),
+}
+
+
+def shrink(patch: pytest.MonkeyPatch) -> None:
+    """Small models, few held-out pictures, sample sheets of two steps. What runs is train.py's code."""
+    generate = Pipeline.generate
+    for part, sizes in SMALL.items():
+        patch.setitem(stages.SMALL, part, sizes)
+    patch.setattr(stages, "render_cache", lambda kind, count, split="train": render_cache(
+        kind, min(count, 24), split, workers=1))
+    patch.setattr(Pipeline, "generate", lambda self, *args, **options: generate(
+        self, *args, **{**options, "steps": 2}))
+    torch.set_num_threads(1)
+
+
+def run(*arguments) -> int:
+    """train.py in this process; its exit status."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    with pytest.MonkeyPatch.context() as patch:
+        options = ["--samples", "24", "--batch-size", "4", "--log-every", "1", "--device", "cpu"]
+        patch.setattr(sys, "argv", ["train.py", *options, *map(str, arguments)])
+        try:
+            train.main()
+        except SystemExit as stop:
+            return stop.code
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+    return 0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def place(tmp_path_factory):
+    """A working directory of its own, so that .cache is made there."""
+    threads, folder = torch.get_num_threads(), tmp_path_factory.mktemp("training")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        shrink(patch)
+        yield folder
+    torch.set_num_threads(threads)
+
+
+STEPS = {"vae": 6, "clip": 3, "prior": 6, "moa": 6, "judge": 3}
+PREVIOUS = {"clip": "vae", "prior": "clip", "moa": "prior"}
+
+
+def options_of(stage: str, runs: Path) -> list:
+    weights = ["--weights", runs / PREVIOUS[stage]] if stage in PREVIOUS else []
+    return [stage, "--steps", STEPS[stage], *weights]
+
+
+@pytest.fixture(scope="module")
+def runs(place) -> Path:
+    """All five stages, each on the one before it."""
+    for stage in STEPS:
+        assert run(*options_of(stage, place), "--output", place / stage) == 0
+    return place
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def metrics_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def checkpoint_of(folder: Path) -> dict:
+    return torch.load(folder / "checkpoints" / "last.pt", weights_only=True)
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Bitwise equal weights, averages and optimizer; equal logs but for the speed."""
+    a, b = checkpoint_of(one), checkpoint_of(other)
+    assert a["step"] == b["step"]
+    for name in ("parameters", "average"):
+        assert all(torch.equal(x, y) for x, y in zip(a[name], b[name], strict=True)), name
+    for x, y in zip(a["optimizer"]["state"].values(), b["optimizer"]["state"].values(), strict=True):
+        assert all(torch.equal(x[k], y[k]) for k in x)
+    files = sorted(path.name for path in one.glob("*.safetensors"))
+    assert files
+    assert files == sorted(path.name for path in other.glob("*.safetensors"))
+    for name in files:
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+    logs = [[{k: v for k, v in line.items() if k != "images_per_second"} for line in metrics_of(folder)]
+            for folder in (one, other)]
+    assert logs[0] == logs[1]
+
+
+def assert_refused(capsys, folder: Path, *arguments, match: str) -> None:
+    """Exit status 2, one line on stderr, and not a byte of `folder` changed."""
+    before = snapshot(folder)
+    capsys.readouterr()
+    assert run(*arguments) == 2
+    text = capsys.readouterr().err
+    assert text.startswith("error: "), text
+    assert len(text.splitlines()) == 1, text
+    assert match in text
+    assert snapshot(folder) == before
+
+
+# What a run writes -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", STEPS)
+def test_a_run_leaves_a_complete_folder(stage, runs):
+    folder = runs / stage
+    training = json.loads((folder / "config.json").read_text())["training"]
+    assert training["stage"] == stage
+    assert training["steps"] == STEPS[stage]
+    describe = ["git", "-C", str(Path(train.__file__).parent), "describe", "--always", "--dirty"]
+    done = subprocess.run(describe, capture_output=True, text=True, check=False)
+    assert training["code"] == (done.stdout.strip() or "unknown")
+    logged = metrics_of(folder)
+    assert [line["step"] for line in logged] == list(range(1, STEPS[stage] + 1))
+    assert all(line["loss"] > 0 for line in logged)
+    assert checkpoint_of(folder)["step"] == STEPS[stage]
+    assert any(path.stat().st_size > 40 for path in (folder / "samples").iterdir())
+    names = {path.name for path in folder.iterdir()}
+    assert {"config.json", "metrics.jsonl", "checkpoints", "samples"} < names
+    assert not [name for name in names if name.startswith(".")]
+
+
+def test_each_folder_is_the_next_stage_s_weights(runs):
+    held = {stage: {path.stem for path in (runs / stage).glob("*.safetensors")} for stage in STEPS}
+    assert held["vae"] == {"vae"}
+    assert held["clip"] == {"vae", "text_encoder", "image_encoder"}
+    assert held["prior"] == set(PARTS)
+    assert held["moa"] == set(PARTS) | {"moa"}
+    assert held["judge"] == {"judge"}
+    for stage, before in PREVIOUS.items():
+        for part in held[before]:
+            name = f"{part}.safetensors"
+            assert (runs / stage / name).read_bytes() == (runs / before / name).read_bytes()
+    for stage in ("vae", "clip", "prior", "moa"):
+        for part in held[stage] - {"moa"}:
+            assert load_part(runs / stage, part).cfg == load_part(runs / "moa", part).cfg
+    assert load_models(runs / "prior").image_encoder is not None
+    assert Pipeline.load(runs / "moa", runs / "moa" / "moa.safetensors").prompt is not None
+
+
+def test_clip_needs_no_weights(runs, tmp_path):
+    assert run("clip", "--steps", 1, "--output", tmp_path / "clip") == 0
+    assert {p.stem for p in (tmp_path / "clip").glob("*.safetensors")} == {"text_encoder", "image_encoder"}
+
+
+def test_moa_logs_all_parts_of_its_loss(runs):
+    for line in metrics_of(runs / "moa"):
+        assert {"masked", "router", "object", "prior_weight_people", "prior_weight_background"} <= set(line)
+        config = stages.TOYWORLD["moa"]
+        total = line["masked"] + config.lambda_router * line["router"] + config.lambda_object * line["object"]
+        assert line["loss"] == pytest.approx(total, rel=1e-5)
+    first = metrics_of(runs / "moa")[0]
+    assert first["prior_weight_people"] == pytest.approx(0.5)  # the routers start at zero
+    assert first["prior_weight_background"] == pytest.approx(0.5)
+
+
+# Training itself ---------------------------------------------------------------------------------
+
+
+def make_stage(name: str, runs: Path, **changes) -> stages.Stage:
+    config = stages.make_config("toyworld", name, **{"batch_size": 4, "samples": 24, **changes})
+    weights = runs / PREVIOUS[name] if name in PREVIOUS else None
+    return stages.STAGES[name](config, 0, torch.device("cpu"), weights, None)
+
+
+def train_stage(stage: stages.Stage, output: Path) -> None:
+    args = Namespace(stage="test", preset="toyworld", seed=0, output=output, resume=False, log_every=50,
+                     checkpoint_every=1000, weights=None, data=None)
+    train.prepare_output(args)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    train.train(stage, args)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def test_moa_trains_its_own_parameters_and_no_others(runs, tmp_path):
+    stage = make_stage("moa", runs, steps=4)
+    frozen_models = (stage.vae, stage.text_encoder, stage.image_encoder)
+    before = [{k: v.clone() for k, v in m.state_dict().items()} for m in (stage.module, *frozen_models)]
+    base = set(read_tensors(runs / "prior" / "unet.safetensors"))
+    trained = {name for name, p in stage.module.named_parameters() if p.requires_grad}
+    train_stage(stage, tmp_path / "run")
+    after = [m.state_dict() for m in (stage.module, *frozen_models)]
+    for was, now in zip(before[1:], after[1:], strict=True):
+        assert all(torch.equal(was[k], now[k]) for k in was)
+    changed = {k for k in before[0] if not torch.equal(before[0][k], after[0][k])}
+    assert changed <= trained
+    assert all(".personalized." in k or ".router." in k or k.startswith("prompt.") for k in trained)
+    frozen = {k for k in before[0] if k.startswith("unet.")} - trained
+    assert len(frozen) == len(base)
+    for kind in (".personalized.", ".router.", "prompt."):
+        of_kind = {k for k in trained if kind in k}
+        assert len(changed & of_kind) > 0.9 * len(of_kind), kind
+
+
+@pytest.mark.parametrize(("name", "factor"), [("vae", 0.8), ("prior", 0.97), ("moa", 0.9)])
+def test_the_loss_goes_down_on_a_few_pictures(name, factor, runs, tmp_path):
+    """For moa by its router loss: on this poor base the experts have little to win in so few steps."""
+    stage = make_stage(name, runs, steps=20, samples=4, lr=3e-3, warmup=1, ema=0.0,
+                       lambda_router=0.01 if name == "moa" else 0.0)
+
+    @torch.no_grad()
+    def loss() -> float:
+        return sum(stage.loss(step)[0].item() for step in range(100, 110))
+
+    before = loss()
+    train_stage(stage, tmp_path / "run")
+    assert loss() < factor * before
+
+
+def test_the_learning_rate_warms_up_and_falls_to_zero():
+    config = Namespace(steps=100, warmup=10, decay=0.5)
+    rates = [train.learning_rate_factor(step, config) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9:51] == [1.0] * 42
+    assert rates[75] == pytest.approx(0.5)
+    assert rates[99] == pytest.approx(0.02)
+    assert train.learning_rate_factor(99, Namespace(steps=100, warmup=0, decay=0.0)) == 1.0
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(runs, tmp_path, monkeypatch, capsys):
+    loss = stages.VAEStage.loss
+
+    def overflow(self, step):
+        value, parts = loss(self, step)
+        return value * (float("nan") if step == 3 else 1), parts
+
+    monkeypatch.setattr(stages.VAEStage, "loss", overflow)
+    assert run("vae", "--steps", 6, "--checkpoint-every", 2, "--output", tmp_path / "run") == 2
+    assert "error: the gradient is not finite at step 3" in capsys.readouterr().err.splitlines()[-1]
+    saved = checkpoint_of(tmp_path / "run")
+    assert saved["step"] == 2
+    assert all(p.isfinite().all() for p in saved["parameters"])
+    assert [line["step"] for line in metrics_of(tmp_path / "run")] == [1, 2, 3]
+
+
+# Stopped and resumed -----------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """What SIGKILL would be."""
+
+
+@pytest.mark.parametrize("stage", ["vae", "moa"])
+@pytest.mark.parametrize("stop", ["killed", "interrupted"])
+def test_a_stopped_run_goes_on_to_the_same_weights(stage, stop, runs, tmp_path, monkeypatch, capsys):
+    options = [*options_of(stage, runs), "--checkpoint-every", 2, "--output", tmp_path / "run"]
+    cls, loss = stages.STAGES[stage], stages.STAGES[stage].loss
+
+    def interrupted(self, step):
+        if step == 3 and stop == "killed":
+            raise Killed
+        if step == 3:
+            signal.raise_signal(signal.SIGINT)
+        return loss(self, step)
+
+    monkeypatch.setattr(cls, "loss", interrupted)
+    if stop == "killed":
+        with pytest.raises(Killed):
+            run(*options)
+        assert checkpoint_of(tmp_path / "run")["step"] == 2
+        with open(tmp_path / "run" / "metrics.jsonl", "a") as log:
+            log.write('{"step": 4, "lo')  # a line that was being written
+    else:
+        assert run(*options) == 130
+        assert "stopped: step 4 is saved" in capsys.readouterr().err.splitlines()[-1]
+        assert checkpoint_of(tmp_path / "run")["step"] == 4
+    assert not list((tmp_path / "run").glob("*.safetensors"))
+    monkeypatch.setattr(cls, "loss", loss)
+    assert run(*options, "--resume") == 0
+    assert_same_run(tmp_path / "run", runs / stage)
+
+
+def test_sigterm_from_outside(runs, tmp_path):
+    """Wherever the signal arrives, the run goes on to the same weights."""
+    options = ["vae", "--steps", "80", "--samples", "24", "--batch-size", "4", "--log-every", "1",
+               "--device", "cpu", "--output"]
+    command = [sys.executable, __file__, *options, tmp_path / "stopped"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    log, end = tmp_path / "stopped" / "metrics.jsonl", time.monotonic() + 200
+    while process.poll() is None and time.monotonic() < end:
+        if log.exists() and log.read_bytes().count(b"\n") >= 5:
+            process.send_signal(signal.SIGTERM)
+            break
+        time.sleep(0.01)
+    _, text = process.communicate(timeout=100)
+    assert process.returncode == 143, text
+    assert text.splitlines()[-1].startswith("stopped: step ")
+    assert 5 <= checkpoint_of(tmp_path / "stopped")["step"] < 80
+    assert run(*options, tmp_path / "stopped", "--resume") == 0
+    assert run(*options, tmp_path / "whole") == 0
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+
+
+def test_resuming_a_finished_run_changes_nothing(runs, tmp_path):
+    shutil.copytree(runs / "moa", tmp_path / "moa")
+    assert run(*options_of("moa", runs), "--output", tmp_path / "moa", "--resume") == 0
+    assert_same_run(tmp_path / "moa", runs / "moa")
+    assert (tmp_path / "moa" / "config.json").read_text() == (runs / "moa" / "config.json").read_text()
+
+
+@pytest.mark.parametrize(("changed", "match"), [
+    (["--seed", 1], "seed 0, not 1"), (["--steps", 7], "steps 6, not 7"),
+    (["--batch-size", 5], "batch_size 4, not 5"), (["--samples", 23], "samples 24, not 23")])
+def test_another_run_s_checkpoint_is_refused(changed, match, runs, capsys):
+    assert_refused(capsys, runs, *options_of("vae", runs), *changed, "--output", runs / "vae", "--resume",
+                   match=match)
+
+
+def test_another_stage_s_checkpoint_is_refused(runs, capsys):
+    assert_refused(capsys, runs, *options_of("vae", runs), "--output", runs / "moa", "--resume",
+                   match="stage moa, not vae")
+
+
+def test_other_weights_below_a_resumed_run_are_refused(runs, tmp_path, capsys):
+    shutil.copytree(runs / "prior", tmp_path / "prior")
+    path = tmp_path / "prior" / "unet.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    options = ["moa", "--steps", STEPS["moa"], "--output", runs / "moa", "--resume", "--weights"]
+    assert_refused(capsys, runs, *options, tmp_path / "prior", match="is of another run: weights")
+
+
+class Bomb:
+    def __reduce__(self):
+        return Path.touch, (Path("exploded"),)
+
+
+@pytest.mark.parametrize("content", ["half", "empty", "pickle", "torch pickle", "other keys"])
+def test_a_broken_checkpoint_is_refused(content, runs, tmp_path, capsys):
+    shutil.copytree(runs / "vae", tmp_path / "vae")
+    path = tmp_path / "vae" / "checkpoints" / "last.pt"
+    if content == "half":
+        path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+    elif content == "empty":
+        path.write_bytes(b"")
+    elif content == "pickle":
+        path.write_bytes(pickle.dumps(Bomb()))
+    else:
+        torch.save({"run": Bomb()} if content == "torch pickle" else {"step": 3}, path)
+    assert_refused(capsys, tmp_path, *options_of("vae", runs), "--output", tmp_path / "vae", "--resume",
+                   match="last.pt is not a checkpoint that can be read")
+    assert not Path("exploded").exists()
+
+
+def test_folders_that_hold_something_are_left_alone(runs, tmp_path, capsys):
+    vae = options_of("vae", runs)
+    assert_refused(capsys, runs, *vae, "--output", runs / "vae", match="holds a run already")
+    assert_refused(capsys, tmp_path, *vae, "--output", tmp_path / "none", "--resume", match="there is no")
+    shutil.copytree(runs / "prior", tmp_path / "weights")
+    shutil.rmtree(tmp_path / "weights" / "checkpoints")
+    assert_refused(capsys, tmp_path, *vae, "--output", tmp_path / "weights", match="holds weights already")
+    (tmp_path / "file").write_text("mine")
+    assert_refused(capsys, tmp_path, *vae, "--output", tmp_path / "file", match="file")
+
+
+# Options -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("arguments", "match"), [
+    (["prior"], "the prior needs --weights"), (["moa"], "moa needs --weights"),
+    (["prior", "--weights", "nowhere"], "nowhere"), (["clip", "--weights", "nowhere"], "nowhere"),
+    (["moa", "--weights", "vae"], "unet"), (["vae", "--weights", "clip"], "cannot use --weights"),
+    (["vae", "--preset", "sd15"], "preset sd15 has no stage vae"),
+    (["clip", "--batch-size", 3], "--batch-size 4"), (["vae", "--device", "tpu0"], "--device tpu0"),
+    (["vae", "--data", "nowhere"], "image_ids_train.txt")])
+def test_bad_options_are_one_line(arguments, match, runs, tmp_path, capsys):
+    assert_refused(capsys, runs, *arguments, "--steps", 1, "--output", tmp_path / "run", match=match)
+
+
+@pytest.fixture(scope="module")
+def folder(place) -> Path:
+    """Eight pictures in FastComposer's layout."""
+    toyworld.main(["--output", str(place / "world"), "--count", "8", "--seed", "100"])
+    return place / "world"
+
+
+@pytest.mark.parametrize("stage", ["vae", "prior", "moa", "judge"])
+def test_a_stage_reads_a_folder(stage, folder, runs, tmp_path):
+    options = [*options_of(stage, runs), "--steps", 2, "--data", folder, "--output", tmp_path / "run"]
+    assert run(*options) == 0
+    training = json.loads((tmp_path / "run" / "config.json").read_text())["training"]
+    assert training["samples"] == 8  # of the 24 that were asked for
+    assert training["data"] == str(folder)
+    assert metrics_of(tmp_path / "run")[0]["loss"] != metrics_of(runs / stage)[0]["loss"]
+    if stage == "moa":
+        assert run(*options, "--resume") == 0
+
+
+def test_folders_that_cannot_be_trained_on(folder, runs, tmp_path, capsys):
+    world = tmp_path / "world"
+    shutil.copytree(folder, world)
+    options = ["--steps", 1, "--output", tmp_path / "run", "--data", world]
+    for path in world.rglob("*.json"):
+        record = json.loads(path.read_text())
+        path.write_text(json.dumps({k: record[k] for k in ("caption", "segments")}))
+    assert_refused(capsys, world, "judge", *options, match="has no labels for a judge")
+    assert_refused(capsys, world, "clip", *options, match="cannot use --data")
+    assert run("vae", *options) == 0  # pictures are enough for it
+    shutil.rmtree(tmp_path / "run")
+    (world / "10000" / "100000101.npy").unlink()
+    assert_refused(capsys, world, "vae", *options, "--samples", 3, match="100000101.npy")
+    (world / "image_ids_train.txt").write_text("")
+    read_ids.cache_clear()
+    assert_refused(capsys, world, "vae", *options, match="no image id")
+
+
+def test_a_noun_that_does_not_fit_into_the_prompt_is_not_a_subject(runs):
+    stage = make_stage("moa", runs, steps=1)
+    captions = ["a man running", "a " + "man " * 73 + "woman", "a " + "man " * 74 + "woman"]
+    ends = [5, len(captions[1]), len(captions[2])]
+    stage.scenes.samples = [{"caption": c, "ends": [end]} for c, end in zip(captions, ends, strict=True)]
+    positions, present = stage.subject_positions(stage.scenes)
+    assert positions[:, 0].tolist() == [2, 75, 0]
+    assert present[:, 0].tolist() == [True, True, False]
+
+
+if __name__ == "__main__":
+    shrink(pytest.MonkeyPatch())
+    train.main()
