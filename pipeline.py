@@ -20,7 +20,7 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"(cpu|mps|xpu|cuda(:\d+)?)", name):
-        raise ValueError(f"--device {name} is unknown: give auto, cpu, cuda, cuda:1, ...")
+        raise ValueError(f"--device {name!r} is unknown: give auto, cpu, cuda, cuda:1, ...")
     try:
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
@@ -33,6 +33,12 @@ class Subject:
 
     position: int  # index of the token among the prompt's 77
     feature: Tensor  # (F,)
+
+
+def squared_distance(features: Tensor, mean: Tensor, precision: Tensor) -> Tensor:
+    """Squared Mahalanobis distance per dimension of features (B, F): (B,), about 1 for usual ones."""
+    centred = features.float() - mean
+    return ((centred @ precision) * centred).mean(-1)
 
 
 @dataclass

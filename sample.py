@@ -264,14 +264,13 @@ def load_pipeline(args: argparse.Namespace):
 
 def fill_in(args: argparse.Namespace, config: dict) -> None:
     """Take what the flags leave open from config.json, and a random seed."""
-    sampling = config.get("sampling")
-    sampling = sampling if isinstance(sampling, dict) else {}
-    defaults = {"steps": sampling.get("steps", 20), "guidance_scale": sampling.get("guidance_scale", 5.0),
-                "width": config.get("image_size", 512), "height": config.get("image_size", 512),
+    sampling, size = config.get("sampling"), config.get("image_size")
+    found = {"width": size, "height": size, **(sampling if isinstance(sampling, dict) else {})}
+    defaults = {"steps": 20, "guidance_scale": 5.0, "width": 512, "height": 512,
                 "seed": random.randrange(2 ** 32)}
-    for name, value in defaults.items():
+    for name, default in defaults.items():
         if getattr(args, name) is None:
-            setattr(args, name, value)
+            setattr(args, name, default if found.get(name) is None else found[name])
     check(args)
 
 

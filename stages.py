@@ -27,7 +27,7 @@ from models.load import (Models, carry_over, load_part, read_config, save_part, 
 from models.open_clip_import import open_clip
 from models.unet import UNet, UNetConfig
 from models.vae import AutoencoderKL, VAEConfig
-from pipeline import Pipeline, Subject
+from pipeline import Pipeline, Subject, squared_distance
 from samplers import add_noise, alpha_bar
 
 
@@ -503,6 +503,16 @@ class MoAStage(PriorStage):
     def export(self, folder: Path) -> None:
         carry_over(self.weights, folder)
         save_moa(self.unet, self.prompt, folder / "moa.safetensors", preset=asdict(self.config))
+        save_tensors(feature_statistics(self.features[self.present]), folder / "subjects.safetensors")
+
+
+def feature_statistics(features: Tensor) -> dict[str, Tensor]:
+    """Where the image features (N, F) of the training subjects lie, so that `sample.py` can tell a
+    subject of another world: mean (F,), precision (F, F) and the largest usual distance ()."""
+    mean = features.mean(0)
+    precision = torch.linalg.inv(torch.cov(features.T) + 1e-4 * torch.eye(features.shape[1]))
+    distances = squared_distance(features, mean, precision)
+    return {"mean": mean, "precision": precision, "limit": 1.25 * distances.quantile(0.999)}
 
 
 def latent_masks(scenes: Cache, size: int) -> Tensor:

@@ -108,7 +108,7 @@ def train(stage, args: argparse.Namespace) -> None:
 
     config, device = stage.config, stage.device
     settings = {"stage": args.stage, "preset": args.preset, "seed": args.seed, "code": git_describe(),
-                "weights": args.weights and str(args.weights), "data": args.data and str(args.data),
+                "weights": args.weights and args.weights.name, "data": args.data and args.data.name,
                 "torch": torch.__version__, "device": str(device), **asdict(config)}
     parameters = [p for p in stage.module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=config.betas,
