@@ -56,7 +56,8 @@ def run(args: argparse.Namespace) -> None:
     from pipeline import Pipeline, pick_device
 
     args.output.mkdir(parents=True, exist_ok=True)
-    pipeline = Pipeline.load(args.weights, args.moa or args.weights / "moa.safetensors", pick_device(args.device))
+    moa = args.moa or args.weights / "moa.safetensors"
+    pipeline = Pipeline.load(args.weights, moa, pick_device(args.device))
     judge, path = Judge(), args.judge or args.weights / "judge.safetensors"
     state = {k: v.float() for k, v in read_tensors(path).items()}
     check_exact(state, judge.state_dict(), path)
@@ -278,20 +279,20 @@ def scores(cases: list[Case], ceiling: dict[str, float]) -> dict:
         "router_iou": [router_iou(c) for c in cases],
         "prior_agreement": [overlap(c) for c in cases]}
     results = {name: interval(value) for name, value in values.items()}
-    results["attributes"] = {name: interval([hit for c in cases
-                                             for n, hit in attribute_hits(c.scene, c.readings[1]) if n == name])
+    hits = [hit for c in cases for hit in attribute_hits(c.scene, c.readings[1])]
+    results["attributes"] = {name: interval([right for n, right in hits if n == name])
                              for name in toyworld.ATTRIBUTES}
     results["judge"] = ceiling
     return results
 
 
-def interval(values: list) -> dict[str, float]:
-    """Mean and 95 % bootstrap interval."""
+def interval(values: list) -> dict[str, float | None]:
+    """Mean and 95 % bootstrap interval of the values that are not NaN."""
     import numpy as np
     values = np.array(values, dtype=float)
     values = values[~np.isnan(values)]
-    if not len(values):
-        return {"mean": float("nan"), "low": float("nan"), "high": float("nan"), "n": 0}
+    if not len(values):  # no two-person case, say
+        return {"mean": None, "low": None, "high": None, "n": 0}
     draws = values[np.random.default_rng(0).integers(len(values), size=(1000, len(values)))].mean(1)
     low, high = np.percentile(draws, [2.5, 97.5])
     return {"mean": float(values.mean()), "low": float(low), "high": float(high), "n": len(values)}
@@ -303,7 +304,9 @@ def markdown(results: dict) -> str:
     rows = {k: v for k, v in results.items() if "mean" in v}
     rows |= {f"identity: {k}": v for k, v in results["attributes"].items()}
     for name, value in rows.items():
-        lines.append(f"| {name} | {value['mean']:.3f} | {value['low']:.3f} to {value['high']:.3f} | {value['n']} |")
+        cells = ["-", "-"] if value["n"] == 0 else [
+            f"{value['mean']:.3f}", f"{value['low']:.3f} to {value['high']:.3f}"]
+        lines.append(f"| {name} | {' | '.join(cells)} | {value['n']} |")
     ceiling = ", ".join(f"{k} {v:.3f}" for k, v in results["judge"].items())
     return "\n".join([*lines, "", f"The judge itself, on held-out renders: {ceiling}.", ""])
 
@@ -317,7 +320,8 @@ def sheets(cases: list[Case], folder: Path) -> None:
     rows = []
     for case in cases[:32]:
         subjects = list(case.references) + [blank] * (2 - len(case.references))
-        routing = Image.fromarray((case.routing * 255).astype(np.uint8)).resize((size, size), 0).convert("RGB")
+        routing = Image.fromarray((case.routing * 255).astype(np.uint8))
+        routing = routing.resize((size, size), Image.Resampling.NEAREST).convert("RGB")
         rows.append(np.concatenate([*subjects, *case.pictures, np.array(routing)], axis=1))
     columns = [np.concatenate(rows[i::2]) for i in range(2)]
     height = min(len(c) for c in columns)

@@ -97,28 +97,39 @@ def run(args: argparse.Namespace) -> None:
     files, sheet = plan_files(args)
     places = bind_subjects(args.prompt, args.subject)
     keep_photos(places, [*files, sheet, args.save_routing])
-    from pictures import RoutingSheet, contact_sheet, read_picture, save_png, thumbnail, to_images
+    from pictures import RoutingSheet, read_picture
     photos = [read_picture(place.file) for place in places]
     pipeline, moa = load_pipeline(args)
     fill_in(args, pipeline.models.config)
     subjects = [make_subject(pipeline, args.prompt, place, photo)
                 for place, photo in zip(places, photos, strict=True) if not args.prior_only]
+    for subject, place in zip(subjects, places, strict=False):
+        warn_if_foreign(args.weights, pipeline.models.config, subject.feature, place.file)
     settings = describe(args, places, moa)
     routing = RoutingSheet(args.steps) if args.save_routing else None
     print(f"seed {args.seed}", flush=True)
-    small = []
-    for k, image in enumerate(draw(args, pipeline, subjects, routing)):
-        save_png(image, files[k], {**settings, "seed": args.seed + k})
-        print(files[k], flush=True)
-        small.append((thumbnail(image), f"seed {args.seed + k}"))
+    save_all(args, draw(args, pipeline, subjects, routing), files, sheet, routing, photos, settings)
+
+
+def save_all(args, images: Iterator, files: list[Path], sheet: Path | None, routing, photos: list,
+             settings: dict) -> None:
+    """Save each picture as soon as it is there, then the sheets; print the files."""
+    from pictures import contact_sheet, save_png, thumbnail, to_images
+
+    def save(image, path: Path, seed: int = args.seed) -> None:
+        save_png(image, path, {**settings, "seed": seed})
+        print(path, flush=True)
+
     people = [(thumbnail(to_images(photo[None] * 2 - 1)[0]), name)
               for photo, name in zip(photos, settings["subjects"], strict=True)]
+    small = []
+    for seed, (image, file) in enumerate(zip(images, files, strict=True), args.seed):
+        save(image, file, seed)
+        small.append((thumbnail(image), f"seed {seed}"))
     if sheet:
-        save_png(contact_sheet(args.prompt, people, small), sheet, {**settings, "seed": args.seed})
-        print(sheet)
+        save(contact_sheet(args.prompt, people, small), sheet)
     if routing:
-        save_png(routing.draw(small[0][0], people), args.save_routing, {**settings, "seed": args.seed})
-        print(args.save_routing)
+        save(routing.draw(small[0][0], people), args.save_routing)
 
 
 def check(args: argparse.Namespace) -> None:
@@ -287,27 +298,32 @@ def make_subject(pipeline, prompt: str, place: Place, photo):
     if len(before) > tokenize.length - 2 or before[-1:] != tokenize.encode(word)[-1:]:
         raise ValueError(f"--subject {file}: its word {word!r} lies beyond the {tokenize.length} tokens of "
                          "the prompt: make the prompt shorter")
-    feature = pipeline.encode_subjects(photo[None])[0]
-    warn_if_foreign(pipeline, feature, file)
-    return Subject(len(before), feature)
+    return Subject(len(before), pipeline.encode_subjects(photo[None])[0])
 
 
-def warn_if_foreign(pipeline, feature, file: str) -> None:
-    """The shipped cartoon weights say so when a subject looks like nobody of their world: when its
-    feature's mean squared deviation, in units of the world's spread, is above a limit."""
-    import torch
-    world = pipeline.models.config.get("subjects")
-    if world is None:
+def warn_if_foreign(weights: Path, config: dict, feature, file: str) -> None:
+    """Say so when a subject's image feature lies far from those that the weights were trained on.
+
+    A weights folder may tell where these lie, in `subjects.safetensors`. Raises ValueError if it cannot
+    be used.
+    """
+    from models import WeightsError
+    from models.load import read_tensors
+    from pipeline import squared_distance
+    path = weights / "subjects.safetensors"
+    if not path.exists():
         return
     try:
-        mean, std, limit = torch.tensor(world["mean"]), torch.tensor(world["std"]), float(world["limit"])
-        distance = ((feature.float().cpu() - mean) / std).square().mean()
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"config.json: \"subjects\" needs mean, std and limit: {error}") from error
-    if distance > limit:
-        warnings.warn(f"{file} looks like nobody of the small cartoon world that these weights know: the "
-                      "picture will not resemble it. For photos use Stable Diffusion 1.5's weights",
-                      stacklevel=2)
+        world = read_tensors(path)
+        distance = squared_distance(feature[None].cpu(), world["mean"], world["precision"])
+        foreign = bool(distance > world["limit"])
+    except (WeightsError, KeyError, RuntimeError) as error:
+        raise ValueError(f"{path} does not fit these weights: {error}") from error
+    if foreign:
+        advice = ("; they know a small cartoon world only, for photos use Stable Diffusion 1.5's"
+                  if config.get("world") == "toyworld" else "")
+        warnings.warn(f"{file} looks like nobody that these weights were trained on, the picture will "
+                      f"hardly resemble it{advice}", stacklevel=2)
 
 
 def draw(args: argparse.Namespace, pipeline, subjects: list, sheet) -> Iterator:

@@ -440,6 +440,8 @@ class MoAStage(PriorStage):
         self.features = encode_references(self.scenes, self.image_encoder, self.device).float()
         self.masks = latent_masks(self.scenes, self.latents.shape[-1])
         self.positions, self.present = self.subject_positions(self.scenes)
+        if not self.present.any():
+            raise StageError(f"{self.data} has no subjects to train on")
 
     def subject_positions(self, scenes: Cache) -> tuple[Tensor, Tensor]:
         """Token index of each subject's noun (N, P) int64, and whether there is one (N, P) bool.

@@ -230,14 +230,17 @@ def test_warns_once_in_one_line_of_words_unknown_or_lost(draw):
     assert len(err) == 1 and err[0].startswith("warning: ") and "longer than 75 tokens" in err[0]
 
 
-def test_says_when_a_subject_is_foreign(draw, other_world):
-    config = read_config(other_world)
-    known = {"mean": [0.0] * 16, "std": [1.0] * 16, "limit": 1e9}
-    write_json({**config, "subjects": known}, other_world / "config.json")
+def test_says_when_a_subject_is_foreign(draw, refuse, other_world):
+    file = other_world / "subjects.safetensors"
+    known = {"mean": torch.zeros(16), "precision": torch.eye(16), "limit": torch.tensor(1e9)}
+    save_file(known, file)
     assert draw("--subject", "ada.png", weights=other_world)[1] == []
-    write_json({**config, "subjects": {**known, "limit": 0.0}}, other_world / "config.json")
+    save_file({**known, "limit": torch.tensor(0.0)}, file)
     (line,) = draw("--subject", "ada.png", weights=other_world)[1]
     assert line.startswith("warning: ada.png looks like nobody")
+    for broken in ({"mean": torch.zeros(16)}, {**known, "precision": torch.eye(3)}):
+        save_file(broken, file)
+        assert "subjects.safetensors does not fit" in refuse("--subject", "ada.png", weights=other_world)
 
 
 # What it refuses
@@ -314,8 +317,7 @@ def test_refuses_broken_weights(refuse, other_world, part):
 
 @pytest.mark.parametrize("change", [
     {"image_size": "64"}, {"image_size": 60}, {"sampling": {"steps": 0}}, {"unet": {}},
-    {"sampling": {"guidance_scale": "x"}}, {"sampling": {"steps": 2.5}}, {"subjects": 3},
-    {"subjects": {"mean": [0.0], "std": [[1.0], 2], "limit": 1}}, {"unet": {"heads": 0}}, {"vae": []},
+    {"sampling": {"guidance_scale": "x"}}, {"sampling": {"steps": 2.5}}, {"unet": {"heads": 0}}, {"vae": []},
     {"text_encoder": {"dim": 3}}], ids=str)
 def test_refuses_a_broken_config(refuse, other_world, change):
     write_json({**read_config(other_world), **change}, other_world / "config.json")

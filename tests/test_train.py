@@ -77,6 +77,7 @@ def place(tmp_path_factory):
     torch.set_num_threads(threads)
 
 
+CODE = "v1-2-gabcdef-dirty"
 STEPS = {"vae": 6, "clip": 3, "prior": 6, "moa": 6, "judge": 3}
 PREVIOUS = {"clip": "vae", "prior": "clip", "moa": "prior"}
 
@@ -89,9 +90,24 @@ def options_of(stage: str, runs: Path) -> list:
 @pytest.fixture(scope="module")
 def runs(place) -> Path:
     """All five stages, each on the one before it."""
-    for stage in STEPS:
-        assert run(*options_of(stage, place), "--output", place / stage) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "git_describe", lambda: CODE)
+        for stage in STEPS:
+            assert run(*options_of(stage, place), "--output", place / stage) == 0
     return place
+
+
+def test_the_commit_is_described_as_git_does(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "__file__", str(tmp_path / "train.py"))
+    assert train.git_describe() == "unknown"
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "first"]):
+        subprocess.run([*git, *command], check=True)
+    assert train.git_describe().startswith(subprocess.run(
+        [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip())
+    (tmp_path / "train.py").write_text("edited")
+    subprocess.run([*git, "add", "train.py"], check=True)
+    assert train.git_describe().endswith("-dirty")
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
@@ -145,9 +161,7 @@ def test_a_run_leaves_a_complete_folder(stage, runs):
     training = json.loads((folder / "config.json").read_text())["training"]
     assert training["stage"] == stage
     assert training["steps"] == STEPS[stage]
-    describe = ["git", "-C", str(Path(train.__file__).parent), "describe", "--always", "--dirty"]
-    done = subprocess.run(describe, capture_output=True, text=True, check=False)
-    assert training["code"] == (done.stdout.strip() or "unknown")
+    assert training["code"] == CODE
     logged = metrics_of(folder)
     assert [line["step"] for line in logged] == list(range(1, STEPS[stage] + 1))
     assert all(line["loss"] > 0 for line in logged)
@@ -163,14 +177,14 @@ def test_each_folder_is_the_next_stage_s_weights(runs):
     assert held["vae"] == {"vae"}
     assert held["clip"] == {"vae", "text_encoder", "image_encoder"}
     assert held["prior"] == set(PARTS)
-    assert held["moa"] == set(PARTS) | {"moa"}
+    assert held["moa"] == set(PARTS) | {"moa", "subjects"}
     assert held["judge"] == {"judge"}
     for stage, before in PREVIOUS.items():
         for part in held[before]:
             name = f"{part}.safetensors"
             assert (runs / stage / name).read_bytes() == (runs / before / name).read_bytes()
     for stage in ("vae", "clip", "prior", "moa"):
-        for part in held[stage] - {"moa"}:
+        for part in held[stage] & set(PARTS):
             assert load_part(runs / stage, part).cfg == load_part(runs / "moa", part).cfg
     assert load_models(runs / "prior").image_encoder is not None
     assert Pipeline.load(runs / "moa", runs / "moa" / "moa.safetensors").prompt is not None
@@ -335,7 +349,9 @@ def test_resuming_a_finished_run_changes_nothing(runs, tmp_path):
     shutil.copytree(runs / "moa", tmp_path / "moa")
     assert run(*options_of("moa", runs), "--output", tmp_path / "moa", "--resume") == 0
     assert_same_run(tmp_path / "moa", runs / "moa")
-    assert (tmp_path / "moa" / "config.json").read_text() == (runs / "moa" / "config.json").read_text()
+    written = [json.loads((folder / "moa" / "config.json").read_text()) for folder in (tmp_path, runs)]
+    assert written[0].pop("training") == {**written[1].pop("training"), "code": train.git_describe()}
+    assert written[0] == written[1]
 
 
 @pytest.mark.parametrize(("changed", "match"), [
@@ -421,7 +437,7 @@ def test_a_stage_reads_a_folder(stage, folder, runs, tmp_path):
     assert run(*options) == 0
     training = json.loads((tmp_path / "run" / "config.json").read_text())["training"]
     assert training["samples"] == 8  # of the 24 that were asked for
-    assert training["data"] == str(folder)
+    assert training["data"] == folder.name
     assert metrics_of(tmp_path / "run")[0]["loss"] != metrics_of(runs / stage)[0]["loss"]
     if stage == "moa":
         assert run(*options, "--resume") == 0
@@ -436,6 +452,10 @@ def test_folders_that_cannot_be_trained_on(folder, runs, tmp_path, capsys):
         path.write_text(json.dumps({k: record[k] for k in ("caption", "segments")}))
     assert_refused(capsys, world, "judge", *options, match="has no labels for a judge")
     assert_refused(capsys, world, "clip", *options, match="cannot use --data")
+    for path in world.rglob("*.json"):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "segments": []}))
+    assert_refused(capsys, world, "moa", "--weights", runs / "prior", *options, "--samples", 7,
+                   match="has no subjects")
     assert run("vae", *options) == 0  # pictures are enough for it
     shutil.rmtree(tmp_path / "run")
     (world / "10000" / "100000101.npy").unlink()
