@@ -61,10 +61,10 @@ class TrainConfig:
 # The small world's recipe: a few hours on four CPU cores. Larger batches and more steps are better
 # where there is a GPU.
 TOYWORLD = {
-    "vae": TrainConfig(steps=6500, batch_size=8, lr=1e-3, ema=0.995, bf16=True),
-    "clip": TrainConfig(steps=1500, batch_size=128, lr=1e-3, weight_decay=0.1),
-    "prior": TrainConfig(steps=6000, batch_size=32, lr=1e-3, ema=0.998),
-    "moa": TrainConfig(steps=4000, batch_size=32, lr=1e-3, ema=0.998, max_timestep=800,
+    "vae": TrainConfig(steps=6000, batch_size=8, lr=1e-3, ema=0.995, bf16=True),
+    "clip": TrainConfig(steps=800, batch_size=128, lr=1e-3, weight_decay=0.1),
+    "prior": TrainConfig(steps=4000, batch_size=32, lr=1e-3, ema=0.998),
+    "moa": TrainConfig(steps=3100, batch_size=32, lr=1e-3, ema=0.998, max_timestep=800,
                        lambda_router=2e-5, lambda_object=3e-3),
     "judge": TrainConfig(steps=4500, batch_size=32, lr=2e-3, ema=0.998, bf16=True),
 }
@@ -100,8 +100,9 @@ SMALL = {
 def small_text_config() -> CLIPTextConfig:
     """The small text encoder, with embeddings for the words of the small world only."""
     encode = open_clip().tokenizer.SimpleTokenizer().encode
-    kept = {token for word in toyworld.vocabulary() for token in encode(word)} | {BOS, EOS}
-    return replace(SMALL["text_encoder"], kept_tokens=tuple(sorted(kept)))
+    words = tuple(toyworld.vocabulary())
+    kept = {token for word in words for token in encode(word)} | {BOS, EOS}
+    return replace(SMALL["text_encoder"], kept_tokens=tuple(sorted(kept)), words=words)
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:

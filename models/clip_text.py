@@ -30,6 +30,7 @@ class CLIPTextConfig:
     # Token ids that have a row in the embedding, ascending; empty when all have one. A small world
     # needs a hundred words of CLIP's 49,408.
     kept_tokens: tuple[int, ...] = ()
+    words: tuple[str, ...] = ()  # what the kept tokens spell, to be named in messages
 
     def __post_init__(self):
         if self.dim % self.heads:
@@ -147,6 +148,7 @@ class Tokenizer:
     def __init__(self, cfg: CLIPTextConfig):
         self.length = cfg.length
         self.kept_tokens = frozenset(cfg.kept_tokens)
+        self.known_words = cfg.words
         self.bpe = open_clip().tokenizer.SimpleTokenizer()
 
     def __call__(self, texts: list[str]) -> Tensor:
@@ -156,7 +158,7 @@ class Tokenizer:
             unknown, ids = self.unknown_words(text), self.encode(text)
             if unknown:
                 warnings.warn(f"these weights do not know the words: {', '.join(unknown)}. They know: "
-                              f"{', '.join(self.known_words())}", stacklevel=2)
+                              f"{', '.join(self.known_words)}", stacklevel=2)
             room = self.length - 2
             if len(ids) > room:
                 warnings.warn(f"the prompt is longer than {room} tokens; lost: "
@@ -172,17 +174,13 @@ class Tokenizer:
         return [i for i in ids if i in self.kept_tokens] if self.kept_tokens else ids
 
     def unknown_words(self, text: str) -> list[str]:
-        """The words of a text of which a part has no embedding, in order, each once."""
+        """The words of a text of which a part has no embedding, in order, each once; no punctuation."""
         if not self.kept_tokens:
             return []
         words = self.bpe.pat.findall(self.bpe.clean_fn(cut(text)))  # as the byte-pair encoding splits it
+        words = [word for word in words if any(map(str.isalnum, word))]
         return list(dict.fromkeys(
             word for word in words if not self.kept_tokens.issuperset(self.bpe.encode(word))))
-
-    def known_words(self) -> list[str]:
-        """All words with an embedding, when the vocabulary is a small one."""
-        words = (self.bpe.decode([i]).strip() for i in sorted(self.kept_tokens) if i < BOS)
-        return sorted(words)
 
     def word_positions(self, text: str, word: str) -> list[int]:
         """Where a word stands: of each occurrence the index of its last token in the 77.

@@ -2,6 +2,7 @@
 import gzip
 import time
 import warnings
+from random import Random
 
 import pytest
 import torch
@@ -259,12 +260,13 @@ def test_text_does_not_inject_special_tokens(tokenizer, special):
 
 
 @pytest.mark.parametrize("text", [
-    "x" * 200_000, "a " * 100_000, "&lt;" * 50_000, "!?" * 100_000, " " * 10**6])
+    "".join(Random(0).choices("abcdefghijklmnopqrstuvwxyz", k=40_000)), "x" * 200_000, "a " * 100_000,
+    "&lt;" * 50_000, "!?" * 100_000, " " * 10**6], ids=range(6))
 @pytest.mark.filterwarnings("ignore:the prompt is longer")
 def test_no_text_takes_long(tokenizer, text):
     start = time.process_time()
     assert tokenizer([text]).shape == (1, 77)
-    assert time.process_time() - start < 10
+    assert time.process_time() - start < 3
 
 
 SMALL_WORLD = "a man woman dog and , . dancing"
@@ -273,16 +275,16 @@ SMALL_WORLD = "a man woman dog and , . dancing"
 @pytest.fixture(scope="module")
 def small_tokenizer(tokenizer):
     kept = {BOS, EOS, *tokenizer.encode(SMALL_WORLD)}
-    return Tokenizer(CLIPTextConfig(kept_tokens=tuple(sorted(kept))))
+    return Tokenizer(CLIPTextConfig(kept_tokens=tuple(sorted(kept)), words=tuple(SMALL_WORLD.split())))
 
 
 def test_unknown_words_are_named_and_dropped(small_tokenizer, tokenizer):
-    message = r"do not know the words: purple, zebra\. They know: ,, \., a, and, da"
+    message = r"do not know the words: purple, zebra\. They know: a, man, woman, dog"
     with pytest.warns(UserWarning, match=message):
         tokens = small_tokenizer(["A purple man and a zebra, purple."])
     assert torch.equal(tokens, tokenizer(["a man and a , ."]))
     assert small_tokenizer.unknown_words("a man, dancing.") == []
-    assert small_tokenizer.known_words() == sorted(SMALL_WORLD.split())
+    assert small_tokenizer.unknown_words("a man... and!? a MANX") == ["manx"]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         small_tokenizer(["a man and a woman, dancing.", ""])

@@ -145,10 +145,11 @@ def assert_refused(capsys, folder: Path, *arguments, match: str) -> None:
     before = snapshot(folder)
     capsys.readouterr()
     assert run(*arguments) == 2
-    text = capsys.readouterr().err
-    assert text.startswith("error: "), text
-    assert len(text.splitlines()) == 1, text
-    assert match in text
+    lines = capsys.readouterr().err.splitlines()
+    lines = [line.strip() for line in lines if line.strip() and "%|" not in line]  # no progress bars
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    assert match in lines[0]
     assert snapshot(folder) == before
 
 
@@ -325,21 +326,21 @@ def test_a_stopped_run_goes_on_to_the_same_weights(stage, stop, runs, tmp_path, 
 
 def test_sigterm_from_outside(runs, tmp_path):
     """Wherever the signal arrives, the run goes on to the same weights."""
-    options = ["vae", "--steps", "80", "--samples", "24", "--batch-size", "4", "--log-every", "1",
+    options = ["vae", "--steps", "30", "--samples", "24", "--batch-size", "4", "--log-every", "1",
                "--device", "cpu", "--output"]
     command = [sys.executable, __file__, *options, tmp_path / "stopped"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
                                env={**os.environ, "OMP_NUM_THREADS": "1"})
     log, end = tmp_path / "stopped" / "metrics.jsonl", time.monotonic() + 200
     while process.poll() is None and time.monotonic() < end:
-        if log.exists() and log.read_bytes().count(b"\n") >= 5:
+        if log.exists() and log.read_bytes().count(b"\n") >= 3:
             process.send_signal(signal.SIGTERM)
             break
         time.sleep(0.01)
     _, text = process.communicate(timeout=100)
     assert process.returncode == 143, text
     assert text.splitlines()[-1].startswith("stopped: step ")
-    assert 5 <= checkpoint_of(tmp_path / "stopped")["step"] < 80
+    assert 3 <= checkpoint_of(tmp_path / "stopped")["step"] < 30
     assert run(*options, tmp_path / "stopped", "--resume") == 0
     assert run(*options, tmp_path / "whole") == 0
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")
@@ -438,7 +439,7 @@ def test_a_stage_reads_a_folder(stage, folder, runs, tmp_path):
     training = json.loads((tmp_path / "run" / "config.json").read_text())["training"]
     assert training["samples"] == 8  # of the 24 that were asked for
     assert training["data"] == folder.name
-    assert metrics_of(tmp_path / "run")[0]["loss"] != metrics_of(runs / stage)[0]["loss"]
+    assert metrics_of(tmp_path / "run")[1]["loss"] != metrics_of(runs / stage)[1]["loss"]
     if stage == "moa":
         assert run(*options, "--resume") == 0
 
