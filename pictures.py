@@ -20,7 +20,7 @@ from models.load import write_whole
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
 MIN_SIDE = 16
 MAX_ASPECT = 10  # a sliver would be scaled up to gigabytes
-THUMBNAIL = 256
+THUMBNAIL = 128
 FONT = ImageFont.load_default(13)
 LINE = 18  # pixels per line of text
 PRIOR, PERSONALIZED = (28, 36, 84), (255, 205, 70)  # the two ends of the routing maps' colours
@@ -109,7 +109,7 @@ def quoted(value: str) -> str:
 
 
 def thumbnail(image: Image.Image) -> Image.Image:
-    """A copy, at most 256 pixels wide and high."""
+    """A copy, at most `THUMBNAIL` pixels wide and high."""
     small = image.copy()
     small.thumbnail((THUMBNAIL, THUMBNAIL))
     return small
@@ -191,7 +191,7 @@ class RoutingSheet:
 
     def draw(self, picture: Image.Image, people: list[tuple[Image.Image, str]]) -> Image.Image:
         """The sheet, with the picture, the mean of all maps and the subjects on its left."""
-        side = labelled([(picture, "the picture"), (self.mean(picture.size), "mean of all maps"), *people], 1)
+        side = labelled([(picture, "the picture"), (self.mean(picture.size), "mean, low to high"), *people], 1)
         panels = [self.panel(kind) for kind in ("self", "cross")]
         body = Image.new("RGB", (side.width + sum(p.width for p in panels),
                                  max(side.height, panels[0].height)), "white")
@@ -202,11 +202,14 @@ class RoutingSheet:
         return stack([self.legend(body.width), body])
 
     def mean(self, size: tuple[int, int]) -> Image.Image:
-        """The mean over layers and steps, as large as the picture (Eq. 10, of the other expert)."""
+        """The mean over layers and steps (Eq. 10, of the other expert), as large as the picture. Its
+        own smallest and largest values are the ends of the colour scale, since they lie close."""
         maps = [weights for _, column in self.columns for weights in column.values()]
         if not maps:
             return Image.new("RGB", size, NO_MAP)
-        return paint(mean_routing(maps, *self.size)[0]).resize(size, Image.Resampling.NEAREST)
+        mean = mean_routing(maps, *self.size)[0]
+        mean = (mean - mean.min()) / (mean.max() - mean.min()).clamp(min=1e-6)
+        return paint(mean).resize(size, Image.Resampling.NEAREST)
 
     def panel(self, kind: str) -> Image.Image:
         """The maps of all layers and steps of self- or cross-attention."""

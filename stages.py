@@ -31,6 +31,11 @@ from pipeline import Pipeline, Subject, squared_distance
 from samplers import add_noise, alpha_bar
 
 
+# Once the background is the prior's, less of Eq. 9 keeps it so, and the experts of the coarse layers,
+# whose cells hold people and background at once, are not shut for good.
+LATE = 0.55
+
+
 class StageError(Exception):
     """A stage cannot be set up; the message says what is missing."""
 
@@ -54,6 +59,7 @@ class TrainConfig:
     null_probability: float = 0.1
     max_timestep: int = 1000
     lambda_router: float = 0.0
+    lambda_router_late: float | None = None  # from LATE of the run on; None is the same throughout
     lambda_object: float = 0.0
     loss_layers: tuple[int, int] = (0, 16)  # first and last + 1 of the layers in Eq. 10 and 12
 
@@ -64,8 +70,8 @@ TOYWORLD = {
     "vae": TrainConfig(steps=6000, batch_size=8, lr=1e-3, ema=0.995, bf16=True),
     "clip": TrainConfig(steps=800, batch_size=128, lr=1e-3, weight_decay=0.1),
     "prior": TrainConfig(steps=4000, batch_size=32, lr=1e-3, ema=0.998),
-    "moa": TrainConfig(steps=3100, batch_size=32, lr=1e-3, ema=0.998, max_timestep=800,
-                       lambda_router=2e-5, lambda_object=3e-3),
+    "moa": TrainConfig(steps=3250, batch_size=32, lr=1e-3, ema=0.998, max_timestep=800,
+                       lambda_router=2e-5, lambda_router_late=5e-6, lambda_object=3e-3),
     "judge": TrainConfig(steps=4500, batch_size=32, lr=2e-3, ema=0.998, bf16=True),
 }
 # Table 1 of the paper, and FastComposer's values where it is silent.
@@ -476,7 +482,9 @@ class MoAStage(PriorStage):
         masked = masked_loss(eps_hat, eps, people, snr_weight(t, self.config.min_snr))
         router = router_loss(mean_prior, people)
         balance = object_loss(attention, masks, present)
-        loss = masked + self.config.lambda_router * router + self.config.lambda_object * balance
+        late = self.config.lambda_router_late is not None and step >= LATE * self.config.steps
+        lambda_router = self.config.lambda_router_late if late else self.config.lambda_router
+        loss = masked + lambda_router * router + self.config.lambda_object * balance
         return loss, {
             "masked": masked, "router": router, "object": balance,
             "prior_weight_people": (mean_prior * people).sum() / people.sum().clamp(min=1),

@@ -17,6 +17,7 @@ import json
 import signal
 import subprocess
 import sys
+import warnings
 import zlib
 from dataclasses import asdict
 from pathlib import Path
@@ -223,7 +224,8 @@ def load_checkpoint(path: Path, run: dict, parameters, average, optimizer) -> in
     """Restore a run in place; returns its step. Raises ValueError when it is broken or another run's."""
     import torch
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of a pickle that is not torch's
+            state = torch.load(path, map_location="cpu", weights_only=True)
         different = [f"{k} {v}, not {run[k]}" for k, v in state["run"].items() if v != run[k]]
         if [v.shape for v in state["parameters"]] != [p.shape for p in parameters]:
             different.append("a model of other sizes")

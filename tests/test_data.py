@@ -322,6 +322,14 @@ def test_a_tall_picture_and_a_subject_outside_the_cut(tmp_path):
     assert tall.masks[0, 10:50, 40:60].all()  # rows 5 to 65 are kept, then doubled
 
 
+def test_masks_are_resized_to_the_nearest_pixel(tmp_path):
+    stem = write_sample(tmp_path)
+    instances = np.zeros((40, 60), np.uint8)
+    instances[1::2, 1::2] = 7  # a quarter of all pixels, and the ones that are kept
+    np.save(stem.with_suffix(".npy"), instances)
+    assert read_sample(stem, 20).masks[0].all()
+
+
 def test_the_largest_subjects_are_kept_and_equal_ends_stay_two(tmp_path):
     stem = write_sample(tmp_path)
     instances = np.load(stem.with_suffix(".npy"))
