@@ -197,10 +197,12 @@ def test_clip_needs_no_weights(runs, tmp_path):
 
 
 def test_moa_logs_all_parts_of_its_loss(runs):
-    for line in metrics_of(runs / "moa"):
+    config, logged = stages.TOYWORLD["moa"], metrics_of(runs / "moa")
+    for line in logged:
         assert {"masked", "router", "object", "prior_weight_people", "prior_weight_background"} <= set(line)
-        config = stages.TOYWORLD["moa"]
-        total = line["masked"] + config.lambda_router * line["router"] + config.lambda_object * line["object"]
+        late = line["step"] - 1 >= stages.LATE * len(logged)  # every step is logged
+        lambda_router = config.lambda_router_late if late else config.lambda_router
+        total = line["masked"] + lambda_router * line["router"] + config.lambda_object * line["object"]
         assert line["loss"] == pytest.approx(total, rel=1e-5)
     first = metrics_of(runs / "moa")[0]
     assert first["prior_weight_people"] == pytest.approx(0.5)  # the routers start at zero
