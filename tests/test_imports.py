@@ -17,7 +17,7 @@ FORBIDDEN = {
     "data": ROOMS - {"data"},
     "weights": ROOMS - {"models", "weights"},
 }
-DISTRIBUTIONS = {"open_clip": "open_clip_torch", "PIL": "pillow"}
+DISTRIBUTIONS = {"huggingface_hub": "open_clip_torch", "open_clip": "open_clip_torch", "PIL": "pillow"}
 
 
 def sources() -> list[Path]:

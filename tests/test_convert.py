@@ -1,0 +1,1012 @@
+"""weights/convert_sd15.py: every layout gives the public models' outputs, all else is refused by name."""
+import importlib.util
+import json
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+import types
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from parity_full import (
+    image_pair,
+    open_clip_names,
+    random,
+    randomize,
+    relative_error,
+    text_pair,
+    unet_pair,
+    vae_pair,
+)
+from safetensors.torch import load_file, save_file
+
+from models import load_models
+from models.clip_image import CLIPImageConfig
+from models.clip_text import BOS, EOS, CLIPTextConfig
+from models.load import carry_over, read_config, save_part, write_json
+from models.unet import UNetConfig
+from models.vae import LATENT_SCALE, VAEConfig
+
+SCRIPT = Path(__file__).parents[1] / "weights" / "convert_sd15.py"
+spec = importlib.util.spec_from_file_location("convert_sd15", SCRIPT)
+convert_sd15 = importlib.util.module_from_spec(spec)
+sys.modules["convert_sd15"] = convert_sd15  # dataclasses look their module up
+spec.loader.exec_module(convert_sd15)
+
+LIMIT = 2e-5
+
+
+@pytest.fixture(autouse=True)
+def swift(monkeypatch, tmp_path):
+    """Do not wait for the disk, and do not fill it."""
+    monkeypatch.setattr(os, "fsync", lambda file: None)
+    yield
+    shutil.rmtree(tmp_path)
+
+
+SIZES = {"unet": UNetConfig(channels=(32, 64, 96, 96), context_dim=32),
+         "vae": VAEConfig(channels=(32, 64, 96, 96)),
+         "text_encoder": CLIPTextConfig(dim=32, layers=3, heads=1)}
+IMAGE_SIZES = CLIPImageConfig(image_size=32, patch_size=8, dim=128, layers=2, heads=2, output_dim=24)
+TOKENS = torch.tensor([[BOS, 320, 786] + [EOS] * 74])
+
+
+# What the layouts are made of
+
+@pytest.fixture(scope="module")
+def theirs():
+    """The public models with random weights."""
+    pairs = {"unet": unet_pair, "vae": vae_pair, "text_encoder": text_pair}
+    models = {part: pairs[part](cfg)[1] for part, cfg in SIZES.items()}
+    return models | {"image_encoder": image_pair(IMAGE_SIZES)[1]}
+
+
+@pytest.fixture(scope="module")
+def states(theirs):
+    """Their tensors by their modern names."""
+    states = {part: dict(model.state_dict()) for part, model in theirs.items()}
+    for part in ("text_encoder", "image_encoder"):
+        states[part] = {k: v for k, v in states[part].items() if not k.endswith("position_ids")}
+    states["text_encoder"] = {f"text_model.{k.removeprefix('text_model.')}": v
+                              for k, v in states["text_encoder"].items()}
+    return states
+
+
+@torch.no_grad()
+def run_theirs(models: dict) -> dict[str, torch.Tensor]:
+    image, x, t = random(1, 3, 32, 32).tanh(), random(1, 4, 8, 8), torch.tensor([321])
+    out = {"text": models["text_encoder"](TOKENS).last_hidden_state,
+           "eps": models["unet"](x, t, random(1, 77, 32, seed=2)).sample,
+           "encode": models["vae"].encode(image).latent_dist.mean * LATENT_SCALE,
+           "decode": models["vae"].decode(x / LATENT_SCALE).sample}
+    return out
+
+
+@pytest.fixture(scope="module")
+def expected(theirs):
+    return run_theirs(theirs)
+
+
+@torch.no_grad()
+def errors(folder, expected) -> dict[str, float]:
+    models = load_models(folder)
+    image, x, t = random(1, 3, 32, 32).tanh(), random(1, 4, 8, 8), torch.tensor([321])
+    ours = {"text": models.text_encoder(TOKENS), "eps": models.unet(x, t, random(1, 77, 32, seed=2)),
+            "encode": models.vae.encode(image), "decode": models.vae.decode(x)}
+    return {name: relative_error(ours[name], expected[name]) for name in expected}
+
+
+def agree(folder, expected, limit=LIMIT):
+    for name, error in errors(folder, expected).items():
+        assert error < limit, f"{name}: {error}"
+
+
+def ldm_places() -> dict[str, str]:
+    """Modules of the UNet and the VAE, modern name -> LDM's, enumerated as the checkpoints have them."""
+    places = {"conv_in": "input_blocks.0.0", "time_embedding.linear_1": "time_embed.0",
+              "time_embedding.linear_2": "time_embed.2", "conv_norm_out": "out.0", "conv_out": "out.2",
+              "mid_block.resnets.0": "middle_block.0", "mid_block.attentions.0": "middle_block.1",
+              "mid_block.resnets.1": "middle_block.2"}
+    for i in range(4):
+        for j in range(2):
+            places[f"down_blocks.{i}.resnets.{j}"] = f"input_blocks.{3 * i + j + 1}.0"
+            places[f"down_blocks.{i}.attentions.{j}"] = f"input_blocks.{3 * i + j + 1}.1"
+        places[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{3 * (i + 1)}.0.op"
+        for j in range(3):
+            places[f"up_blocks.{i}.resnets.{j}"] = f"output_blocks.{3 * i + j}.0"
+            places[f"up_blocks.{i}.attentions.{j}"] = f"output_blocks.{3 * i + j}.1"
+        places[f"up_blocks.{i}.upsamplers.0"] = f"output_blocks.{3 * i + 2}.{1 if i == 0 else 2}"
+    return places
+
+
+RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "norm2": "out_layers.0", "conv2": "out_layers.3",
+          "time_emb_proj": "emb_layers.1", "conv_shortcut": "skip_connection"}
+
+
+def ldm_unet(state: dict) -> dict:
+    places, out = ldm_places(), {}
+    for key, value in state.items():
+        place = next(p for p in sorted(places, key=len, reverse=True) if key.startswith(p + "."))
+        inner = key[len(place) + 1:]
+        if ".resnets." in key:
+            module, kind = inner.split(".")
+            inner = f"{RESNET[module]}.{kind}"
+        out[f"{places[place]}.{inner}"] = value
+    return out
+
+
+def ldm_vae(state: dict, dimensions: int = 4) -> dict:
+    places = {f"{side}.mid_block.{theirs}": f"{side}.mid.{name}" for side in ("encoder", "decoder")
+              for theirs, name in (("resnets.0", "block_1"), ("resnets.1", "block_2"),
+                                   ("attentions.0", "attn_1"))}
+    for i in range(4):
+        places[f"encoder.down_blocks.{i}.downsamplers.0"] = f"encoder.down.{i}.downsample"
+        places[f"decoder.up_blocks.{i}.upsamplers.0"] = f"decoder.up.{3 - i}.upsample"
+        for j in range(3):
+            places[f"encoder.down_blocks.{i}.resnets.{j}"] = f"encoder.down.{i}.block.{j}"
+            places[f"decoder.up_blocks.{i}.resnets.{j}"] = f"decoder.up.{3 - i}.block.{j}"
+    inner = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out",
+             "conv_shortcut": "nin_shortcut", "conv_norm_out": "norm_out"}
+    out = {}
+    for key, value in state.items():
+        name = key
+        for place, theirs in places.items():
+            name = name.replace(place + ".", theirs + ".")
+        for modern, old in inner.items():
+            name = name.replace(f".{modern}.", f".{old}.")
+        if ".attn_1." in name and value.dim() == 2:
+            value = value.reshape(*value.shape, *[1] * (dimensions - 2))
+        out[name] = value
+    return out
+
+
+def old_vae(state: dict) -> dict:
+    """A diffusers VAE as it was saved in 2022."""
+    names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    for modern, old in names.items():
+        state = {k.replace(f"attentions.0.{modern}.", f"attentions.0.{old}."): v for k, v in state.items()}
+    return state
+
+
+def under(prefix: str, state: dict) -> dict:
+    return {prefix + k: v for k, v in state.items()}
+
+
+def ldm(states: dict, dimensions: int = 4, flat: bool = False) -> dict:
+    text = states["text_encoder"]
+    text = {k.removeprefix("text_model.") if flat else k: v for k, v in text.items()}
+    return (under("model.diffusion_model.", ldm_unet(states["unet"]))
+            | under("first_stage_model.", ldm_vae(states["vae"], dimensions))
+            | under("cond_stage_model.transformer.", text))
+
+
+def extras() -> dict:
+    names = ["betas", "alphas_cumprod", "sqrt_alphas_cumprod", "posterior_mean_coef2", "logvar"]
+    return ({name: torch.rand(1000) for name in names}
+            | {"scale_factor": torch.tensor(0.18215), "cond_stage_model.logit_scale": torch.tensor(4.6),
+               "first_stage_model.loss.logvar": torch.zeros(1),
+               "control_model.input_blocks.0.0.bias": torch.ones(4),
+               "first_stage_model.loss.discriminator.main.0.weight": torch.rand(4, 3, 4, 4),
+               "cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(77)[None]})
+
+
+def own(state: dict) -> dict:
+    """Copies that share no memory, as safetensors needs them."""
+    return {k: v.detach().clone().contiguous() for k, v in state.items()}
+
+
+def half(state: dict, dtype=torch.float16) -> dict:
+    return {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
+
+
+def convert(*arguments) -> dict:
+    convert_sd15.main([str(a) for a in arguments])
+    return read_config(Path(arguments[arguments.index("--output") + 1]))
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "new" / "weights"
+
+
+@pytest.fixture
+def refused(capsys, out, tmp_path):
+    """Run, expect an exit code, return the message; nothing may have been left behind."""
+    def run(code, *arguments):
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(SystemExit) as exit_:
+            convert_sd15.main([*map(str, arguments), "--output", str(out)])
+        message = capsys.readouterr().err
+        assert exit_.value.code == code, message
+        assert "Traceback" not in message
+        assert sorted(tmp_path.rglob("*")) == before
+        return message
+    return run
+
+
+# One LDM file
+
+def test_ldm_names_are_those_that_diffusers_reads(states):
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
+    unet = convert_ldm_unet_checkpoint(
+        under("model.diffusion_model.", ldm_unet(states["unet"])), {"layers_per_block": 2})
+    vae = convert_ldm_vae_checkpoint(
+        under("first_stage_model.", ldm_vae(states["vae"])),
+        {"down_block_types": [0] * 4, "up_block_types": [0] * 4, "block_out_channels": [0] * 4})
+    for found, wanted in ((unet, states["unet"]), (vae, states["vae"])):
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[k].squeeze(), wanted[k].squeeze()) for k in wanted)
+
+
+@pytest.mark.parametrize("dimensions, flat", [(4, False), (3, True), (2, False)])
+def test_ldm_safetensors(tmp_path, out, states, expected, dimensions, flat):
+    source = tmp_path / "model.safetensors"
+    save_file(own(ldm(states, dimensions, flat) | extras()), source)
+    config = convert(source, "--output", out)
+    agree(out, expected)
+    record = config["conversion"]
+    assert record["source"] == "model.safetensors"
+    assert record["sha256"] == {"model.safetensors": sha256(source.read_bytes()).hexdigest()}
+    assert record["layout"] == dict.fromkeys(SIZES, "LDM")
+    assert record["ema"] == "none in the source" and record["prediction_type"] == "epsilon"
+    assert {"betas", "scale_factor", "position_ids", "control_model"} <= record["dropped"].keys()
+    reshaped = [line for line in record["repaired"] if line.startswith("8 tensors of the VAE")]
+    assert len(reshaped) == len(record["repaired"]) == (dimensions != 2)
+    assert config["image_size"] == 512 and config["sampling"] == {"guidance_scale": 5.0, "steps": 20}
+    models = load_models(out)
+    assert {part: getattr(models, part).cfg for part in SIZES} == SIZES
+    assert sorted(p.name for p in out.iterdir()) == [
+        "config.json", "text_encoder.safetensors", "unet.safetensors", "vae.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.safetensors", "new"]
+    assert out.stat().st_mode & 0o777 == 0o755
+
+
+@pytest.mark.parametrize("zipped, wrap", [
+    (True, lambda s: s), (False, lambda s: s), (True, lambda s: {"state_dict": s, "global_step": 840000}),
+    (False, lambda s: {"state_dict": s, "optimizer_states": [{"a": torch.ones(2)}]})])
+def test_ldm_ckpt(tmp_path, out, states, expected, wrap, zipped):
+    source = tmp_path / "model.ckpt"
+    torch.save(wrap(ldm(states) | extras()), source, _use_new_zipfile_serialization=zipped)
+    config = convert(source, "--output", out)
+    agree(out, expected)
+    assert ("global_step" in config["conversion"]["dropped"]) == ("global_step" in wrap({}))
+
+
+@pytest.mark.parametrize("dtype, limit, suffix", [
+    (torch.float16, 5e-3, "ckpt"), (torch.float16, 5e-3, "safetensors"),
+    (torch.bfloat16, 5e-2, "safetensors")])
+def test_half_precision(tmp_path, out, states, expected, dtype, limit, suffix):
+    source, state = tmp_path / f"model.{suffix}", half(ldm(states), dtype)
+    torch.save(state, source) if suffix == "ckpt" else save_file(own(state), source)
+    convert(source, "--output", out)
+    assert {v.dtype for v in load_file(out / "unet.safetensors").values()} == {dtype}
+    agree(out, expected, limit)
+
+
+def test_dtype(saved, out, expected):
+    convert(saved, "--output", out, "--dtype", "fp16")
+    assert {v.dtype for v in load_file(out / "unet.safetensors").values()} == {torch.float16}
+    agree(out, expected, 5e-3)
+    convert(out, "--output", out, "--dtype", "fp32")
+    assert {v.dtype for v in load_file(out / "vae.safetensors").values()} == {torch.float32}
+    agree(out, expected, 5e-3)
+
+
+@pytest.mark.parametrize("ids, warns, flat", [
+    (torch.arange(77)[None].float() * 0.999, True, True), (torch.arange(77).half()[None], False, True),
+    (torch.zeros(1, 77, dtype=torch.int64), True, False)])
+def test_position_ids_are_never_used(tmp_path, out, states, expected, ids, warns, flat):
+    source = tmp_path / "model.safetensors"
+    name = "cond_stage_model.transformer." + ("" if flat else "text_model.") + "embeddings.position_ids"
+    save_file(own(ldm(states, 2, flat) | {name: ids}), source)
+    record = convert(source, "--output", out)["conversion"]
+    assert any("76 of 77 position_ids were wrong" in line for line in record["repaired"]) == warns
+    assert record["dropped"] == {"position_ids": 1}
+    agree(out, expected)
+
+
+def ema_copies(unet: dict) -> dict:
+    flat = {"model_ema.diffusion_model" + k.replace(".", ""): v for k, v in unet.items()}
+    return flat | {"model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(5)}
+
+
+@pytest.mark.parametrize("ema, averaged", [("auto", True), ("on", True), ("off", False)])
+def test_ema(tmp_path, out, states, expected, ema, averaged):
+    plain, copies = ldm_unet(states["unet"]), ldm_unet(states["unet"])
+    wrong = copies if not averaged else plain
+    wrong |= {k: v + 1 for k, v in wrong.items()}
+    source = tmp_path / "model.safetensors"
+    save_file(own(ldm(states) | under("model.diffusion_model.", plain) | ema_copies(copies)), source)
+    record = convert(source, "--output", out, "--ema", ema)["conversion"]
+    agree(out, expected)
+    assert record["ema"] == f"{ema}: {'EMA' if averaged else 'plain'} weights"
+    assert record["dropped"]["model_ema"] == 688
+
+
+def test_ema_that_is_not_there(tmp_path, states, refused):
+    source, state = tmp_path / "model.safetensors", ldm(states)
+    save_file(own(state), source)
+    assert "lacks 686 EMA copies" in refused(3, source, "--ema", "on")
+    copies = ema_copies(ldm_unet(states["unet"]))
+    del copies["model_ema.diffusion_modelout2bias"]
+    save_file(own(state | copies), source)
+    assert "lacks 1 EMA copies (model_ema.diffusion_modelout2bias): give --ema off" in refused(3, source)
+
+
+# diffusers folders
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, theirs, states):
+    """A folder as diffusers writes it, the text encoder with its prefix."""
+    folder = tmp_path_factory.mktemp("diffusers")
+    theirs["unet"].save_pretrained(folder / "unet")
+    theirs["vae"].save_pretrained(folder / "vae")
+    theirs["text_encoder"].save_pretrained(folder / "text_encoder")
+    save_file(own(states["text_encoder"]), folder / "text_encoder" / "model.safetensors")
+    (folder / "scheduler").mkdir()
+    write_json({"prediction_type": "epsilon"}, folder / "scheduler" / "scheduler_config.json")
+    write_json({"_class_name": "StableDiffusionPipeline"}, folder / "model_index.json")
+    (folder / "safety_checker").mkdir()
+    (folder / "safety_checker" / "model.safetensors").write_bytes(b"junk")
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path, saved):
+    shutil.copytree(saved, tmp_path / "sd")
+    return tmp_path / "sd"
+
+
+WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+
+
+def test_diffusers_folder(folder, out, expected):
+    config = convert(folder, "--output", out)
+    agree(out, expected)
+    record = config["conversion"]
+    assert record["source"] == "sd" and record["layout"]["unet"] == "diffusers"
+    assert record["layout"]["text_encoder"] == "transformers"
+    assert config["unet"] == {**vars(SIZES["unet"]), "channels": [32, 64, 96, 96]}
+    name = "unet/diffusion_pytorch_model.safetensors"
+    assert record["sha256"][name] == sha256((folder / name).read_bytes()).hexdigest()
+    assert len(record["sha256"]) == 3
+
+
+def test_heads_come_from_the_configs(folder, out, states, theirs):
+    from diffusers import UNet2DConditionModel
+    other = text_pair(CLIPTextConfig(dim=32, layers=3, heads=4))[1]
+    unet = UNet2DConditionModel.from_config({**theirs["unet"].config, "attention_head_dim": 4}).eval()
+    unet.load_state_dict(states["unet"])
+    for part in ("text_encoder", "unet"):
+        config = read_config(folder / part)
+        write_json({**config, "num_attention_heads" if part == "text_encoder" else "attention_head_dim": 4},
+                   folder / part / "config.json")
+    convert(folder, "--output", out)
+    agree(out, run_theirs({**theirs, "unet": unet, "text_encoder": other}))
+
+
+@pytest.mark.parametrize("kind", ["bin", "fp16", "fp16.bin", "all"])
+def test_kinds_of_files_in_a_folder(folder, out, expected, kind):
+    for part, stem in WEIGHTS.items():
+        path = folder / part / f"{stem}.safetensors"
+        state = load_file(path)
+        path.unlink()
+        if part == "vae":
+            state = old_vae(state)
+        if part == "text_encoder":
+            state = {k.removeprefix("text_model."): v for k, v in state.items()}
+        bin_stem = "pytorch_model" if part == "text_encoder" else stem
+        wrong = {k: v + 1 for k, v in state.items()}
+        save_file(wrong, folder / part / f"{stem}.non_ema.safetensors")
+        if kind in ("bin", "all"):
+            torch.save(state if kind == "bin" else wrong, folder / part / f"{bin_stem}.bin")
+        if kind == "fp16.bin":
+            torch.save(half(state), folder / part / f"{bin_stem}.fp16.bin")
+        if kind in ("fp16", "all"):
+            save_file(half(state if kind == "fp16" else wrong), folder / part / f"{stem}.fp16.safetensors")
+        if kind == "all":
+            save_file(state, path)
+    convert(folder, "--output", out)
+    agree(out, expected, 5e-3 if "fp16" in kind else LIMIT)
+
+
+def test_shards(folder, out, theirs, expected, refused):
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    theirs["unet"].save_pretrained(folder / "unet", max_shard_size="8MB")
+    shards = sorted((folder / "unet").glob("*-of-*"))
+    assert len(shards) > 2
+    convert(folder, "--output", out)
+    agree(out, expected)
+    shutil.rmtree(out.parent)
+    shards[1].unlink()
+    assert f"{len(shards) - 1} of {len(shards)} shards found" in refused(3, folder)
+
+
+@pytest.mark.parametrize("part, change, code, message", [
+    ("unet", {"cross_attention_dim": 768}, 3, "says cross_attention_dim 768, the tensors 32"),
+    ("unet", {"block_out_channels": [32, 64, 96]}, 3, "says block_out_channels"),
+    ("unet", {"attention_head_dim": 7}, 3, "32 is not divisible by 7"),
+    ("unet", {"attention_head_dim": "many"}, 3, "make no model"),
+    ("vae", {"scaling_factor": 0.13025}, 2, "has scaling_factor 0.13025"),
+    ("text_encoder", {"hidden_act": "gelu"}, 2, "has hidden_act 'gelu'"),
+    ("text_encoder", {"num_hidden_layers": 12}, 3, "says num_hidden_layers 12, the tensors 3"),
+    ("scheduler", {"prediction_type": "v_prediction"}, 2, "has prediction_type 'v_prediction'")])
+def test_configs_that_say_something_else(folder, refused, part, change, code, message):
+    path = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
+    write_json({**json.loads(path.read_text()), **change}, path)
+    assert message in refused(code, folder)
+
+
+@pytest.mark.parametrize("kind, message", [
+    ("StableDiffusionXLPipeline", "an SDXL folder"), ("StableDiffusion3Pipeline", "an SD3 folder"),
+    ("FluxPipeline", "a Flux folder"), ("LatentConsistencyModelPipeline", "an LCM folder")])
+def test_folders_of_other_models(folder, refused, kind, message):
+    write_json({"_class_name": kind}, folder / "model_index.json")
+    assert f"is {message} (model_index.json says {kind})" in refused(2, folder)
+
+
+def test_folders_with_nothing_or_with_broken_configs(folder, tmp_path, refused):
+    (tmp_path / "empty").mkdir()
+    assert "is no model folder" in refused(2, tmp_path / "empty")
+    (folder / "unet" / "config.json").write_text("{")
+    assert "is not valid JSON" in refused(3, folder)
+
+
+# Parts by flag
+
+def test_parts_by_flag(tmp_path, out, states, expected):
+    files = {"unet": ldm_unet(states["unet"]), "vae": old_vae(states["vae"]),
+             "text-encoder": states["text_encoder"]}
+    flags = []
+    for part, state in files.items():
+        save_file(own(state), tmp_path / f"{part}.safetensors")
+        flags += [f"--{part}", tmp_path / f"{part}.safetensors"]
+    record = convert(*flags, "--output", out)["conversion"]
+    agree(out, expected)
+    assert len(record["sha256"]) == 3 and record["source"] == "unet.safetensors"
+    assert record["layout"] == {"unet": "LDM, bare", "vae": "diffusers", "text_encoder": "transformers"}
+
+
+def test_component_folders_by_flag(saved, out, expected):
+    convert("--unet", saved / "unet", "--vae", saved, "--text-encoder", saved / "text_encoder",
+            "--output", out)
+    agree(out, expected)
+
+
+@pytest.mark.parametrize("kind", ["bare", "prefixed", "full", "diffusers", "pt"])
+def test_replacement_vae(tmp_path, out, states, expected, kind):
+    source, vae = tmp_path / "model.safetensors", tmp_path / "vae.safetensors"
+    state, broken = states["vae"], {k: v + 1 for k, v in states["vae"].items()}
+    save_file(own(ldm({**states, "vae": broken})), source)
+    leftovers = {"loss.logvar": torch.zeros(1), "loss.perceptual_loss.lin0.model.1.weight": torch.ones(1)}
+    layouts = {"bare": ldm_vae(state, 3) | leftovers, "prefixed": under("first_stage_model.", ldm_vae(state)),
+               "full": ldm(states), "diffusers": state, "pt": {"state_dict": ldm_vae(state) | leftovers}}
+    if kind == "pt":
+        vae = tmp_path / "vae.pt"
+        torch.save(layouts[kind], vae)
+    else:
+        save_file(own(layouts[kind]), vae)
+    record = convert(source, "--vae", vae, "--output", out)["conversion"]
+    agree(out, expected)
+    assert set(record["sha256"]) == {"model.safetensors", vae.name}
+
+
+def test_a_missing_part_is_asked_for(tmp_path, states, out, expected, refused):
+    source, vae = tmp_path / "model.safetensors", tmp_path / "vae.safetensors"
+    state = ldm(states)
+    save_file(own({k: v for k, v in state.items() if not k.startswith("first_stage")}), source)
+    save_file(own(states["vae"]), vae)
+    assert "has no VAE: add --vae FILE" in refused(3, source)
+    convert(source, "--vae", vae, "--output", out)
+    agree(out, expected)
+    shutil.rmtree(out.parent)
+    save_file(own({k: v for k, v in state.items() if k.startswith("model.")}), source)
+    assert "has no VAE and no text encoder: add --vae FILE and --text-encoder FILE" in refused(3, source)
+    assert "has no text encoder: it is a VAE only" in refused(2, source, "--text-encoder", vae)
+    assert "give SOURCE, or all of" in refused(2, "--unet", source)
+
+
+def test_parts_that_do_not_belong_together(tmp_path, states, refused):
+    source, text = tmp_path / "model.safetensors", tmp_path / "text.safetensors"
+    save_file(own(ldm(states)), source)
+    other = text_pair(CLIPTextConfig(dim=48, layers=2, heads=1))[1].state_dict()
+    save_file(own(other), text)
+    assert "the text encoder's width is 48, the UNet reads 32" in refused(3, source, "--text-encoder", text)
+
+
+# The image encoder
+
+def openai_names(states) -> dict:
+    text = {"token_embedding.weight": torch.rand(9, 8), "positional_embedding": torch.rand(7, 8),
+            "transformer.resblocks.0.ln_1.weight": torch.rand(8), "ln_final.bias": torch.rand(8),
+            "text_projection": torch.rand(8, 8), "logit_scale": torch.tensor(4.6)}
+    return open_clip_names(states["image_encoder"], IMAGE_SIZES.layers) | text
+
+
+def hugging_face_names(states) -> dict:
+    vision = {k if k.startswith("visual_") else f"vision_model.{k.removeprefix('vision_model.')}": v
+              for k, v in states["image_encoder"].items()}
+    return (vision | states["text_encoder"]
+            | {"text_projection.weight": torch.rand(24, 32), "logit_scale": torch.tensor(4.6),
+               "vision_model.embeddings.position_ids": torch.arange(17)[None],
+               "text_model.embeddings.position_ids": torch.arange(77)[None]})
+
+
+@torch.no_grad()
+def check_image_encoder(folder, theirs, expected):
+    agree(folder, expected)
+    encoder, pixels = load_models(folder).image_encoder, random(2, 3, 32, 32)
+    assert encoder.cfg == IMAGE_SIZES
+    assert relative_error(encoder(pixels), theirs["image_encoder"](pixels).image_embeds) < LIMIT
+
+
+@pytest.mark.parametrize("layout", ["openai", "hugging face", "vision alone", "folder"])
+def test_image_encoder(tmp_path, saved, out, states, theirs, expected, layout):
+    source = tmp_path / "clip.safetensors"
+    if layout == "folder":
+        source = tmp_path / "clip"
+        source.mkdir()
+        save_file(own(hugging_face_names(states)), source / "model.safetensors")
+        write_json({"vision_config": {"hidden_act": "quick_gelu", "num_attention_heads": 2, "image_size": 32},
+                    "text_config": {"hidden_act": "quick_gelu"}}, source / "config.json")
+    elif layout == "vision alone":
+        save_file(own(states["image_encoder"]), source)
+    else:
+        names = openai_names if layout == "openai" else hugging_face_names
+        save_file(own(names(states)), source)
+    config = convert(saved, "--image-encoder", source, "--output", out)
+    check_image_encoder(out, theirs, expected)
+    name = "OpenAI" if layout == "openai" else "transformers"
+    assert config["conversion"]["layout"]["image_encoder"] == name
+
+
+def test_text_encoder_of_a_whole_clip(tmp_path, saved, out, states, theirs, expected):
+    clip = tmp_path / "clip.bin"
+    torch.save(hugging_face_names(states), clip)
+    convert("--unet", saved, "--vae", saved, "--text-encoder", clip, "--image-encoder", clip, "--output", out)
+    check_image_encoder(out, theirs, expected)
+
+
+def test_a_clip_with_another_activation(tmp_path, saved, states, refused):
+    clip = tmp_path / "clip"
+    clip.mkdir()
+    save_file(own(hugging_face_names(states)), clip / "model.safetensors")
+    write_json({"vision_config": {"hidden_act": "gelu"}, "text_config": {}}, clip / "config.json")
+    assert "has hidden_act 'gelu'" in refused(2, saved, "--image-encoder", clip)
+
+
+# Its own output
+
+def contents(folder) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
+
+
+def test_own_output_converts_to_itself(tmp_path, saved, out, states):
+    clip = tmp_path / "clip.safetensors"
+    save_file(own(openai_names(states)), clip)
+    convert(saved, "--image-encoder", clip, "--output", out)
+    before = contents(out)
+    convert(out, "--output", tmp_path / "again")
+    assert contents(tmp_path / "again") == before
+    convert(out, "--output", out)
+    assert contents(out) == before
+
+
+def test_an_image_encoder_is_added_to_own_output(tmp_path, saved, out, states, theirs, expected):
+    clip = tmp_path / "clip.safetensors"
+    save_file(own(openai_names(states)), clip)
+    first = convert(saved, "--output", out)
+    second = convert(out, "--image-encoder", clip, "--output", out)
+    check_image_encoder(out, theirs, expected)
+    assert second["conversion"]["sha256"] == {
+        **first["conversion"]["sha256"], "clip.safetensors": sha256(clip.read_bytes()).hexdigest()}
+    assert second["conversion"]["layout"] == {**first["conversion"]["layout"], "image_encoder": "OpenAI"}
+    assert second["conversion"]["source"] == first["conversion"]["source"]
+
+
+@pytest.mark.parametrize("record", [3, {"layout": 3}, {"repaired": "x"}, {"sha256": None}])
+def test_a_broken_record_is_replaced(tmp_path, saved, out, record):
+    convert(saved, "--output", out)
+    write_json({**read_config(out), "conversion": record}, out / "config.json")
+    assert convert(out, "--output", out)["conversion"]["layout"] == dict.fromkeys(SIZES, "weights folder")
+
+
+def test_other_weights_folders_keep_their_settings(tmp_path, saved, out):
+    convert(saved, "--output", out)
+    small = tmp_path / "small"
+    small.mkdir()
+    carry_over(out, small)
+    models = load_models(out)
+    rows = (5, 320, 786, BOS, EOS)
+    text = randomize(type(models.text_encoder)(CLIPTextConfig(dim=32, layers=1, heads=2, kept_tokens=rows)))
+    save_part(text, small, "text_encoder")
+    write_json({**read_config(small), "image_size": 64, "world": "toyworld"}, small / "config.json")
+    config = convert(small, "--output", tmp_path / "again")
+    assert config["image_size"] == 64 and config["world"] == "toyworld"
+    assert load_models(tmp_path / "again").text_encoder.cfg.kept_tokens == rows
+
+
+def test_files_of_other_weights_are_not_mixed_in(saved, out, refused):
+    out.mkdir(parents=True)
+    (out / "moa.safetensors").write_bytes(b"mine")
+    assert "holds moa.safetensors, which would not belong" in refused(2, saved)
+    (out / "moa.safetensors").rename(out / "notes.txt")
+    convert(saved, "--output", out)
+    assert (out / "notes.txt").read_bytes() == b"mine" and len(list(out.iterdir())) == 5
+    convert(saved, "--output", out)  # again over itself
+
+
+def test_output_that_is_a_file(saved, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(SystemExit, match="2"):
+        convert_sd15.main([str(saved), "--output", str(tmp_path / "file")])
+    assert "is a file: give a folder" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+# Repositories
+
+def test_repository(monkeypatch, saved, out, expected):
+    import huggingface_hub
+    siblings = [types.SimpleNamespace(rfilename=str(p.relative_to(saved)))
+                for p in saved.rglob("*") if p.is_file()]
+    siblings += [types.SimpleNamespace(rfilename=name) for name in (
+        "v1-5-pruned.ckpt", "unet/diffusion_pytorch_model.bin",
+        "vae/diffusion_pytorch_model.fp16.safetensors")]
+    asked = {}
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info",
+                        lambda self, repo, timeout: types.SimpleNamespace(siblings=siblings))
+
+    def download(repo, allow_patterns):
+        asked.update(repo=repo, files=allow_patterns)
+        return str(saved)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    config = convert("some/model", "--output", out)
+    agree(out, expected)
+    assert asked["repo"] == config["conversion"]["source"] == "some/model"
+    wanted = [f"{part}/{stem}.safetensors" for part, stem in WEIGHTS.items()]
+    assert sorted(asked["files"]) == sorted([*wanted, "*config.json", "model_index.json"])
+
+
+def test_repository_without_a_network(monkeypatch, refused):
+    import huggingface_hub
+
+    def fail(self, repo, timeout):
+        raise ConnectionError("no route to host")
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", fail)
+    message = refused(2, "some/model")
+    assert "some/model is no file or folder here" in message and "no route to host" in message
+    assert "download it where there is a network and give its path" in message
+
+
+@pytest.mark.parametrize("name", ["absent.safetensors", "folder/absent.ckpt", "/no/such/folder", "a/b/c"])
+def test_a_source_that_does_not_exist(refused, name):
+    assert f"{name} does not exist" in refused(2, name)
+
+
+# Other kinds of files
+
+def identify(cases) -> list[str]:
+    return [re.sub(r"\W+", "-", f"{message} {str(what)[:30]}") for what, message in cases]
+
+
+UNET = "model.diffusion_model."
+ATTENTION = "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+FOREIGN = [
+    ({UNET + ATTENTION: (320, 1024), UNET + "input_blocks.0.0.weight": (320, 4, 3, 3)}, "an SD2 checkpoint"),
+    ({"cond_stage_model.model.ln_final.weight": (8,), UNET + "out.2.bias": (4,)}, "an SD2 checkpoint"),
+    ({"down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight": (320, 1024),
+      "conv_in.weight": (320, 4, 3, 3)}, "an SD2 checkpoint"),
+    ({"conditioner.embedders.0.transformer.text_model.final_layer_norm.bias": (8,),
+      UNET + "out.2.bias": (4,)},
+     "an SDXL checkpoint"),
+    ({UNET + "label_emb.0.0.weight": (8, 8)}, "an SDXL checkpoint"),
+    ({"add_embedding.linear_1.weight": (8, 8), "conv_in.weight": (320, 4, 3, 3)}, "an SDXL checkpoint"),
+    ({"down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k.weight": (640, 2048)},
+     "an SDXL checkpoint"),
+    ({UNET + "input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight": (8, 1280)},
+     "an SDXL refiner checkpoint"),
+    ({UNET + "joint_blocks.0.x_block.attn.qkv.weight": (8, 8)}, "an SD3 checkpoint"),
+    ({"pos_embed.proj.weight": (8, 16, 2, 2), "transformer_blocks.0.attn.to_q.weight": (8, 8)},
+     "an SD3 checkpoint"),
+    ({"double_blocks.0.img_attn.qkv.weight": (8, 8)}, "a Flux checkpoint"),
+    ({"model.diffusion_model.double_blocks.0.img_attn.qkv.weight": (8, 8)}, "a Flux checkpoint"),
+    ({"single_transformer_blocks.0.attn.to_q.weight": (8, 8)}, "a Flux checkpoint"),
+    ({UNET + "input_blocks.0.0.weight": (320, 9, 3, 3)}, "an inpainting checkpoint"),
+    ({"conv_in.weight": (320, 9, 3, 3), "down_blocks.0.resnets.0.norm1.weight": (8,)},
+     "an inpainting checkpoint"),
+    ({UNET + "input_blocks.0.0.weight": (320, 8, 3, 3)}, "an instruct-pix2pix checkpoint"),
+    ({UNET + "input_blocks.0.0.weight": (320, 5, 3, 3)}, "a depth-to-image checkpoint"),
+    ({UNET + "input_blocks.0.0.weight": (320, 7, 3, 3)}, "an upscaler checkpoint"),
+    ({UNET + "input_blocks.0.0.weight": (320, 11, 3, 3)}, "an unknown checkpoint"),
+    ({"time_embedding.cond_proj.weight": (8, 8), "conv_in.weight": (320, 4, 3, 3)}, "an LCM"),
+    ({"v_pred": (0,), UNET + "out.2.bias": (4,)}, "a v-prediction checkpoint"),
+    ({"lora_unet_mid_block_attentions_0_proj_in.lora_down.weight": (4, 8),
+      "lora_unet_mid_block_attentions_0_proj_in.alpha": ()}, "a LoRA"),
+    ({"unet.mid_block.attentions.0.proj_in.lora_A.weight": (4, 8)}, "a LoRA"),
+    ({"unet.mid_block.attn1.processor.to_q_lora.down.weight": (4, 8)}, "a LoRA"),
+    ({"lora_te_text_model_encoder_layers_0_mlp_fc1.hada_w1_a": (4, 8)}, "a LoRA"),
+    ({"oft_unet_x.oft_blocks": (4, 8), "y": (2,)}, "a LoRA"), ({"x.lokr_w1": (4, 8), "y": (2,)}, "a LoRA"),
+    ({"diffusion_model.input_blocks.0.0.diff": (4, 8), "y": (2,)}, "a LoRA"),
+    ({"control_model.input_blocks.0.0.weight": (8, 4, 3, 3), "control_model.zero_convs.0.0.bias": (8,)},
+     "a ControlNet"),
+    ({"controlnet_cond_embedding.conv_in.weight": (8, 3, 3, 3), "conv_in.weight": (8, 4, 3, 3)},
+     "a ControlNet"),
+    ({"input_hint_block.0.weight": (8, 3, 3, 3), "input_blocks.0.0.weight": (8, 4, 3, 3)}, "a ControlNet"),
+    ({"ip_adapter.1.to_k_ip.weight": (8, 8), "image_proj.proj.weight": (8, 8)}, "an IP-Adapter"),
+    ({"emb_params": (2, 768)}, "a textual inversion"), ({"<cat-toy>": (768,)}, "a textual inversion"),
+    ({"string_to_param.*": (2, 768)}, "a textual inversion"),
+    ({"down_blocks.0.motion_modules.0.temporal_transformer.norm.weight": (8,)},
+     "an AnimateDiff motion module"),
+    ({"lllite_unet_input_blocks_1_1.conditioning1.0.weight": (8, 8)}, "a control-LoRA"),
+    ({"adapter.body.0.in_conv.weight": (8, 8)}, "a T2I-Adapter"),
+    ({"decoder.conv_in.weight": (512, 16, 3, 3), "decoder.norm_out.bias": (8,)}, "the VAE of another model"),
+    ({"decoder.conv_in.weight": (512, 4, 3, 3), "encoder.conv_in.weight": (128, 3, 3, 3)}, "is a VAE only"),
+    ({"first_stage_model.decoder.conv_in.weight": (512, 4, 3, 3)}, "is a VAE only"),
+    ({"text_model.final_layer_norm.weight": (8,)}, "is a text encoder only"),
+    ({"visual.conv1.weight": (8, 3, 14, 14)}, "is a image encoder only"),
+    ({"layer1.0.weight": (8, 8), "fc.weight": (2, 2)}, "is no model that this project knows"),
+]
+
+
+@pytest.mark.parametrize("shapes, message", FOREIGN, ids=identify(FOREIGN))
+def test_other_models_are_named(tmp_path, refused, shapes, message):
+    state = {name: torch.zeros(shape, dtype=torch.float16) for name, shape in shapes.items()}
+    save_file(state, tmp_path / "other.safetensors")
+    found = refused(2, tmp_path / "other.safetensors")
+    assert message in found and str(tmp_path / "other.safetensors") in found
+    torch.save(state, tmp_path / "other.bin")
+    assert message in refused(2, tmp_path / "other.bin")
+    assert message in refused(2, "--unet", tmp_path / "other.bin", *[
+        "--vae", tmp_path / "other.bin", "--text-encoder", tmp_path / "other.bin"])
+
+
+def test_nested_bins_are_named(tmp_path, refused):
+    torch.save({"image_proj": {"proj.weight": torch.ones(2)},
+                "ip_adapter": {"1.to_k_ip.weight": torch.ones(2)}},
+               tmp_path / "ip.bin")
+    assert "is an IP-Adapter (image_proj.proj.weight found)" in refused(2, tmp_path / "ip.bin")
+    torch.save({"string_to_token": {"*": 265}, "string_to_param": {"*": torch.ones(1, 768)}, "name": "cat"},
+               tmp_path / "cat.pt")
+    assert "is a textual inversion" in refused(2, tmp_path / "cat.pt")
+
+
+BROKEN = [
+    (b"", "is empty"),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4\n", "is a git-LFS pointer"),
+    (b"<!DOCTYPE html><html>", "is a web page"), (b"\n  <html>", "is a web page"),
+    (b"\xff\xff\xff\x00\x00\x00\x00\x00{" + b" " * 50, "is truncated"),
+    (b"\x10\x00\x00\x00\x00\x00\x00\x00{" + b" " * 50, "truncated or damaged"),
+    (b"junk" * 9, "is not a model file"), (b"config\nfile\nwith\ntext", "is not a model file"),
+    (b"\x00" * 99, "is not a model file"), (b"{}", "is not a model file"),
+    (b"\x02\x00\x00\x00\x00\x00\x00\x00{}", "holds no named tensors"),
+    (b"\x80\x02}q\x00.", "truncated or damaged"), (b"\x80", "truncated or damaged"),
+    (b"PK\x03\x04" * 9, "damaged"),
+    (b"c\n", "is not a model file"), (b"\x80\x02]q\x00(", "truncated or damaged"),
+    (b"GGUF\x03", "is not a model"),
+]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.ckpt"])
+@pytest.mark.parametrize("content, message", BROKEN, ids=identify(BROKEN))
+def test_broken_files(tmp_path, refused, content, message, name):
+    (tmp_path / name).write_bytes(content)
+    assert message in refused(2, tmp_path / name)
+
+
+def test_broken_files_in_folders_and_flags(folder, refused, tmp_path):
+    pointer = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    pointer.write_text("version https://git-lfs.github.com/spec/v1\n")
+    assert "unet/diffusion_pytorch_model.safetensors is a git-LFS pointer" in refused(2, folder)
+    assert "is a git-LFS pointer" in refused(2, "--unet", pointer, "--vae", folder, "--text-encoder", folder)
+
+
+@pytest.mark.parametrize("zipped", [None, True, False])
+@pytest.mark.parametrize("part", [0.3, 0.999])
+def test_truncated_files(tmp_path, states, refused, zipped, part):
+    path, state = tmp_path / "model", states["vae"]
+    if zipped is None:
+        save_file(own(state), path)
+    else:
+        torch.save(state, path, _use_new_zipfile_serialization=zipped)
+    path.write_bytes(path.read_bytes()[:int(path.stat().st_size * part)])
+    assert "truncated or damaged" in refused(2, path)
+
+
+def test_torchscript(tmp_path, refused):
+    torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "ViT-L-14.pt")
+    assert "is a TorchScript program" in refused(2, tmp_path / "ViT-L-14.pt")
+
+
+@pytest.mark.parametrize("content", [torch.zeros(3), [torch.zeros(3)], {}, {"state_dict": {}}, 3,
+                                     {"a": {"b": 3}}])
+def test_pickles_without_named_tensors(tmp_path, refused, content):
+    torch.save(content, tmp_path / "model.ckpt")
+    message = refused(2, tmp_path / "model.ckpt")
+    assert "holds no named tensors" in message or "no model that this project knows" in message
+
+
+# The right kind with wrong tensors
+
+def drop(state, name):
+    del state[name]
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda s: drop(s, UNET + "out.2.bias"),
+     "its UNet is not Stable Diffusion 1.5's, 1 differences: missing conv_out.bias"),
+    (lambda s: s.update({UNET + "extra.weight": torch.ones(1)}), "1 differences: unexpected extra.weight"),
+    (lambda s: s.update({UNET + "out.2.bias": torch.ones(5)}), "conv_out.bias is (5,), expected (4,)"),
+    (lambda s: drop(s, UNET + ATTENTION),
+     "missing down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"),
+    (lambda s: drop(s, "first_stage_model.decoder.conv_in.weight"), "missing decoder.conv_in.weight"),
+    (lambda s: drop(s, "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"),
+     "missing text_model.embeddings.token_embedding.weight"),
+    (lambda s: s.update({"cond_stage_model.transformer.final_layer_norm.bias": torch.ones(32)}),
+     "has text_model.final_layer_norm.bias twice"),
+    (lambda s: s.update({UNET + "out.2.bias": torch.ones(4, dtype=torch.int8)}),
+     "conv_out.bias is torch.int8"),
+    (lambda s: s.update({UNET + "out.2.bias": torch.tensor([1, 2, float("nan"), 4])}),
+     "conv_out.bias has values that"),
+    (lambda s: s.update({UNET + "out.2.bias": torch.tensor(1.0)}), "conv_out.bias is (), expected (4,)")])
+def test_wrong_tensors(tmp_path, states, refused, change, message):
+    state = own(ldm(states))
+    change(state)
+    save_file(state, tmp_path / "model.safetensors")
+    assert message in refused(3, tmp_path / "model.safetensors")
+
+
+def test_the_message_lists_five(tmp_path, states, refused):
+    state = {k.replace("ff.net", "mlp.net"): v for k, v in ldm(states).items()}
+    save_file(own(state), tmp_path / "model.safetensors")
+    message = refused(3, tmp_path / "model.safetensors")
+    assert "128 differences" in message and message.count("missing") == 5
+
+
+def test_values_that_half_precision_cannot_hold(tmp_path, states, refused):
+    state = own(ldm(states))
+    state[UNET + "out.2.bias"][0] = 1e6
+    save_file(state, tmp_path / "model.safetensors")
+    assert "not finite (as torch.float16)" in refused(3, tmp_path / "model.safetensors", "--dtype", "fp16")
+
+
+def test_tensors_that_share_memory(tmp_path, out, states, expected):
+    state = ldm(states)
+    ones = torch.ones(32)
+    names = ["cond_stage_model.transformer.text_model.encoder.layers.0.layer_norm1.weight",
+             "cond_stage_model.transformer.text_model.encoder.layers.1.layer_norm1.weight"]
+    torch.save(state | dict.fromkeys(names, ones), tmp_path / "model.ckpt")
+    convert(tmp_path / "model.ckpt", "--output", out)
+    found = load_file(out / "text_encoder.safetensors")
+    assert all((found[name.removeprefix("cond_stage_model.transformer.")] == 1).all() for name in names)
+
+
+# Pickles
+
+class Call:
+    def __init__(self, function, *arguments):
+        self.reduced = function, arguments
+
+    def __reduce__(self):
+        return self.reduced
+
+
+@pytest.mark.parametrize("call, name", [
+    (lambda marker: Call(os.system, f"touch {marker}"), "posix.system"),
+    (lambda marker: Call(eval, f"open({str(marker)!r}, 'w')"), "eval"),
+    (lambda marker: Call(exec, f"open({str(marker)!r}, 'w')"), "exec"),
+    (lambda marker: Call(subprocess.check_call, ["touch", str(marker)]), ".check_call"),
+    (lambda marker: Call(shutil.copy, "/etc/hostname", str(marker)), "shutil.copy")])
+@pytest.mark.parametrize("kind", ["zip", "legacy", *range(6)])
+def test_pickles_never_run_code(tmp_path, refused, call, name, kind):
+    marker, path = tmp_path / "marker", tmp_path / "model.ckpt"
+    value = {"state_dict": {UNET + "out.2.bias": torch.ones(4)}, "callbacks": call(marker)}
+    if isinstance(kind, int):
+        path.write_bytes(pickle.dumps({"x": call(marker)}, protocol=kind))
+    else:
+        torch.save(value, path, _use_new_zipfile_serialization=kind == "zip")
+    message = refused(4, path)
+    assert name in message and "Nothing was run" in message
+    assert not marker.exists()
+
+
+@pytest.fixture
+def lightning(monkeypatch):
+    """Modules with the names of pytorch_lightning's, gone before the file is read."""
+    names = ["pytorch_lightning", "pytorch_lightning.callbacks",
+             "pytorch_lightning.callbacks.model_checkpoint"]
+    for name in names:
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    module = sys.modules[names[-1]]
+    for cls in (type("ModelCheckpoint", (), {}), type("AttributeDict", (dict,), {})):
+        cls.__module__ = names[-1]
+        setattr(module, cls.__name__, cls)
+    yield module
+    assert "pytorch_lightning.callbacks" not in sys.modules
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_lightning_checkpoints(tmp_path, out, states, expected, lightning, monkeypatch, zipped):
+    state = lightning.ModelCheckpoint()
+    state.best_model_score = np.float64(0.5)
+    value = {"state_dict": ldm(states), "epoch": 3,
+             "hyper_parameters": lightning.AttributeDict(lr=1e-4, names=["a"]),
+             "callbacks": {lightning.ModelCheckpoint: {"best": np.float64(0.5)}, "x": state}}
+    torch.save(value, tmp_path / "model.ckpt", _use_new_zipfile_serialization=zipped)
+    for name in [name for name in sys.modules if name.startswith("pytorch_lightning")]:
+        monkeypatch.delitem(sys.modules, name)
+    record = convert(tmp_path / "model.ckpt", "--output", out)["conversion"]
+    agree(out, expected)
+    assert record["dropped"] == {"callbacks": 1, "epoch": 1, "hyper_parameters": 1}
+    assert not any(isinstance(name, tuple) for name in torch.serialization.get_safe_globals())
+
+
+def test_lightning_names_hide_no_call(tmp_path, refused, lightning, monkeypatch):
+    marker = tmp_path / "marker"
+    value = {"a": lightning.ModelCheckpoint(), "b": Call(os.system, f"touch {marker}")}
+    torch.save(value, tmp_path / "model.ckpt")
+    assert "posix.system" in refused(4, tmp_path / "model.ckpt")
+    assert not marker.exists()
+    for name in [name for name in sys.modules if name.startswith("pytorch_lightning")]:
+        monkeypatch.delitem(sys.modules, name)
+
+
+# Writing
+
+@pytest.mark.parametrize("error", [OSError("No space left on device"), MemoryError()])
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_a_failure_leaves_nothing(monkeypatch, saved, tmp_path, refused, error, at):
+    real, calls = convert_sd15.save_tensors, []
+
+    def save(state, path):
+        calls.append(path)
+        if len(calls) > at:
+            path.write_bytes(b"half")
+            raise error
+        real(state, path)
+    monkeypatch.setattr(convert_sd15, "save_tensors", save)
+    refused(1, saved)
+    assert len(calls) == at + 1 and not list(tmp_path.iterdir())
+
+
+def test_a_failure_leaves_the_old_folder(monkeypatch, saved, out, refused):
+    convert(saved, "--output", out)
+    before = contents(out)
+
+    def fail(value, path):
+        raise OSError("No space left on device")
+    monkeypatch.setattr(convert_sd15, "write_json", fail)
+    assert "No space left" in refused(1, saved)
+    assert contents(out) == before
+
+
+def test_an_interrupt_leaves_nothing(monkeypatch, saved, refused):
+    def interrupt(*rest):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(convert_sd15, "save_tensors", interrupt)
+    refused(130, saved)
+
+
+def test_values_are_read_only_after_all_checks(tmp_path, states, refused, monkeypatch):
+    state = {k: v for k, v in ldm(states).items() if k != UNET + "out.2.bias"}
+    save_file(own(state), tmp_path / "model.safetensors")
+
+    def forbidden(*rest):
+        raise AssertionError("read")
+    monkeypatch.setattr(convert_sd15, "read_values", forbidden)
+    monkeypatch.setattr(convert_sd15, "digest", forbidden)
+    refused(3, tmp_path / "model.safetensors")
+
+
+def test_the_script_runs_from_anywhere(tmp_path, saved):
+    command = [sys.executable, str(SCRIPT), str(saved), "--output", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "UNet: 686 tensors" in done.stdout and "written to" in done.stdout
+    assert "Traceback" not in done.stderr
+    assert load_models(tmp_path / "out").config["conversion"]["source"] == saved.name
