@@ -8,7 +8,6 @@ the pictures. Cases, seeds and subjects are fixed by their number; nothing is pi
 results.json, results.md and contact sheets of the first cases.
 """
 import argparse
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +28,8 @@ def parse_args() -> argparse.Namespace:
     add("--count", type=int, default=256, help="cases (default 256)")
     add("--steps", type=int, default=20, help="sampling steps (default 20)")
     add("--guidance-scale", type=float, help="default: the weights'")
-    add("--prior-above", type=int, default=800, help="timestep from which the prior draws alone (default 800)")
+    add("--prior-above", type=int, default=800,
+        help="the prior draws alone from this timestep on (default 800)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default auto)")
     args = parser.parse_args()
     if args.count < 2:

@@ -191,7 +191,8 @@ class RoutingSheet:
 
     def draw(self, picture: Image.Image, people: list[tuple[Image.Image, str]]) -> Image.Image:
         """The sheet, with the picture, the mean of all maps and the subjects on its left."""
-        side = labelled([(picture, "the picture"), (self.mean(picture.size), "mean, low to high"), *people], 1)
+        mean = self.mean(picture.size)
+        side = labelled([(picture, "the picture"), (mean, "mean, low to high"), *people], 1)
         panels = [self.panel(kind) for kind in ("self", "cross")]
         body = Image.new("RGB", (side.width + sum(p.width for p in panels),
                                  max(side.height, panels[0].height)), "white")

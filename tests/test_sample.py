@@ -257,7 +257,7 @@ def test_says_when_a_subject_is_foreign(draw, refuse, other_world):
     (["--height", "0"], "--height must be in 8..2048"),
     (["--width", "1000000"], "--width must be in 8..2048"),
     (["--device", "cuda:99"], "--device cuda:99 cannot be used"),
-    (["--device", "tpu"], "--device 'tpu' is unknown"), (["--device", "meta"], "--device 'meta' is unknown"), 
+    (["--device", "tpu"], "--device 'tpu' is unknown"), (["--device", "meta"], "--device 'meta' is unknown"),
     (["--device", ""], "--device '' is unknown"),
     (["--subject", "missing.png"], "missing.png does not exist"),
     (["--subject", "woman=missing.png"], "missing.png does not exist"),

@@ -368,8 +368,8 @@ def test_resuming_a_finished_run_changes_nothing(runs, tmp_path, monkeypatch):
     (["--seed", 1], "seed 0, not 1"), (["--steps", 7], "steps 6, not 7"),
     (["--batch-size", 5], "batch_size 4, not 5"), (["--samples", 23], "samples 24, not 23")])
 def test_another_run_s_checkpoint_is_refused(changed, match, runs, capsys):
-    assert_refused(capsys, runs / "vae", *options_of("vae", runs), *changed, "--output", runs / "vae", "--resume",
-                   match=match)
+    assert_refused(capsys, runs / "vae", *options_of("vae", runs), *changed, "--output", runs / "vae",
+                   "--resume", match=match)
 
 
 def test_another_stage_s_checkpoint_is_refused(runs, capsys):
