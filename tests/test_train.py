@@ -252,7 +252,7 @@ def test_moa_trains_its_own_parameters_and_no_others(runs, tmp_path):
 def test_the_loss_goes_down_on_a_few_pictures(name, factor, runs, tmp_path):
     """For moa by its router loss: on this poor base the experts have little to win in so few steps."""
     stage = make_stage(name, runs, steps=20, samples=4, lr=3e-3, warmup=1, ema=0.0,
-                       lambda_router=0.01 if name == "moa" else 0.0)
+                       lambda_router=0.01, lambda_router_late=0.01)
 
     @torch.no_grad()
     def loss() -> float:
