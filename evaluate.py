@@ -320,7 +320,8 @@ def sheets(cases: list[Case], folder: Path) -> None:
     rows = []
     for case in cases[:32]:
         subjects = list(case.references) + [blank] * (2 - len(case.references))
-        routing = Image.fromarray((case.routing * 255).astype(np.uint8))
+        low, high = case.routing.min(), case.routing.max()  # they lie close: show where, not how much
+        routing = Image.fromarray(((case.routing - low) / max(high - low, 1e-6) * 255).astype(np.uint8))
         routing = routing.resize((size, size), Image.Resampling.NEAREST).convert("RGB")
         rows.append(np.concatenate([*subjects, *case.pictures, np.array(routing)], axis=1))
     columns = [np.concatenate(rows[i::2]) for i in range(2)]
