@@ -124,6 +124,7 @@ def draw(pipeline, judge, numbers, steps: int, scale: float, prior_above: int) -
 
     from data import toyworld
     from moa import record_routing
+    from pictures import to_picture, to_uint8
     from pipeline import Subject
     castings = [cast(number) for number in numbers]
     prompts = [first.caption for first, _ in castings]
@@ -137,7 +138,7 @@ def draw(pipeline, judge, numbers, steps: int, scale: float, prior_above: int) -
                 scene = scenes[casting]
                 photos = np.stack([toyworld.render_reference(s.identity, 10 * number + casting)
                                    for s in scene.subjects])
-                features = pipeline.encode_subjects(to_tensor(photos) / 2 + 0.5)
+                features = pipeline.encode_subjects(to_picture(photos) / 2 + 0.5)
                 places = [len(tokenize.encode(scene.caption[:s.end])) for s in scene.subjects]
                 people.append([Subject(p, f) for p, f in zip(places, features, strict=True)])
                 if casting == 0:
@@ -147,7 +148,7 @@ def draw(pipeline, judge, numbers, steps: int, scale: float, prior_above: int) -
             images = pipeline.generate(prompts, seeds, people, steps=steps, guidance_scale=scale,
                                        prior_only=casting is None, prior_above=prior_above,
                                        progress=collect)
-        pictures.append(to_array(images))
+        pictures.append(to_uint8(images))
         readings.append(read(judge, images.to(pipeline.device)))
     routing = sum(maps) / len(maps)  # mean over layers and steps
     return [Case(*castings[i], references[i], np.stack([p[i] for p in pictures]),
@@ -166,17 +167,6 @@ def collector(routing: dict, maps: list):
     return collect
 
 
-def to_tensor(images):
-    """(B, S, S, 3) uint8 -> (B, 3, S, S) in [-1, 1]."""
-    import torch
-    return torch.as_tensor(images).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-def to_array(images):
-    """(B, 3, S, S) in [-1, 1] -> (B, S, S, 3) uint8."""
-    return ((images + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
-
-
 def read(judge, images) -> list[Reading]:
     """Have the judge read (B, 3, S, S) pictures."""
     import torch.nn.functional as F
@@ -193,11 +183,12 @@ def judge_accuracy(judge, device, count: int = 400) -> dict[str, float]:
     import numpy as np
 
     from data import toyworld
+    from pictures import to_picture
     hits = {"activity": [], "context": [], "identity": []}
     for first in range(0, count, 50):
         scenes = [toyworld.sample_scene(2_000_000 + k, "test") for k in range(first, first + 50)]
         images = np.stack([toyworld.render_scene(scene)[0] for scene in scenes])
-        for scene, reading in zip(scenes, read(judge, to_tensor(images).to(device)), strict=True):
+        for scene, reading in zip(scenes, read(judge, to_picture(images).to(device)), strict=True):
             hits["activity"].append(toyworld.ACTIVITIES[reading.activity] == scene.activity)
             hits["context"].append(toyworld.CONTEXTS[reading.context] == scene.context)
             hits["identity"] += [right for _, right in attribute_hits(scene, reading)]

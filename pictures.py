@@ -78,8 +78,18 @@ def to_images(pictures: Tensor) -> list[Image.Image]:
     if not torch.isfinite(pictures).all():
         raise ValueError("the picture came out as NaN: try --dtype fp32 or a lower --guidance-scale; if "
                          "that does not help, the weights are broken")
+    return [Image.fromarray(pixels) for pixels in to_uint8(pictures)]
+
+
+def to_picture(images: np.ndarray | Tensor) -> Tensor:
+    """(B, H, W, 3) uint8 -> (B, 3, H, W) in [-1, 1]."""
+    return rearrange(torch.as_tensor(np.array(images)), "b h w c -> b c h w").float() / 127.5 - 1
+
+
+def to_uint8(pictures: Tensor) -> np.ndarray:
+    """(B, 3, H, W) in [-1, 1] -> (B, H, W, 3) uint8."""
     pixels = ((pictures.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    return [Image.fromarray(p) for p in rearrange(pixels.cpu(), "b c h w -> b h w c").numpy()]
+    return rearrange(pixels.cpu(), "b c h w -> b h w c").numpy()
 
 
 def save_png(image: Image.Image, path: Path, settings: dict) -> None:

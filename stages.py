@@ -27,6 +27,7 @@ from models.load import (Models, carry_over, load_part, read_config, save_part, 
 from models.open_clip_import import open_clip
 from models.unet import UNet, UNetConfig
 from models.vae import AutoencoderKL, VAEConfig
+from pictures import to_picture, to_uint8
 from pipeline import Pipeline, Subject, squared_distance
 from samplers import add_noise, alpha_bar
 
@@ -114,17 +115,6 @@ def small_text_config() -> CLIPTextConfig:
 def step_generator(seed: int, step: int) -> torch.Generator:
     """All randomness of one step, so that a run needs no random state to go on."""
     return torch.Generator().manual_seed(seed * 1_000_003 + step)
-
-
-def to_picture(images: np.ndarray | Tensor) -> Tensor:
-    """(B, H, W, 3) uint8 -> (B, 3, H, W) in [-1, 1]."""
-    return rearrange(torch.as_tensor(np.array(images)), "b h w c -> b c h w").float() / 127.5 - 1
-
-
-def to_uint8(pictures: Tensor) -> np.ndarray:
-    """(B, 3, H, W) in [-1, 1] -> (B, H, W, 3) uint8."""
-    pictures = (pictures.float().clamp(-1, 1) + 1) * 127.5
-    return rearrange(pictures.round().to(torch.uint8).cpu(), "b c h w -> b h w c").numpy()
 
 
 def save_grid(rows: list[np.ndarray], path: Path) -> None:
