@@ -16,7 +16,8 @@ from data import toyworld
 from data.dataset import MAX_SUBJECTS, Cache, batch_indices, render_cache
 from data.fastcomposer import folder_cache
 from data.judge import Judge
-from moa import (ExpertContext, MultimodalPrompt, PromptConfig, add_moa, record_routing,
+from distributed import share, world_size
+from moa import (ExpertContext, MultimodalPrompt, PromptConfig, add_moa, load_moa, record_routing,
                  record_subject_attention, save_moa)
 from moa.loss import masked_loss, mean_routing, object_loss, router_loss
 from models import load_models
@@ -30,11 +31,6 @@ from models.vae import AutoencoderKL, VAEConfig
 from pictures import to_picture, to_uint8
 from pipeline import Pipeline, Subject, squared_distance
 from samplers import add_noise, alpha_bar
-
-
-# Once the background is the prior's, less of Eq. 9 keeps it so, and the experts of the coarse layers,
-# whose cells hold people and background at once, are not shut for good.
-LATE = 0.55
 
 
 class StageError(Exception):
@@ -60,9 +56,9 @@ class TrainConfig:
     null_probability: float = 0.1
     max_timestep: int = 1000
     lambda_router: float = 0.0
-    lambda_router_late: float | None = None  # from LATE of the run on; None is the same throughout
     lambda_object: float = 0.0
-    loss_layers: tuple[int, int] = (0, 16)  # first and last + 1 of the layers in Eq. 10 and 12
+    router_layers: tuple[int, ...] = tuple(range(16))  # L in Eq. 10
+    object_layers: tuple[int, ...] = tuple(range(16))  # those of Eq. 12
 
 
 # The small world's recipe: a few hours on four CPU cores. Larger batches and more steps are better
@@ -72,7 +68,9 @@ TOYWORLD = {
     "clip": TrainConfig(steps=800, batch_size=128, lr=1e-3, weight_decay=0.1),
     "prior": TrainConfig(steps=4000, batch_size=32, lr=1e-3, ema=0.998),
     "moa": TrainConfig(steps=3250, batch_size=32, lr=1e-3, ema=0.998, max_timestep=800,
-                       lambda_router=2e-5, lambda_router_late=5e-6, lambda_object=3e-3),
+                       lambda_router=1e-5, lambda_object=3e-3,
+                       # Cells of the 2 x 2 and 4 x 4 layers hold people and background at once.
+                       router_layers=(0, 1, 2, 3, 10, 11, 12, 13, 14, 15)),
     "judge": TrainConfig(steps=4500, batch_size=32, lr=2e-3, ema=0.998, bf16=True),
 }
 # Table 1 of the paper, and FastComposer's values where it is silent.
@@ -81,7 +79,8 @@ SD15 = {
         steps=40_000, batch_size=128, lr=5e-5,  # Table 1; section 4.1 says 1e-5
         warmup=0, decay=0.0, betas=(0.9, 0.999), min_snr=0.0, max_timestep=800,
         lambda_router=1e-4, lambda_object=1e-4,
-        loss_layers=(2, 13)),  # "excluding the first two and last three"
+        # "excluding the first two and last three"
+        router_layers=tuple(range(2, 13)), object_layers=tuple(range(2, 13))),
 }
 PRESETS = {"toyworld": TOYWORLD, "sd15": SD15}
 
@@ -127,16 +126,22 @@ class Stage:
     """`module` holds what is trained; `loss(step)` is a pure function of it and the step."""
 
     module: nn.Module
-    reads: tuple[str, ...] = ("data",)  # which of --weights and --data the stage can use
+    reads: tuple[str, ...] = ("data",)  # which of --weights, --data and --moa the stage can use
     size = toyworld.SIZE  # of its pictures, in pixels
+    shareable = True  # whether the loss is a mean over samples, which several processes can share
 
     def __init__(self, config: TrainConfig, seed: int, device: torch.device,
-                 weights: Path | None, data: Path | None):
+                 weights: Path | None, data: Path | None, moa: Path | None = None):
         self.config, self.seed, self.device = config, seed, device
-        self.weights, self.data = weights, data
-        for name in ("weights", "data"):
+        self.weights, self.data, self.moa = weights, data, moa
+        for name in ("weights", "data", "moa"):
             if getattr(self, name) is not None and name not in self.reads:
                 raise StageError(f"this stage cannot use --{name}: leave it out")
+        if world_size() > 1 and not self.shareable:
+            raise StageError("the loss of this stage is not a mean over its samples: run it in one process")
+        if config.batch_size % world_size():
+            raise StageError(f"--batch-size {config.batch_size} must be a multiple of the {world_size()} "
+                             "processes")
         torch.manual_seed(seed)  # initial weights
         self.setup()
         self.module.to(device)
@@ -152,7 +157,13 @@ class Stage:
         return render_cache("scenes", self.config.samples)
 
     def indices(self, step: int, count: int) -> np.ndarray:
-        return batch_indices(self.seed, step, self.config.batch_size, count)
+        """This process's samples of a step."""
+        return share(batch_indices(self.seed, step, self.config.batch_size, count))
+
+    def noise(self, shape: torch.Size, generator: torch.Generator) -> Tensor:
+        """This process's share, of `shape`, of the noise of a step."""
+        whole = torch.randn(self.config.batch_size, *shape[1:], generator=generator)
+        return share(whole).to(self.device)
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of one step and its parts by name."""
@@ -180,8 +191,7 @@ class VAEStage(Stage):
         image = to_picture(self.scenes.images[self.indices(step, len(self.scenes))]).to(self.device)
         image = image.contiguous(memory_format=torch.channels_last)
         mean, logvar = vae.posterior(image)
-        noise = torch.randn(mean.shape, generator=generator).to(self.device)
-        z = mean + (0.5 * logvar).exp() * noise
+        z = mean + (0.5 * logvar).exp() * self.noise(mean.shape, generator)
         decoded = vae.decoder(vae.post_quant_conv(z)).float()
         l1 = (decoded - image).abs().mean()
         mse = (decoded - image).square().mean()
@@ -220,6 +230,7 @@ class CLIPStage(Stage):
     descriptions, the latter in pairs that differ in one attribute. Models of --weights are kept."""
 
     reads = ("weights",)
+    shareable = False  # every picture is compared with all others of the batch
 
     def setup(self) -> None:
         if self.weights is not None:
@@ -383,13 +394,14 @@ class PriorStage(Stage):
         """The data of one step: indices, x_t, eps, t, tokens and which samples are null (B,)."""
         generator, size = step_generator(self.seed, step), self.config.batch_size
         indices = self.indices(step, len(self.scenes))
-        x0 = self.latents[indices].float()
-        eps = torch.randn(x0.shape, generator=generator)
-        t = torch.randint(0, self.config.max_timestep, (size,), generator=generator)
-        null = torch.rand(size, generator=generator) < self.config.null_probability
-        tokens = torch.where(null[:, None], self.null, self.tokens[indices])
+        x0 = self.latents[indices].float().to(self.device)
+        eps = self.noise(x0.shape, generator)
+        t = share(torch.randint(0, self.config.max_timestep, (size,), generator=generator))
+        null = share(torch.rand(size, generator=generator) < self.config.null_probability)
+        tokens = torch.where(null[:, None], self.null, self.tokens[indices]).to(self.device)
+        t, null = t.to(self.device), null.to(self.device)
         x = add_noise(x0, eps, t).contiguous(memory_format=torch.channels_last)
-        return indices, *(v.to(self.device) for v in (x, eps, t, tokens, null))
+        return indices, x, eps, t, tokens, null
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         _, x, eps, t, tokens, _ = self.noised(step)
@@ -417,7 +429,10 @@ class PriorStage(Stage):
 
 
 class MoAStage(PriorStage):
-    """Personalized experts, routers and multimodal prompt on a frozen base (section 3.3)."""
+    """Personalized experts, routers and multimodal prompt on a frozen base (section 3.3), from the
+    base's attention on or from those of the file --moa on."""
+
+    reads = ("weights", "data", "moa")
 
     def setup(self) -> None:
         if self.weights is None:
@@ -428,10 +443,14 @@ class MoAStage(PriorStage):
         self.unet, self.vae, self.text_encoder = models.unet, models.vae, models.text_encoder
         self.image_encoder, self.tokenize = models.image_encoder, models.tokenize
         self.size = models.config.get("image_size", self.size)
-        add_moa(self.unet.to(memory_format=torch.channels_last))
-        text_dim, image_dim = self.text_encoder.cfg.dim, self.image_encoder.cfg.output_dim
-        layers = len(list(self.unet.transformer_blocks()))
-        self.prompt = MultimodalPrompt(PromptConfig(text_dim, image_dim, 2 * image_dim, layers))
+        self.unet.to(memory_format=torch.channels_last)
+        if self.moa is not None:
+            self.prompt = load_moa(self.unet, self.moa)
+        else:
+            add_moa(self.unet)
+            text_dim, image_dim = self.text_encoder.cfg.dim, self.image_encoder.cfg.output_dim
+            layers = len(list(self.unet.transformer_blocks()))
+            self.prompt = MultimodalPrompt(PromptConfig(text_dim, image_dim, 2 * image_dim, layers))
         self.module = nn.ModuleDict({"unet": self.unet, "prompt": self.prompt})
         self.load_scenes()
         self.features = encode_references(self.scenes, self.image_encoder, self.device).float()
@@ -465,16 +484,14 @@ class MoAStage(PriorStage):
         context = ExpertContext(text, self.prompt(text, features, positions, present, t))
         with record_routing(self.unet) as routing, record_subject_attention(self.unet, positions) as maps:
             eps_hat = self.unet(x, t, context).float()
-        first, end = self.config.loss_layers
-        prior_weights = [r[..., 0].float() for key, r in routing.items() if first <= key.layer < end]
-        attention = [a.float() for layer, a in maps.items() if first <= layer < end]
+        prior_weights = [r[..., 0].float() for key, r in routing.items()
+                         if key.layer in self.config.router_layers]
+        attention = [a.float() for layer, a in maps.items() if layer in self.config.object_layers]
         mean_prior = mean_routing(prior_weights, *people.shape[-2:])
         masked = masked_loss(eps_hat, eps, people, snr_weight(t, self.config.min_snr))
         router = router_loss(mean_prior, people)
         balance = object_loss(attention, masks, present)
-        late = self.config.lambda_router_late is not None and step >= LATE * self.config.steps
-        lambda_router = self.config.lambda_router_late if late else self.config.lambda_router
-        loss = masked + lambda_router * router + self.config.lambda_object * balance
+        loss = masked + self.config.lambda_router * router + self.config.lambda_object * balance
         return loss, {
             "masked": masked, "router": router, "object": balance,
             "prior_weight_people": (mean_prior * people).sum() / people.sum().clamp(min=1),
@@ -533,6 +550,8 @@ def update_config(folder: Path, **values) -> None:
 class JudgeStage(Stage):
     """Reads attributes, activity, place and masks off rendered pictures (`data/judge.py`)."""
 
+    shareable = False  # means over the attributes that are visible, of which samples have unequal numbers
+
     def setup(self) -> None:
         self.module = Judge().to(memory_format=torch.channels_last)
         self.scenes = self.training_scenes()
@@ -556,7 +575,7 @@ class JudgeStage(Stage):
             factor = 1 + torch.rand((), generator=generator).item()
             small = F.interpolate(image, scale_factor=1 / factor, mode="bilinear", antialias=True)
             image = F.interpolate(small, image.shape[-2:], mode="bilinear")
-        image = image + 0.05 * torch.randn(image.shape, generator=generator).to(self.device)
+        image = image + 0.05 * self.noise(image.shape, generator)
         verdict = self.module(image.contiguous(memory_format=torch.channels_last), masks)
         background = (1 - masks.sum(1, keepdim=True)).clamp(min=0)
         parts = {"people": F.cross_entropy(verdict.people, torch.cat([background, masks], 1))}

@@ -6,14 +6,19 @@
     python train.py moa   --output runs/moa   --weights runs/prior
     python train.py judge --output runs/judge
 
+    torchrun --nproc-per-node 4 train.py moa --output runs/moa --weights runs/prior
+
 A run is a pure function of its seed: stop it at any moment and `--resume` goes on to the same
-weights. The output folder holds config.json, metrics.jsonl, checkpoints/, samples/ and the weights,
-those of --weights too, so each run's folder is the next one's --weights.
+weights. `torchrun` shares each batch between processes, on one machine or more: same run, up to
+rounding. On a CPU, one process per core is faster than one process with as many threads. The output
+folder holds config.json, metrics.jsonl, checkpoints/, samples/ and the weights, those of --weights
+too, so each run's folder is the next one's --weights.
 
 Exit status: 0 trained, 2 an error (one line on stderr), 130 or 143 stopped by SIGINT or SIGTERM.
 """
 import argparse
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -32,6 +37,7 @@ def parse_args() -> argparse.Namespace:
                         help="sizes and hyperparameters (default toyworld)")
     parser.add_argument("--weights", type=Path,
                         help="folder with the models that the stage builds on (clip, prior, moa)")
+    parser.add_argument("--moa", type=Path, help="MoA file to go on from (moa; default: from the base model)")
     parser.add_argument("--data", type=Path,
                         help="dataset in FastComposer's layout (default: the small world, rendered)")
     parser.add_argument("--samples", type=int, help="how many samples to render or read")
@@ -65,6 +71,7 @@ class StopRequested(Exception):
 
 def main() -> None:
     args = parse_args()
+    import distributed
     from data.fastcomposer import read_ids
     from models import WeightsError
     from pipeline import pick_device
@@ -75,8 +82,10 @@ def main() -> None:
             args.samples = min(args.samples or count, count)
         config = make_config(args.preset, args.stage, steps=args.steps, batch_size=args.batch_size,
                              samples=args.samples)
-        prepare_output(args)
-        stage = STAGES[args.stage](config, args.seed, pick_device(args.device), args.weights, args.data)
+        device = distributed.start(pick_device(args.device))
+        with distributed.first_rank_first():
+            prepare_output(args)
+            stage = STAGES[args.stage](config, args.seed, device, args.weights, args.data, args.moa)
         train(stage, args)
     except (StageError, WeightsError, OSError, ValueError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
@@ -85,6 +94,8 @@ def main() -> None:
         number, message = stop.args or (signal.SIGINT, "before the first step")
         print("stopped:", message, file=sys.stderr)
         sys.exit(128 + number)
+    finally:
+        distributed.stop()
 
 
 def prepare_output(args: argparse.Namespace) -> None:
@@ -105,12 +116,14 @@ def train(stage, args: argparse.Namespace) -> None:
     import torch
     from tqdm import tqdm
 
+    import distributed
     from models.load import read_config, write_json
 
-    config, device = stage.config, stage.device
+    config, device, writes = stage.config, stage.device, distributed.rank() == 0
     settings = {"stage": args.stage, "preset": args.preset, "seed": args.seed, "code": git_describe(),
-                "weights": args.weights and args.weights.name, "data": args.data and args.data.name,
-                "torch": torch.__version__, "device": str(device), **asdict(config)}
+                "weights": args.weights and args.weights.name, "moa": args.moa and args.moa.name,
+                "data": args.data and args.data.name, "torch": torch.__version__, "device": str(device), "processes": distributed.world_size(),
+                **asdict(config)}
     parameters = [p for p in stage.module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=config.betas,
                                   weight_decay=config.weight_decay, fused=True)
@@ -120,22 +133,25 @@ def train(stage, args: argparse.Namespace) -> None:
     if args.resume:  # before anything is written
         first = load_checkpoint(checkpoint, run, parameters, average, optimizer)
         written = read_config(args.output)
-    write_json({**written, "training": settings}, args.output / "config.json")
-    print(json.dumps(settings))
-    cut_metrics(log_path, first)
+    if writes:
+        write_json({**written, "training": settings}, args.output / "config.json")
+        print(json.dumps(settings))
+        cut_metrics(log_path, first)
 
     stop = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda received, frame: stop.append(received))
     metrics = {}
-    progress = tqdm(range(first, config.steps), args.stage, config.steps, initial=first, unit="step")
-    with progress, open(log_path, "a", encoding="utf-8") as log:
+    progress = tqdm(range(first, config.steps), args.stage, config.steps, initial=first, unit="step",
+                    disable=not writes)
+    with progress, open(log_path if writes else os.devnull, "a", encoding="utf-8") as log:
         for step in progress:
             for group in optimizer.param_groups:
                 group["lr"] = config.lr * learning_rate_factor(step, config)
             with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16 or device.type == "cuda"):
                 loss, parts = stage.loss(step)
             loss.backward()
+            stopping = distributed.average_gradients(parameters, bool(stop))
             norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip)
             if not torch.isfinite(norm):
                 raise ValueError(f"the gradient is not finite at step {step}: lower the learning rate; "
@@ -147,23 +163,25 @@ def train(stage, args: argparse.Namespace) -> None:
                 torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - decay)
             done = step + 1
             if done % args.log_every == 0 or done == config.steps:
-                metrics = {"step": done, "loss": loss.item(), **{k: v.item() for k, v in parts.items()},
+                metrics = {"step": done, **distributed.mean({"loss": loss, **parts}),
                            "lr": optimizer.param_groups[0]["lr"], "gradient_norm": float(norm)}
-                rate = progress.format_dict["rate"]
+                rate = progress.format_dict["rate"]  # absent in the first moments
                 metrics["images_per_second"] = round((rate or 0) * config.batch_size, 1)
                 log.write(json.dumps(metrics) + "\n")
                 log.flush()
                 progress.set_postfix({k: f"{v:.4g}" for k, v in metrics.items() if k in ("loss", *parts)})
-            if stop or done == config.steps or done % args.checkpoint_every == 0:
+            if writes and (stopping or done == config.steps or done % args.checkpoint_every == 0):
                 save_checkpoint(checkpoint, run, done, parameters, average, optimizer)
-                if stop:
-                    message = f"step {done} is saved in {args.output}; go on with --resume"
-                    raise StopRequested(stop[0], message)
-                with averaged(parameters, average):
-                    stage.sheet(args.output / "samples" / f"{done:06d}.png")
-    with averaged(parameters, average):
-        stage.export(args.output)
-    print(f"{args.output}: {args.stage} is trained, {config.steps} steps")
+                if not stopping:
+                    with averaged(parameters, average):
+                        stage.sheet(args.output / "samples" / f"{done:06d}.png")
+            if stopping:
+                message = f"step {done} is saved in {args.output}; go on with --resume"
+                raise StopRequested(stop[0] if stop else signal.SIGTERM, message)
+    if writes:
+        with averaged(parameters, average):
+            stage.export(args.output)
+        print(f"{args.output}: {args.stage} is trained, {config.steps} steps")
 
 
 def learning_rate_factor(step: int, config) -> float:
@@ -201,8 +219,8 @@ def cut_metrics(path: Path, step: int) -> None:
 def run_identity(args: argparse.Namespace, config) -> dict:
     """What has to be equal for a run to be the same run; for the weights, a checksum of their bytes."""
     from models.load import PARTS
-    checksum = 0
-    for path in (args.weights / f"{part}.safetensors" for part in PARTS if args.weights):
+    checksum, parts = 0, [args.weights / f"{part}.safetensors" for part in PARTS if args.weights]
+    for path in [*parts, *([args.moa] if args.moa else [])]:
         if path.exists():
             checksum = zlib.crc32(path.read_bytes(), checksum)
     return {"stage": args.stage, "preset": args.preset, "seed": args.seed, "steps": config.steps,

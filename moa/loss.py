@@ -48,7 +48,8 @@ def object_loss(maps: list[Tensor], masks: Tensor, present: Tensor) -> Tensor:
     Args:
         maps: per layer (B, H, N_l, S), attention probabilities of the subjects' tokens.
         masks: (B, S, h, w) in [0, 1]. present: (B, S) bool.
-    Returns: the mean over layers, heads and present subjects; 0 when no subject is present.
+    Returns: per sample the mean over layers, heads and present subjects, 0 when no subject is
+        present; of that the mean over the batch.
     """
     total = masks.new_zeros(())
     for attention in maps:
@@ -58,5 +59,5 @@ def object_loss(maps: list[Tensor], masks: Tensor, present: Tensor) -> Tensor:
         outside = 1 - inside
         balance = ((attention * outside).sum(2) / (outside.sum(2) + 1e-5)
                    - (attention * inside).sum(2) / (inside.sum(2) + 1e-5))  # (B, H, S)
-        total = total + (balance.mean(1) * present).sum() / present.sum().clamp(min=1)
+        total = total + ((balance.mean(1) * present).sum(1) / present.sum(1).clamp(min=1)).mean()
     return total / len(maps)

@@ -200,13 +200,23 @@ def test_moa_logs_all_parts_of_its_loss(runs):
     config, logged = stages.TOYWORLD["moa"], metrics_of(runs / "moa")
     for line in logged:
         assert {"masked", "router", "object", "prior_weight_people", "prior_weight_background"} <= set(line)
-        late = line["step"] - 1 >= stages.LATE * len(logged)  # every step is logged
-        lambda_router = config.lambda_router_late if late else config.lambda_router
-        total = line["masked"] + lambda_router * line["router"] + config.lambda_object * line["object"]
+        total = line["masked"] + config.lambda_router * line["router"] + config.lambda_object * line["object"]
         assert line["loss"] == pytest.approx(total, rel=1e-5)
     first = metrics_of(runs / "moa")[0]
     assert first["prior_weight_people"] == pytest.approx(0.5)  # the routers start at zero
     assert first["prior_weight_background"] == pytest.approx(0.5)
+
+
+def test_moa_goes_on_from_a_moa_file(runs, tmp_path, capsys):
+    """Below, the routers start where the file's ended; --moa is refused where it means nothing."""
+    options = ["moa", "--steps", 1, "--weights", runs / "prior", "--moa"]
+    assert run(*options, runs / "moa" / "moa.safetensors", "--output", tmp_path / "run") == 0
+    first = metrics_of(tmp_path / "run")[0]
+    assert first["prior_weight_people"] != pytest.approx(0.5, abs=1e-6)
+    assert_refused(capsys, runs, *options, runs / "vae" / "vae.safetensors", "--output", tmp_path / "no",
+                   match="is not a MoA file")
+    assert_refused(capsys, runs, *options, tmp_path / "nowhere", "--output", tmp_path / "no2", match="nowhere")
+    assert_refused(capsys, runs, "vae", "--moa", "x", "--output", tmp_path / "no3", match="cannot use --moa")
 
 
 # Training itself ---------------------------------------------------------------------------------
@@ -252,7 +262,7 @@ def test_moa_trains_its_own_parameters_and_no_others(runs, tmp_path):
 def test_the_loss_goes_down_on_a_few_pictures(name, factor, runs, tmp_path):
     """For moa by its router loss: on this poor base the experts have little to win in so few steps."""
     stage = make_stage(name, runs, steps=20, samples=4, lr=3e-3, warmup=1, ema=0.0,
-                       lambda_router=0.01, lambda_router_late=0.01)
+                       lambda_router=0.01)
 
     @torch.no_grad()
     def loss() -> float:
@@ -418,6 +428,63 @@ def test_folders_that_hold_something_are_left_alone(runs, tmp_path, capsys):
     assert_refused(capsys, tmp_path, *vae, "--output", tmp_path / "weights", match="holds weights already")
     (tmp_path / "file").write_text("mine")
     assert_refused(capsys, tmp_path, *vae, "--output", tmp_path / "file", match="file")
+
+
+# Several processes -------------------------------------------------------------------------------
+
+
+def torchrun(processes: int, *arguments, batch_size: int = 4) -> subprocess.CompletedProcess:
+    """train.py under torchrun; one thread per process."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes,
+               __file__, *arguments, "--samples", 24, "--batch-size", batch_size, "--log-every", 1, "--device",
+               "cpu"]
+    return subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
+
+
+def assert_close_runs(one: Path, other: Path, stage: str) -> None:
+    """Logged losses equal to 1e-5 (bf16: to its rounding), weights to what Adam makes of that."""
+    bf16 = stages.TOYWORLD[stage].bf16
+    for a, b in zip(metrics_of(one), metrics_of(other), strict=True):
+        assert a["step"] == b["step"]
+        assert a["loss"] == pytest.approx(b["loss"], rel=2e-3 if bf16 else 1e-5)
+    for a, b in zip(checkpoint_of(one)["average"], checkpoint_of(other)["average"], strict=True):
+        assert torch.allclose(a, b, atol=5e-3 if bf16 else 2e-4)
+
+
+@pytest.mark.parametrize("stage", ["vae", "prior", "moa"])
+def test_two_processes_are_the_same_run_as_one(stage, runs, tmp_path):
+    done = torchrun(2, *options_of(stage, runs), "--output", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert_close_runs(tmp_path / "run", runs / stage, stage)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["training"]["processes"] == 2
+
+
+def test_a_stopped_run_goes_on_with_another_number_of_processes(runs, tmp_path, monkeypatch):
+    options = [*options_of("moa", runs), "--output", tmp_path / "run"]
+    loss = stages.MoAStage.loss
+
+    def interrupted(self, step):
+        if step == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return loss(self, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stages.MoAStage, "loss", interrupted)
+        assert run(*options) == 143
+    assert checkpoint_of(tmp_path / "run")["step"] == 3
+    done = torchrun(2, *options, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert_close_runs(tmp_path / "run", runs / "moa", "moa")
+
+
+def test_what_cannot_be_shared_between_processes(runs, tmp_path):
+    for arguments, match in ((["clip", "--steps", 1], "run it in one process"),
+                             (["vae", "--steps", 1], "--batch-size 3 must be a multiple of the 2 processes")):
+        done = torchrun(2, *arguments, "--output", tmp_path / "run", batch_size=3)
+        assert done.returncode != 0
+        assert match in done.stderr
+        assert "rank1]: Traceback" not in done.stderr
 
 
 # Options -----------------------------------------------------------------------------------------
