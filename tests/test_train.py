@@ -21,7 +21,6 @@ import stages
 import train
 from data import toyworld
 from data.dataset import render_cache
-from data.fastcomposer import read_ids
 from models import load_models
 from models.clip_image import CLIPImageConfig
 from models.clip_text import CLIPTextConfig
@@ -470,11 +469,20 @@ def test_folders_that_cannot_be_trained_on(folder, runs, tmp_path, capsys):
                    match="has no subjects")
     assert run("vae", *options) == 0  # pictures are enough for it
     shutil.rmtree(tmp_path / "run")
-    (world / "10000" / "100000101.npy").unlink()
-    assert_refused(capsys, world, "vae", *options, "--samples", 3, match="100000101.npy")
+    for path in world.rglob("*.npy"):
+        path.unlink()
+    assert_refused(capsys, world, "vae", *options, match="none of the 8 samples can be used")
     (world / "image_ids_train.txt").write_text("")
-    read_ids.cache_clear()
     assert_refused(capsys, world, "vae", *options, match="no image id")
+
+
+def test_broken_samples_do_not_stop_a_run(folder, runs, tmp_path, capsys):
+    world = tmp_path / "world"
+    shutil.copytree(folder, world)
+    (world / "10000" / "100000101.npy").write_bytes(b"")
+    options = [*options_of("moa", runs), "--steps", 2, "--data", world, "--output", tmp_path / "run"]
+    assert run(*options) == 0
+    assert "1 of 8 samples are broken and left out" in capsys.readouterr().err
 
 
 def test_a_noun_that_does_not_fit_into_the_prompt_is_not_a_subject(runs):
