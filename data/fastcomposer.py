@@ -21,6 +21,7 @@ import re
 import shutil
 import signal
 import sys
+import time
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -30,6 +31,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from threading import Thread
 from typing import Self
 
 import numpy as np
@@ -227,8 +229,8 @@ def read_labels(record: dict, segments: list[dict]) -> dict:
 
 
 def read_ids(folder: Path, split: str) -> list[str]:
-    """The ids of a split, at least one. Raises DataError."""
-    path = Path(folder) / f"image_ids_{split}.txt"
+    """The ids of a split, or of all with "", at least one. Raises DataError."""
+    path = Path(folder) / f"image_ids{'_' if split else ''}{split}.txt"
     with naming(path):
         ids = path.read_text(encoding="utf-8").split()
         if not ids:
@@ -307,7 +309,7 @@ def in_processes(function: Callable, jobs: Sequence, title: str) -> Iterator:
     workers = min(len(os.sched_getaffinity(0)), len(jobs))
     block = 32 * workers
     try:
-        with (ProcessPoolExecutor(workers, initializer=start_worker) as pool,
+        with (ProcessPoolExecutor(workers, initializer=start_worker, initargs=(os.getpid(),)) as pool,
               tqdm(total=len(jobs), desc=title, unit="sample", leave=False) as progress):
             for start in range(0, len(jobs), block):
                 for result in pool.map(function, jobs[start:start + block], chunksize=4):
@@ -317,11 +319,19 @@ def in_processes(function: Callable, jobs: Sequence, title: str) -> Iterator:
         raise DataError("a process that read samples was killed: is there too little memory?") from error
 
 
-def start_worker() -> None:
+def start_worker(parent: int) -> None:
     """Ctrl-C is the parent's, and torch's threads do not survive a fork."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    Thread(target=end_with, args=(parent,), daemon=True).start()
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
+
+
+def end_with(parent: int) -> None:
+    """End this process when its parent was killed: the pool's workers would wait for work forever."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def write_samples(folder: Path, results: Iterable[Sample | DataError], broken: list[str]) -> None:

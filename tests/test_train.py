@@ -19,7 +19,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import stages
 import train
-from data import toyworld
+from data import build, toyworld
 from data.dataset import render_cache
 from models import load_models
 from models.clip_image import CLIPImageConfig
@@ -28,6 +28,7 @@ from models.load import PARTS, load_part, read_tensors
 from models.unet import UNetConfig
 from models.vae import VAEConfig
 from pipeline import Pipeline
+from tests.test_build import write_scene
 
 SMALL = {
     "unet": UNetConfig(channels=(8, 8, 16, 16), heads=2, context_dim=16, groups=4),
@@ -483,6 +484,18 @@ def test_broken_samples_do_not_stop_a_run(folder, runs, tmp_path, capsys):
     options = [*options_of("moa", runs), "--steps", 2, "--data", world, "--output", tmp_path / "run"]
     assert run(*options) == 0
     assert "1 of 8 samples are broken and left out" in capsys.readouterr().err
+
+
+def test_moa_trains_on_a_built_dataset(runs, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    for seed in range(6):
+        write_scene(tmp_path / "pictures", seed)
+    with pytest.raises(SystemExit) as stop:
+        build.main([str(tmp_path / "pictures"), "--output", str(tmp_path / "data")])
+    assert stop.value.code == 0
+    options = [*options_of("moa", runs), "--steps", 2, "--data", tmp_path / "data"]
+    assert run(*options, "--output", tmp_path / "run") == 0
+    assert [line["object"] != 0 for line in metrics_of(tmp_path / "run")] == [True, True]
 
 
 def test_a_noun_that_does_not_fit_into_the_prompt_is_not_a_subject(runs):
