@@ -271,14 +271,14 @@ class Facts:
     hidden: int  # people outside of the square that training sees
 
 
-def inspect(image_id: str, folder: Path, nouns: tuple[str, ...]) -> Facts | DataError:
+def inspect_sample(image_id: str, folder: Path, nouns: tuple[str, ...]) -> Facts | DataError:
     """The facts of a sample, or what is wrong with it."""
     try:
         opened = open_sample(folder, image_id)
     except DataError as error:
         return error
     caption, segments = opened.record["caption"], opened.record["segments"]
-    words = [re.findall(r"[\w-]+|$", caption[:segment["end"]].rstrip())[-2:][0] for segment in segments]
+    words = [re.search(r"([\w-]*)\W*$", caption[:segment["end"]])[1] for segment in segments]
     seen = [square(Image.fromarray(mask), 64, Image.Resampling.NEAREST).getbbox() for mask in opened.masks]
     return Facts(opened.picture.size, [word.lower() for word in words], [s["end"] for s in segments],
                  [s["identity"] for s in segments if s.get("identity", "") != ""],
@@ -286,15 +286,15 @@ def inspect(image_id: str, folder: Path, nouns: tuple[str, ...]) -> Facts | Data
 
 
 def check(folder: Path, sheet: Path | None, nouns=(), broken=()) -> list[str]:
-    """Print a report on a dataset, write its contact sheet, return all that is `broken`, with what was
-    already known to be. Raises DataError without a list of ids or a good sample."""
+    """Print a report on a dataset and write its contact sheet. Returns what is broken, after what was
+    already known to be. Raises DataError without a list of ids."""
     lists = {"train": read_ids(folder, "train")}
     with suppress(DataError):  # a dataset may do without
         lists["test"] = read_ids(folder, "test")
     ids = [image_id for members in lists.values() for image_id in members]
     unique = list(dict.fromkeys(ids))
     nouns = (*NOUNS, *nouns)
-    results = list(in_processes(partial(inspect, folder=folder, nouns=nouns), unique, "checking"))
+    results = list(in_processes(partial(inspect_sample, folder=folder, nouns=nouns), unique, "checking"))
     good = {i: facts for i, facts in zip(unique, results, strict=True) if isinstance(facts, Facts)}
     broken = [*broken, *repeated_ids(ids), *(str(error) for error in results if isinstance(error, DataError))]
     counts = ", ".join(f"{name} {len(members)}" for name, members in lists.items())
@@ -359,8 +359,9 @@ def draw_sheet(folder: Path, ids: list[str]) -> Image.Image:
             picture = np.where(sample.masks[s][..., None], tint, picture)
             reference = Image.fromarray(sample.references[s]).resize((TILE // 2 - 6,) * 2)
             sheet.paste(ImageOps.expand(reference, 3, COLORS[s]), (x + TILE, y + s * TILE // 2))
-            word = re.search(r"\S*$", caption[:sample.ends[s]].rstrip())
-            caption = f"{caption[:word.start()]}[{word[0]}]{caption[sample.ends[s]:]}"
+        for end in sorted(set(sample.ends), reverse=True):
+            word = re.search(r"\S*\s*$", caption[:end])
+            caption = f"{caption[:word.start()]}[{word[0]}]{caption[end:]}"
         sheet.paste(Image.fromarray(np.uint8(picture)), (x, y))
         for i, line in enumerate(textwrap.wrap(f"{image_id}: {caption}", 50)[:2]):
             canvas.text((x + 2, y + TILE + 2 + 14 * i), line, "black", font)

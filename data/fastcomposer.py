@@ -306,7 +306,7 @@ def try_sample(job: tuple[str, dict], folder: Path, **options) -> Sample | DataE
 
 def in_processes(function: Callable, jobs: Sequence, title: str) -> Iterator:
     """`function` of every job, in order, on all cores. Only some results wait at any time."""
-    workers = min(len(os.sched_getaffinity(0)), len(jobs))
+    workers = min(len(os.sched_getaffinity(0)), len(jobs)) or 1
     block = 32 * workers
     try:
         with (ProcessPoolExecutor(workers, initializer=start_worker, initargs=(os.getpid(),)) as pool,

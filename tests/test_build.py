@@ -241,6 +241,7 @@ def test_more_nouns(pictures, tmp_path):
     (["pictures", "--output", "pictures"], "exists already"),
     (["pictures", "--output", "pictures/data"], "is inside of"),
     (["broken", "--output", "data"], "none of the 1 pictures"),
+    (["twice", "--output", "data"], "2 pictures have this name"),
     (["pictures"], "give FOLDER and --output"), ([], "give FOLDER"),
     (["pictures", "--check", "data"], "nothing to build"),
     (["pictures", "--output", "data", "--sheet", "a.png"], "give FOLDER"),
@@ -251,6 +252,8 @@ def test_errors_are_one_line_and_write_nothing(arguments, message, pictures, tmp
     (tmp_path / "empty").mkdir()
     shutil.copytree(pictures, tmp_path / "broken")
     (tmp_path / "broken" / "pair.txt").unlink()
+    shutil.copytree(pictures, tmp_path / "twice")
+    shutil.copy(pictures / "pair.jpg", tmp_path / "twice" / "pair.png")
     before = sorted(tmp_path.rglob("*"))
     assert run(*arguments) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
@@ -290,6 +293,15 @@ def test_every_broken_sample_of_a_dataset_is_listed(tmp_path, capsys):
     assert (tmp_path / "sheet.png").exists()
 
 
+def test_what_the_renderer_writes_is_good(tmp_path, capsys):
+    for split in ("train", "test"):
+        toyworld.main(["--output", str(tmp_path / "data"), "--count", "6", "--split", split])
+    assert run("--check", tmp_path / "data") == 0
+    out = capsys.readouterr().out
+    assert "train 6, test 6; 12 good, 0 broken" in out
+    assert out.count("note") == 1  # its pictures are small
+
+
 def test_a_dataset_without_a_good_sample(tmp_path, capsys):
     for stem in write_folder(tmp_path / "data", 2):
         stem.with_suffix(".npy").unlink()
@@ -310,7 +322,7 @@ def test_what_is_odd_is_noted(tmp_path, capsys):
         stem.with_suffix(".json").write_text(json.dumps(record))
     (tmp_path / "data" / "image_ids.txt").write_text("000000012")
     (tmp_path / "data" / "image_ids_test.txt").write_text("000000999")
-    assert run("--check", tmp_path / "data") == 0
+    assert run("--check", tmp_path / "data", "--sheet", tmp_path / "sheet.png") == 0
     notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note")]
     assert [note.split(": ")[1] for note in notes] == ["1", "1", "1", "5", "4"]
     assert "(elf)" in notes[0]
