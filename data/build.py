@@ -86,7 +86,8 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     args = parse_args(arguments)
     try:
-        broken = check(args.check, args.sheet) if args.check else build(args)
+        lines, broken = check(args.check, args.sheet) if args.check else build(args)
+        print("\n".join(lines))
     except (DataError, OSError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
@@ -99,8 +100,8 @@ def main(arguments: list[str] | None = None) -> None:
 # Building ----------------------------------------------------------------------------------------
 
 
-def build(args: argparse.Namespace) -> list[str]:
-    """Write the dataset; returns what was broken and left out. Raises DataError."""
+def build(args: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """Write the dataset. Returns a report and what was broken and left out. Raises DataError."""
     folder, output = args.folder, args.output
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder")
@@ -121,12 +122,12 @@ def build(args: argparse.Namespace) -> list[str]:
         for split, members in (("", ids), ("_train", ids), ("_test", [])):
             text = "".join(f"{image_id}\n" for image_id in members)
             (temporary / f"image_ids{split}.txt").write_text(text, encoding="utf-8")
-        broken = check(temporary, temporary / "contact_sheet.png", args.nouns, broken)
+        lines, broken = check(temporary, temporary / "contact_sheet.png", args.nouns, broken)
         temporary.rename(output)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    print(f"{output}: written, {len(ids)} of {len(pictures)} pictures; look at its contact_sheet.png")
-    return broken
+    written = f"{output}: written, {len(ids)} of {len(pictures)} pictures; look at its contact_sheet.png"
+    return [*lines, written], broken
 
 
 def find_pictures(folder: Path) -> tuple[list[Path], list[str]]:
@@ -285,9 +286,9 @@ def inspect_sample(image_id: str, folder: Path, nouns: tuple[str, ...]) -> Facts
                  len(find_people(caption, nouns)[1]), seen.count(None))
 
 
-def check(folder: Path, sheet: Path | None, nouns=(), broken=()) -> list[str]:
-    """Print a report on a dataset and write its contact sheet. Returns what is broken, after what was
-    already known to be. Raises DataError without a list of ids."""
+def check(folder: Path, sheet: Path | None, nouns=(), broken=()) -> tuple[list[str], list[str]]:
+    """Read a whole dataset and write its contact sheet. Returns a report and what is broken, after what
+    was already known to be. Raises DataError without a list of ids."""
     lists = {"train": read_ids(folder, "train")}
     with suppress(DataError):  # a dataset may do without
         lists["test"] = read_ids(folder, "test")
@@ -298,14 +299,12 @@ def check(folder: Path, sheet: Path | None, nouns=(), broken=()) -> list[str]:
     good = {i: facts for i, facts in zip(unique, results, strict=True) if isinstance(facts, Facts)}
     broken = [*broken, *repeated_ids(ids), *(str(error) for error in results if isinstance(error, DataError))]
     counts = ", ".join(f"{name} {len(members)}" for name, members in lists.items())
-    print(f"samples   {counts}; {len(good)} good, {len(broken)} broken")
-    for line in report(list(good.values()), nouns) + report_files(folder, unique) if good else []:
-        print(line)
-    for line in broken:
-        print(f"broken    {line}")
-    if sheet and good:
+    lines = [f"samples   {counts}; {len(good)} good, {len(broken)} broken"]
+    if good:
+        lines += report(list(good.values()), nouns) + report_files(folder, unique)
+    if good and sheet:
         draw_sheet(folder, list(good)).save(sheet, format="PNG")
-    return broken
+    return lines + [f"broken    {line}" for line in broken], broken
 
 
 def report(facts: list[Facts], nouns: tuple[str, ...]) -> list[str]:
