@@ -45,6 +45,7 @@ class TrainConfig:
     batch_size: int
     lr: float
     samples: int = 32_000  # rendered scenes
+    augment: bool = False  # the pictures and references of a folder
     warmup: int = 100
     decay: float = 0.5  # the learning rate falls linearly to zero over this last part of the run
     betas: tuple[float, float] = (0.9, 0.99)
@@ -77,7 +78,7 @@ TOYWORLD = {
 SD15 = {
     "moa": TrainConfig(
         steps=40_000, batch_size=128, lr=5e-5,  # Table 1; section 4.1 says 1e-5
-        warmup=0, decay=0.0, betas=(0.9, 0.999), min_snr=0.0, max_timestep=800,
+        warmup=0, decay=0.0, betas=(0.9, 0.999), min_snr=0.0, max_timestep=800, augment=True,
         lambda_router=1e-4, lambda_object=1e-4,
         # "excluding the first two and last three"
         router_layers=tuple(range(2, 13)), object_layers=tuple(range(2, 13))),
@@ -153,7 +154,7 @@ class Stage:
     def training_scenes(self) -> Cache:
         """The scenes of the folder --data, else rendered ones."""
         if self.data is not None:
-            return folder_cache(self.data, self.config.samples, self.size)
+            return folder_cache(self.data, self.config.samples, self.size, augmented=self.config.augment)
         return render_cache("scenes", self.config.samples)
 
     def indices(self, step: int, count: int) -> np.ndarray:

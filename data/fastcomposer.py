@@ -5,20 +5,45 @@
     {id[:5]}/{id}.npy    (H, W) integers: which segment a pixel belongs to
     {id[:5]}/{id}.json   {"caption", "segments": [{"id", "end", "bbox": [x1, y1, x2, y2]}, ...]}
 
-`caption[:end]` ends with the phrase that names the segment; its last token is the subject's. Of more
-than `MAX_SUBJECTS` segments the largest are kept. Needs numpy and pillow only.
+`caption[:end]` ends with the phrase that names the segment; its last token is the subject's. As in
+FastComposer's training, segments whose `coco_label` is not "person" are left out. Of more than
+`MAX_SUBJECTS` people the largest are kept.
+
+A segment may say who it is by `identity`. Where another picture has the same identity, the reference
+picture is cut from there, so that it shares the person but not pose and expression with the target.
+
+All draws (noise, flips, augmentations, which other picture) are a function of (seed, image id), so a
+folder gives the same samples wherever and in whatever order it is read.
 """
 import json
+import os
+import re
+import shutil
+import signal
+import sys
+import time
 import zlib
-from contextlib import contextmanager
-from functools import cache, partial
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from threading import Thread
+from typing import Self
 
 import numpy as np
 from PIL import Image, ImageOps
+from tqdm import tqdm
 
-from data import toyworld
-from data.dataset import CACHE_ROOT, MAX_SUBJECTS, Cache, Sample, pad_subjects, write_cache
+from data import augment, toyworld
+from data.dataset import CACHE_ROOT, MAX_SUBJECTS, Cache, Sample, pad_subjects
+
+SUFFIXES = (".jpg", ".npy", ".json")
+REFERENCE_SIZE = 224  # what CLIP's image encoder sees; references of smaller pictures are smaller
+PERSON = "person"
 
 
 class DataError(ValueError):
@@ -30,91 +55,161 @@ def naming(path: Path):
     """Whatever is wrong with a file becomes a DataError that names it."""
     try:
         yield
-    except (OSError, ValueError, TypeError, KeyError, SyntaxError, EOFError, RecursionError,
-            Image.DecompressionBombError) as error:
+    except Exception as error:  # decoders of broken files raise nearly anything
         missing = "missing: " if isinstance(error, KeyError) else ""
-        raise DataError(f"{path}: {missing}{getattr(error, 'strerror', None) or error}") from error
+        text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise DataError(f"{path}: {missing}{' '.join(text.split())}") from error
 
 
-def folder_cache(folder: Path, count: int, size: int, split: str = "train") -> Cache:
-    """The first `count` samples of a folder, `size` pixels square. Raises DataError.
-
-    They are read once: a new path or another list of ids is noticed, a changed picture is not.
-    """
-    ids = read_ids(folder, split)[:count]
-    key = f"{Path(folder).resolve()} {' '.join(ids)}".encode() + Path(__file__).read_bytes()
-    cached = CACHE_ROOT / f"folder-{split}-{len(ids)}-{size}-{zlib.crc32(key):08x}"
-    return write_cache(cached, partial(read_indexed, Path(folder), split, size), range(len(ids)))
+# One sample --------------------------------------------------------------------------------------
 
 
-@cache
-def read_ids(folder: Path, split: str) -> list[str]:
-    """The ids of a split, at least one. Raises DataError."""
-    path = Path(folder) / f"image_ids_{split}.txt"
+@dataclass
+class Opened:
+    """The files of a sample as they are, checked, with people only."""
+
+    picture: Image.Image  # RGB
+    masks: list[np.ndarray]  # per segment (H, W) bool
+    record: dict  # with people only in `segments`
+
+
+def sample_file(folder: Path, image_id: str, suffix: str) -> Path:
+    return folder / image_id[:5] / f"{image_id}{suffix}"
+
+
+@contextmanager
+def sample_path(folder: Path, image_id: str, suffix: str) -> Iterator[Path]:
+    """`naming` with the path of a sample's file, which must not lead out of the folder: an archive from
+    elsewhere may hold links to anything on this machine."""
+    path = sample_file(folder, image_id, suffix)
     with naming(path):
-        ids = path.read_text(encoding="utf-8").split()
-        for image_id in ids:
-            if not (image_id.isascii() and image_id.isdigit()):
-                raise ValueError(f"{image_id!r} is not an image id (digits only)")
-        if not ids:
-            raise ValueError("there is no image id in it")
-    return ids
+        if not (image_id.isascii() and image_id.isdigit()):
+            raise ValueError(f"{image_id!r} is not an image id (digits only)")
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise ValueError("a link out of the dataset's folder")
+        yield path
 
 
-def read_indexed(folder: Path, split: str, size: int, index: int) -> Sample:
-    """Sample `index` of a split."""
-    image_id = read_ids(folder, split)[index]
-    return read_sample(folder / image_id[:5] / image_id, size)
+def open_sample(folder: Path, image_id: str) -> Opened:
+    """Read and check the three files of a sample. Raises DataError.
 
-
-def read_sample(stem: Path, size: int) -> Sample:
-    """The sample in `stem`.jpg, .npy and .json, its shorter side resized and its center cut out.
-
-    A subject without a pixel in the cut is left out. Raises DataError.
+    Everything that can be wrong with a sample is found here.
     """
-    with naming(path := stem.with_suffix(".jpg")), Image.open(path) as image:
+    with sample_path(folder, image_id, ".jpg") as path, Image.open(path, formats=("JPEG", "PNG")) as image:
         picture = image.convert("RGB")
-    with naming(path := stem.with_suffix(".npy")):
+    with sample_path(folder, image_id, ".npy") as path:
         instances = np.load(path, mmap_mode="r", allow_pickle=False)  # mapped: a header may lie
         shape = (picture.height, picture.width)
         if getattr(instances, "shape", None) != shape or instances.dtype.kind not in "iu":
             raise ValueError(f"not an array of integers of the picture's shape {shape}")
-    with naming(path := stem.with_suffix(".json")):
+    record = read_record(folder, image_id)
+    masks = [np.asarray(instances == segment["id"]) for segment in record["segments"]]
+    with sample_path(folder, image_id, ".json"):
+        for segment, mask in zip(record["segments"], masks, strict=True):
+            x1, y1, x2, y2 = segment["bbox"]
+            if not (0 <= x1 < x2 <= picture.width and 0 <= y1 < y2 <= picture.height):
+                raise ValueError(f"bbox {segment['bbox']} is not [x1, y1, x2, y2] within the picture, "
+                                 f"{picture.width} x {picture.height}")
+            if not mask.any():
+                raise ValueError(f"segment {segment['id']} has no pixel in the .npy")
+            if not mask[y1:y2, x1:x2].any():
+                raise ValueError(f"bbox {segment['bbox']} shows no pixel of segment {segment['id']}")
+    return Opened(picture, masks, record)
+
+
+def read_record(folder: Path, image_id: str) -> dict:
+    """The .json of a sample with people only in `segments`. Raises DataError."""
+    with sample_path(folder, image_id, ".json") as path:
         record = json.loads(path.read_text(encoding="utf-8"))
-        check_record(record, picture.width, picture.height)
+        caption = record["caption"]
+        if not isinstance(caption, str) or not caption.strip():
+            raise ValueError("the caption is not a text, or empty")
+        people = [s for s in record["segments"] if s.get("coco_label", PERSON) == PERSON]
+        for segment in people:
+            check_segment(segment, caption)
+        if len({segment["id"] for segment in people}) < len(people):
+            raise ValueError("two segments have one id")
+        return {**record, "segments": people}
+
+
+def check_segment(segment: dict, caption: str) -> None:
+    """Raise an error unless a segment's values are what they should be, as far as text can tell."""
+    x1, y1, x2, y2 = segment["bbox"]
+    end = segment["end"]
+    if not all(type(v) is int for v in (segment["id"], end, x1, y1, x2, y2)):
+        raise ValueError("id, end and bbox of a segment must be integers")
+    if not 0 < end <= len(caption):
+        raise ValueError(f"end {end} is not within the caption")
+    if not caption[:end].strip():
+        raise ValueError(f"there is no word before end {end}")
+    if re.fullmatch("[a-zA-Z]{2}", caption[end - 1:end + 1]):
+        raise ValueError(f"end {end} is in the middle of a word")
+    if not isinstance(segment.get("identity", ""), (str, int)):
+        raise TypeError("identity of a segment must be a text")
+
+
+def read_sample(folder: Path, image_id: str, size: int, augmented: bool = False, seed: int = 0,
+                partners: dict[int, tuple[str, int]] | None = None) -> Sample:
+    """A sample, `size` pixels square. Raises DataError.
+
+    The picture: its shorter side resized and the middle cut out, or black sides where it is taller
+    than wide, as FastComposer does. A subject without a pixel in the cut is left out.
+
+    Args:
+        augmented: mirror half of all pictures; references as in `data/augment.py`.
+        partners: segment id -> (image id, segment id) of the same person in another picture, from
+            which the reference is cut. Where that is broken, from this picture.
+    """
+    opened = open_sample(folder, image_id)
+    rng = np.random.default_rng([seed, int(image_id)])
+    flip = -1 if augmented and rng.random() < 0.5 else 1
     subjects = []
-    for segment in record["segments"]:
-        mask = np.uint8(instances == segment["id"])
-        mask = np.array(ImageOps.fit(Image.fromarray(mask), (size, size), Image.Resampling.NEAREST))
-        if mask.any():
-            subjects.append((segment, mask))
-    subjects = sorted(subjects, key=lambda subject: -subject[1].sum(dtype=int))[:MAX_SUBJECTS]
+    for segment, mask in zip(opened.record["segments"], opened.masks, strict=True):
+        cut = np.array(square(Image.fromarray(np.uint8(mask)), size, Image.Resampling.NEAREST))[:, ::flip]
+        if cut.any():
+            subjects.append((segment, mask, cut))
+    subjects = sorted(subjects, key=lambda subject: -subject[2].sum(dtype=int))[:MAX_SUBJECTS]
     subjects.sort(key=lambda subject: subject[0]["end"])
-    segments = [segment for segment, _ in subjects]
-    noise = np.random.default_rng(int(stem.name)).integers(0, 255, (*shape, 3), np.uint8)
     references = []
-    for segment in segments:
-        alone = np.where((instances == segment["id"])[..., None], picture, noise)
-        cut = Image.fromarray(alone).crop(segment["bbox"])
-        references.append(np.array(ImageOps.pad(cut, (size, size), Image.Resampling.BILINEAR)))
-    return Sample(np.array(ImageOps.fit(picture, (size, size), Image.Resampling.BILINEAR)),
-                  pad_subjects([mask for _, mask in subjects], (size, size), bool),
-                  pad_subjects(references, (size, size, 3), np.uint8), record["caption"],
-                  [segment["end"] for segment in segments], read_labels(record, segments))
+    for segment, mask, _ in subjects:
+        source = opened.picture, mask, segment["bbox"]
+        if partner := (partners or {}).get(segment["id"]):
+            with suppress(DataError):
+                source = find_segment(open_sample(folder, partner[0]), partner[1])
+        references.append(cut_reference(*source, min(size, REFERENCE_SIZE), rng, augmented))
+    segments = [segment for segment, _, _ in subjects]
+    image = np.array(square(opened.picture, size, Image.Resampling.BILINEAR))[:, ::flip]
+    return Sample(image, pad_subjects([cut for _, _, cut in subjects], (size, size), bool),
+                  pad_subjects(references, (min(size, REFERENCE_SIZE),) * 2 + (3,), np.uint8),
+                  opened.record["caption"], [segment["end"] for segment in segments],
+                  read_labels(opened.record, segments))
 
 
-def check_record(record: dict, width: int, height: int) -> None:
-    """Raise ValueError, TypeError or KeyError unless caption and segments fit the picture."""
-    if not isinstance(record["caption"], str):
-        raise TypeError("the caption is not a text")
-    for segment in record["segments"]:
-        x1, y1, x2, y2 = segment["bbox"]
-        if not all(type(v) is int for v in (segment["id"], segment["end"], x1, y1, x2, y2)):
-            raise ValueError("id, end and bbox of a segment must be integers")
-        if not 0 < segment["end"] <= len(record["caption"]):
-            raise ValueError(f"end {segment['end']} is not within the caption")
-        if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):
-            raise ValueError(f"bbox {segment['bbox']} is not within the picture, {width} x {height}")
+def square(image: Image.Image, size: int, resampling: Image.Resampling) -> Image.Image:
+    """(size, size) with all of a tall picture and the middle of a wide one."""
+    if image.height > image.width:
+        image = ImageOps.pad(image, (image.height, image.height))
+    return ImageOps.fit(image, (size, size), resampling)
+
+
+def find_segment(opened: Opened, number: int) -> tuple[Image.Image, np.ndarray, list[int]]:
+    """Picture, mask and bbox of one segment."""
+    place = [segment["id"] for segment in opened.record["segments"]].index(number)
+    return opened.picture, opened.masks[place], opened.record["segments"][place]["bbox"]
+
+
+def cut_reference(picture: Image.Image, mask: np.ndarray, bbox: list[int], size: int,
+                  rng: np.random.Generator, augmented: bool) -> np.ndarray:
+    """A subject alone: on noise, cropped to its bbox, padded to a square. (size, size, 3) uint8."""
+    x1, y1, x2, y2 = bbox
+    pixels = np.asarray(picture.crop(bbox))
+    noise = rng.integers(0, 255, pixels.shape, np.uint8)
+    alone = Image.fromarray(np.where(mask[y1:y2, x1:x2, None], pixels, noise))
+    if augmented and rng.random() < 0.5 and alone.height > alone.width:
+        alone = alone.crop((0, 0, alone.width, alone.width))  # what FastComposer's zoom comes down to
+    side = max(alone.size)
+    padded = ImageOps.pad(alone, (side, side)).resize((size, size), Image.Resampling.BILINEAR)
+    return augment.augment_reference(np.array(padded), rng) if augmented else np.array(padded)
 
 
 def read_labels(record: dict, segments: list[dict]) -> dict:
@@ -128,3 +223,175 @@ def read_labels(record: dict, segments: list[dict]) -> dict:
                                 for name, classes in toyworld.ATTRIBUTES.items()] for person in people]}
     except (KeyError, TypeError, ValueError):
         return {}
+
+
+# All samples -------------------------------------------------------------------------------------
+
+
+def read_ids(folder: Path, split: str) -> list[str]:
+    """The ids of a split, or of all with "", at least one. Raises DataError."""
+    path = Path(folder) / f"image_ids{'_' if split else ''}{split}.txt"
+    with naming(path):
+        ids = path.read_text(encoding="utf-8").split()
+        if not ids:
+            raise ValueError("there is no image id in it")
+    return ids
+
+
+def repeated_ids(ids: list[str]) -> list[str]:
+    """What is wrong with a list of ids: a line for each that is there more than once."""
+    return [f"id {image_id} is listed {n} times" for image_id, n in Counter(ids).items() if n > 1]
+
+
+def folder_cache(folder: Path, count: int, size: int, split: str = "train", augmented: bool = False,
+                 seed: int = 0) -> Cache:
+    """The first `count` samples of a folder, `size` pixels square, read once.
+
+    Broken samples are left out; a line on stderr counts them and names the first. Raises DataError
+    when none is left. Changed files are noticed. Flips and augmentations are drawn here, once per
+    sample, so that image features can be cached too; another seed draws others.
+    """
+    folder = Path(folder).resolve()
+    ids = read_ids(folder, split)[:count]
+    stamps = [stamp(sample_file(folder, i, suffix)) for i in ids for suffix in SUFFIXES]
+    code = b"".join(Path(module).read_bytes() for module in (__file__, augment.__file__))
+    key = zlib.crc32(repr((str(folder), ids, stamps, augmented, seed)).encode() + code)
+    cached = CACHE_ROOT / f"folder-{split}-{len(ids)}-{size}-{key:08x}"
+    if not cached.exists():
+        jobs = list(find_partners(folder, list(dict.fromkeys(ids)), seed).items())
+        read = partial(try_sample, folder=folder, size=size, augmented=augmented, seed=seed)
+        write_samples(cached, in_processes(read, jobs, "reading"), repeated_ids(ids))
+    broken = (cached / "broken.txt").read_text(encoding="utf-8").splitlines()
+    if broken:
+        print(f"warning: {len(broken)} of {len(ids)} samples are broken and left out: {'; '.join(broken[:3])}"
+              f"{'; ...' if len(broken) > 3 else ''} (python -m data.build --check {folder} lists them)",
+              file=sys.stderr)
+    return Cache(cached)
+
+
+def stamp(path: Path) -> tuple[int, int] | None:
+    """Size and time of a file: what tells that it was changed."""
+    try:
+        status = path.stat()
+    except (OSError, ValueError):
+        return None
+    return status.st_size, status.st_mtime_ns
+
+
+def find_partners(folder: Path, ids: list[str], seed: int) -> dict[str, dict[int, tuple[str, int]]]:
+    """Image id -> segment id -> (image id, segment id) of the same person in one other picture."""
+    places = defaultdict(list)  # of each identity
+    for image_id in ids:
+        with suppress(DataError):  # found again, and counted, where the sample is read
+            for segment in read_record(folder, image_id)["segments"]:
+                if segment.get("identity", "") != "":
+                    places[segment["identity"]].append((image_id, segment["id"]))
+    partners = {image_id: {} for image_id in ids}
+    for identity in places.values():
+        for image_id, number in identity:
+            start = int(np.random.default_rng([seed, int(image_id), number % 2**32]).integers(len(identity)))
+            others = (identity[(start + k) % len(identity)] for k in range(len(identity)))
+            if other := next((place for place in others if place[0] != image_id), None):
+                partners[image_id][number] = other
+    return partners
+
+
+def try_sample(job: tuple[str, dict], folder: Path, **options) -> Sample | DataError:
+    """`read_sample` of an image id and its partners, or what is wrong with it."""
+    try:
+        return read_sample(folder, job[0], partners=job[1], **options)
+    except DataError as error:
+        return error
+
+
+def in_processes(function: Callable, jobs: Sequence, title: str) -> Iterator:
+    """`function` of every job, in order, on all cores. Only some results wait at any time."""
+    workers = min(len(os.sched_getaffinity(0)), len(jobs)) or 1
+    block = 32 * workers
+    try:
+        with (ProcessPoolExecutor(workers, initializer=start_worker, initargs=(os.getpid(),)) as pool,
+              tqdm(total=len(jobs), desc=title, unit="sample", leave=False) as progress):
+            for start in range(0, len(jobs), block):
+                for result in pool.map(function, jobs[start:start + block], chunksize=4):
+                    progress.update()
+                    yield result
+    except BrokenProcessPool as error:
+        raise DataError("a process that read samples was killed: is there too little memory?") from error
+
+
+def start_worker(parent: int) -> None:
+    """Ctrl-C is the parent's, and torch's threads do not survive a fork."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    Thread(target=end_with, args=(parent,), daemon=True).start()
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
+
+
+def end_with(parent: int) -> None:
+    """End this process when its parent was killed: the pool's workers would wait for work forever."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def write_samples(folder: Path, results: Iterable[Sample | DataError], broken: list[str]) -> None:
+    """Write what `Cache` reads, and broken.txt, whole or not at all. Raises DataError without a sample."""
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    temporary.mkdir(parents=True)
+    try:
+        with ExitStack() as stack:
+            lines = stack.enter_context(open(temporary / "samples.jsonl", "w", encoding="utf-8"))
+            images, references, masks = (stack.enter_context(RowFile(temporary / f"{name}.npy"))
+                                         for name in ("images", "references", "masks"))
+            for result in results:
+                if isinstance(result, DataError):
+                    broken.append(str(result))
+                    continue
+                images.append(result.image)
+                references.append(result.references)
+                masks.append(np.packbits(result.masks, axis=-1))
+                fields = {k: getattr(result, k) for k in ("caption", "ends", "labels")}
+                lines.write(json.dumps(fields) + "\n")
+        if not images.count:
+            raise DataError(f"none of the {len(broken)} samples can be used: {broken[0]}")
+        (temporary / "broken.txt").write_text("".join(f"{line}\n" for line in broken), encoding="utf-8")
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if not folder.exists():  # else another process was faster, with the same
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+class RowFile:
+    """An .npy file of uint8 rows whose number is known at the end only. Zero rows stay holes."""
+
+    def __init__(self, path: Path):
+        self.path, self.count, self.shape = path, 0, None
+
+    def __enter__(self) -> Self:
+        self.file = open(self.path, "wb")
+        return self
+
+    def append(self, row: np.ndarray) -> None:
+        if self.shape is None:
+            self.shape = row.shape
+            self.write_header()
+        self.count += 1
+        if row.any():
+            self.file.write(np.ascontiguousarray(row))
+        else:
+            self.file.seek(row.nbytes, os.SEEK_CUR)
+
+    def write_header(self) -> None:
+        """numpy leaves room for any count, so that the header can be written again."""
+        np.lib.format.write_array_header_1_0(
+            self.file, {"descr": "|u1", "fortran_order": False, "shape": (self.count, *self.shape)})
+
+    def __exit__(self, *exception) -> None:
+        with self.file:
+            if self.shape is not None:
+                self.file.truncate()
+                self.file.seek(0)
+                self.write_header()

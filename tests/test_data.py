@@ -1,6 +1,9 @@
 """The renderer is a pure function, its folder layout is read back exactly, broken folders are named."""
 import json
+import os
 import pickle
+import shutil
+import signal
 import subprocess
 import sys
 import warnings
@@ -9,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from data import toyworld
@@ -20,7 +24,15 @@ from data.dataset import (
     scene_sample,
     write_cache,
 )
-from data.fastcomposer import DataError, folder_cache, read_ids, read_sample
+from data.fastcomposer import (
+    DataError,
+    RowFile,
+    find_partners,
+    folder_cache,
+    in_processes,
+    read_ids,
+    read_sample,
+)
 
 ROOT = Path(__file__).parents[1]
 
@@ -268,9 +280,9 @@ def write_sample(folder: Path, size: tuple[int, int] = (60, 40)) -> Path:
     for number, color in ((7, RED), (9, BLUE)):
         x1, y1, x2, y2 = boxes[number]
         picture[y1:y2, x1:x2], instances[y1:y2, x1:x2] = color, number
-    caption = "a cat beside a tall dog"
-    segments = [{"id": 9, "end": len(caption), "bbox": boxes[9], "coco_label": "dog"},
-                {"id": 7, "end": 5, "bbox": boxes[7], "coco_label": "cat"}]
+    caption = "a man beside a tall boy"
+    segments = [{"id": 9, "end": len(caption), "bbox": boxes[9], "coco_label": "person"},
+                {"id": 7, "end": 5, "bbox": boxes[7]}]
     stem = folder / "00000" / "000000012"
     stem.parent.mkdir(parents=True)
     (folder / "image_ids_train.txt").write_text("000000012\n")
@@ -278,6 +290,10 @@ def write_sample(folder: Path, size: tuple[int, int] = (60, 40)) -> Path:
     np.save(stem.with_suffix(".npy"), instances)
     stem.with_suffix(".json").write_text(json.dumps({"caption": caption, "segments": segments}))
     return stem
+
+
+def read_stem(stem: Path, size: int, **options):
+    return read_sample(stem.parents[1], stem.name, size, **options)
 
 
 def edit_json(stem: Path, change) -> None:
@@ -289,7 +305,7 @@ def edit_json(stem: Path, change) -> None:
 
 
 def test_a_sample_is_cut_square_and_its_subjects_are_in_caption_order(tmp_path):
-    sample = read_sample(write_sample(tmp_path), 80)
+    sample = read_stem(write_sample(tmp_path), 80)
     assert sample.image.shape == (80, 80, 3)
     assert sample.ends == [5, 23]
     assert sample.labels == {}
@@ -304,30 +320,43 @@ def test_a_sample_is_cut_square_and_its_subjects_are_in_caption_order(tmp_path):
 def test_a_reference_is_the_subject_on_noise_padded_to_a_square(tmp_path):
     stem = write_sample(tmp_path)
     edit_json(stem, lambda r: r["segments"][1].update(bbox=[15, 10, 35, 40]))  # twice as wide as the box
-    reference = read_sample(stem, 60).references[0]  # 20 x 30, padded by 5 on both sides, doubled
+    reference = read_stem(stem, 60).references[0]  # 20 x 30, padded by 5 on both sides, doubled
     assert reference.shape == (60, 60, 3)
     assert not reference[:, :8].any() and not reference[:, -8:].any()
     assert np.abs(reference[3:37, 23:37].astype(int) - RED).max() < 60
     noise = reference[44:56, 14:46].astype(float)
     assert noise.std() > 25  # neither gray, nor black
-    assert (read_sample(stem, 60).references == read_sample(stem, 60).references).all()
+    assert (read_stem(stem, 60).references == read_stem(stem, 60).references).all()
 
 
-def test_a_tall_picture_and_a_subject_outside_the_cut(tmp_path):
-    stem = write_sample(tmp_path, (300, 40))  # the middle 40 columns show neither
-    sample = read_sample(stem, 40)
+def test_a_subject_outside_the_cut_is_left_out(tmp_path):
+    sample = read_stem(write_sample(tmp_path, (300, 40)), 40)  # the middle 40 columns show neither
     assert sample.ends == []
     assert not sample.masks.any() and not sample.references.any()
-    tall = read_sample(write_sample(tmp_path / "tall", (60, 70)), 120)
-    assert tall.masks[0, 10:50, 40:60].all()  # rows 5 to 65 are kept, then doubled
+
+
+def test_a_tall_picture_gets_black_sides(tmp_path):
+    tall = read_stem(write_sample(tmp_path, (60, 80)), 160)
+    expected = np.zeros((160, 160), bool)
+    expected[20:60, 60:80] = True  # 10 columns on both sides, then doubled
+    assert (tall.masks[0] == expected).all()
+    assert not tall.image[:, :18].any() and not tall.image[:, -18:].any()
+    assert np.abs(np.median(tall.image[expected], axis=0) - RED).max() < 12
+
+
+def test_segments_that_are_no_people_are_left_out(tmp_path):
+    stem = write_sample(tmp_path)
+    edit_json(stem, lambda r: r["segments"][0].update(coco_label="tie", bbox=None))
+    assert read_stem(stem, 40).ends == [5]
 
 
 def test_masks_are_resized_to_the_nearest_pixel(tmp_path):
     stem = write_sample(tmp_path)
     instances = np.zeros((40, 60), np.uint8)
     instances[1::2, 1::2] = 7  # a quarter of all pixels, and the ones that are kept
+    instances[20, 40] = 9
     np.save(stem.with_suffix(".npy"), instances)
-    assert read_sample(stem, 20).masks[0].all()
+    assert read_stem(stem, 20).masks[0].all()
 
 
 def test_the_largest_subjects_are_kept_and_equal_ends_stay_two(tmp_path):
@@ -335,10 +364,10 @@ def test_the_largest_subjects_are_kept_and_equal_ends_stay_two(tmp_path):
     instances = np.load(stem.with_suffix(".npy"))
     instances[0, 20:24] = 200
     np.save(stem.with_suffix(".npy"), instances)
-    edit_json(stem, lambda r: r["segments"].insert(0, {"id": 200, "end": 3, "bbox": [20, 0, 24, 1]}))
-    assert read_sample(stem, 40).ends == [5, 23]
+    edit_json(stem, lambda r: r["segments"].insert(0, {"id": 200, "end": 12, "bbox": [20, 0, 24, 1]}))
+    assert read_stem(stem, 40).ends == [5, 23]
     edit_json(stem, lambda r: [s.update(end=5) for s in r["segments"]])
-    sample = read_sample(stem, 40)
+    sample = read_stem(stem, 40)
     assert sample.ends == [5, 5]
     assert sample.masks.any((1, 2)).all()
 
@@ -359,6 +388,13 @@ def break_json(change):
 def write_archive(path: Path) -> None:
     with open(path, "wb") as file:
         np.savez(file, np.zeros((40, 60), np.uint8))
+
+
+def link_out(path: Path) -> None:
+    """Move a file out of the folder and leave a link."""
+    outside = path.parents[2] / f"outside{path.suffix}"
+    path.rename(outside)
+    path.symlink_to(outside)
 
 
 def first(**values):
@@ -402,38 +438,184 @@ BROKEN = {
     "bbox of no width": first(bbox=[44, 20, 44, 36]),
     "bbox of three numbers": first(bbox=[40, 20, 44]),
     "bbox of floats": first(bbox=[40.0, 20, 44, 36]),
+    "bbox from right to left": first(bbox=[44, 20, 40, 36]),
+    "bbox as y1, x1, y2, x2": first(bbox=[20, 40, 36, 44]),
+    "bbox beside its segment": first(bbox=[0, 0, 5, 5]),
+    "bbox of NaN": first(bbox=[float("nan"), 20, 44, 36]),
+    "map of NaN": break_npy(np.full((40, 60), np.nan)),
+    "segment without a pixel": first(id=5),
+    "id that fits no map": first(id=10**30),
+    "one id twice": first(id=7),
+    "empty caption": break_json(lambda r: r.update(caption="", segments=[])),
+    "blank caption": break_json(lambda r: r.update(caption=" \n")),
+    "end in a word": first(end=3),
+    "end before any word": break_json(lambda r: r.update(caption=" " + r["caption"][1:]) or (
+        r["segments"][0].update(end=1))),
+    "segments are an object": break_json(lambda r: r.update(segments={"id": 7})),
+    "identity is a list": first(identity=["ada"]),
+    "no bytes": (".jpg", lambda path: path.write_bytes(b"")),
+    "a gif": (".jpg", lambda path: Image.new("RGB", (60, 40)).save(path, "GIF")),
+    "postscript": (".jpg", lambda path: Image.new("RGB", (60, 40)).save(path, "EPS")),
+    "picture outside": (".jpg", link_out),
+    "record outside": (".json", link_out),
+    "a link to itself": (".npy", lambda path: (path.unlink(), path.symlink_to(path))),
 }
 
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_file_is_named(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    stem = write_sample(tmp_path)
+    stem = write_sample(tmp_path / "data")
     suffix, damage = BROKEN[name]
     damage(stem.with_suffix(suffix))
     with pytest.raises(DataError, match=f"{stem}{suffix}: ") as error, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        read_sample(stem, 40)
+        read_stem(stem, 40)
     assert len(str(error.value).splitlines()) == 1
     assert not Path("exploded").exists()
 
 
-def test_one_broken_file_leaves_no_cache(tmp_path, monkeypatch):
-    """The error crosses from the worker process."""
+def write_folder(folder: Path, count: int) -> list[Path]:
+    """Samples 000000012, 000000013, ..., all equal."""
+    first = write_sample(folder)
+    ids = [f"{12 + i:09}" for i in range(count)]
+    (folder / "image_ids_train.txt").write_text("\n".join(ids))
+    for image_id in ids[1:]:
+        for suffix in (".jpg", ".npy", ".json"):
+            shutil.copy(first.with_suffix(suffix), first.with_name(f"{image_id}{suffix}"))
+    return [first.with_name(image_id) for image_id in ids]
+
+
+@pytest.fixture
+def cache_root(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr("data.fastcomposer.CACHE_ROOT", tmp_path / "cache")
-    stem = write_sample(tmp_path)
-    (tmp_path / "image_ids_train.txt").write_text("000000012\n000000013\n")
-    with pytest.raises(DataError, match="000000013.jpg: "):
-        folder_cache(tmp_path, 2, 40)
-    assert not list((tmp_path / "cache").iterdir())
-    assert len(folder_cache(tmp_path, 1, 40)) == 1
-    assert stem.with_suffix(".jpg").exists()
+    return tmp_path / "cache"
 
 
-@pytest.mark.parametrize("text", [None, "", "\n\n", "../../etc/passwd", "12a", "²", b"\xff"])
+def test_broken_samples_are_skipped_and_counted(tmp_path, cache_root, capsys):
+    stems = write_folder(tmp_path / "data", 6)
+    whole = stems[1].with_suffix(".npy").read_bytes()
+    stems[1].with_suffix(".npy").write_bytes(b"")
+    stems[4].with_suffix(".jpg").unlink()
+    with open(tmp_path / "data" / "image_ids_train.txt", "a") as file:
+        file.write("\n../../etc\n000000012\n")
+    for _ in range(2):  # the second time from the cache
+        cache = folder_cache(tmp_path / "data", 100, 40)
+        assert len(cache) == len(cache.captions) == 4
+        warning, = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+        assert "4 of 8 samples are broken and left out" in warning
+        assert "listed 2 times" in warning and "000000013.npy" in warning and "data.build --check" in warning
+    truth = read_stem(stems[0], 40)
+    for i in range(4):
+        assert (cache.images[i] == truth.image).all()
+        assert (cache.masks([i])[0] == truth.masks).all()
+    assert len(list(cache_root.iterdir())) == 1
+    stems[1].with_suffix(".npy").write_bytes(whole)  # repaired: the cache is made anew
+    assert len(folder_cache(tmp_path / "data", 100, 40)) == 5
+    assert len(folder_cache(tmp_path / "data", 1, 40)) == 1
+    assert "warning" not in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_folder_of_broken_samples_only_leaves_no_cache(tmp_path, cache_root):
+    for stem in write_folder(tmp_path / "data", 2):
+        stem.with_suffix(".json").unlink()
+    with pytest.raises(DataError, match=r"none of the 2 samples can be used: .*000000012.json: "):
+        folder_cache(tmp_path / "data", 2, 40)
+    assert not list(cache_root.iterdir())
+
+
+def kill_itself(job):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_reading_process_that_is_killed_ends_the_reading():
+    with pytest.raises(DataError, match="killed"):
+        list(in_processes(kill_itself, range(3), "reading"))
+
+
+def test_an_npy_file_of_rows(tmp_path):
+    rows = np.random.default_rng(0).integers(0, 255, (12, 3, 5), np.uint8)
+    rows[[0, 4, 11]] = 0
+    with RowFile(tmp_path / "rows.npy") as file:
+        for row in rows:
+            file.append(row)
+    assert (np.load(tmp_path / "rows.npy") == rows).all()
+    assert (tmp_path / "rows.npy").read_bytes()[:8] == b"\x93NUMPY\x01\x00"
+
+
+@pytest.mark.parametrize("text", [None, "", "\n\n", b"\xff"])
 def test_a_bad_list_of_ids(text, tmp_path):
     path = tmp_path / "image_ids_train.txt"
     if text is not None:
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(DataError, match=f"{path}: "):
         read_ids(tmp_path, "train")
+
+
+@pytest.mark.parametrize("image_id", ["../../etc/passwd", "/etc/passwd", "12a", "²", "12.jpg", "00/12"])
+def test_a_bad_id_is_refused(image_id, tmp_path):
+    write_sample(tmp_path)
+    with pytest.raises(DataError, match="is not an image id"):
+        read_sample(tmp_path, image_id, 40)
+
+
+def test_large_pictures_have_references_of_clip_s_size(tmp_path, cache_root):
+    write_folder(tmp_path / "data", 1)
+    cache = folder_cache(tmp_path / "data", 1, 256)
+    assert cache.images.shape[1:] == (256, 256, 3)
+    assert cache.references.shape[1:] == (MAX_SUBJECTS, 224, 224, 3)
+
+
+# Augmentation and paired references --------------------------------------------------------------
+
+
+def test_augmentation_is_a_function_of_seed_and_sample(tmp_path, cache_root):
+    stems = write_folder(tmp_path / "data", 8)
+    plain = read_stem(stems[0], 64)
+    state = torch.random.get_rng_state()
+    drawn = {(seed, stem): read_stem(stem, 64, augmented=True, seed=seed) for seed in range(2) for stem in stems}
+    assert torch.equal(torch.random.get_rng_state(), state)
+    torch.rand(3)
+    for (seed, stem), sample in drawn.items():
+        assert checksum(read_stem(stem, 64, augmented=True, seed=seed)) == checksum(sample)
+        assert sample.ends == plain.ends
+        flipped = (sample.image == plain.image[:, ::-1]).all()
+        assert flipped or (sample.image == plain.image).all()
+        assert (sample.masks == (plain.masks[..., ::-1] if flipped else plain.masks)).all()
+    images, references = ({getattr(s, name).tobytes() for s in drawn.values()} for name in ("image", "references"))
+    assert len(images) == 2
+    assert len(references) == len(drawn)
+    cache = folder_cache(tmp_path / "data", 8, 64, augmented=True, seed=1)  # in other processes
+    for i, stem in enumerate(stems):
+        assert (cache.references[i] == drawn[1, stem].references).all()
+    assert (folder_cache(tmp_path / "data", 8, 64).images[0] == plain.image).all()
+
+
+def colors_of(cache) -> list:
+    """Whether each first reference shows the red box or the blue one."""
+    return ["red" if reference[..., 0].mean() > reference[..., 2].mean() else "blue"
+            for reference in cache.references[:, 0]]
+
+
+def test_a_reference_comes_from_another_picture_of_the_same_identity(tmp_path, cache_root):
+    """One segment per picture: red, blue, red, blue. The first two are one person."""
+    stems = write_folder(tmp_path / "data", 4)
+    for i, stem in enumerate(stems):
+        edit_json(stem, lambda r, i=i: (r["segments"].pop(i % 2), r["segments"][0].update(
+            end=5, identity=("ada", "ada", "max", "")[i])))
+    assert colors_of(folder_cache(tmp_path / "data", 4, 40)) == ["blue", "red", "red", "blue"]
+    stems[1].with_suffix(".npy").write_bytes(b"")  # nobody is left to lend: its own picture
+    assert colors_of(folder_cache(tmp_path / "data", 4, 40)) == ["red", "red", "blue"]
+
+
+def test_partners_are_other_pictures_and_all_take_turns(tmp_path):
+    stems = write_folder(tmp_path, 5)
+    for stem in stems:
+        edit_json(stem, lambda r: [s.update(identity="twins") for s in r["segments"]])
+    ids = [stem.name for stem in stems]
+    partners = find_partners(tmp_path, ids, 0)
+    assert all(set(people) == {7, 9} for people in partners.values())
+    assert all(other != own for own, people in partners.items() for other, _ in people.values())
+    assert partners == find_partners(tmp_path, ids, 0)
+    drawn = {find_partners(tmp_path, ids, seed)[ids[0]][7] for seed in range(60)}
+    assert drawn == {(other, number) for other in ids[1:] for number in (7, 9)}

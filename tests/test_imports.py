@@ -17,7 +17,8 @@ FORBIDDEN = {
     "data": ROOMS - {"data"},
     "weights": ROOMS - {"models", "weights"},
 }
-DISTRIBUTIONS = {"huggingface_hub": "open_clip_torch", "open_clip": "open_clip_torch", "PIL": "pillow"}
+DISTRIBUTIONS = {"huggingface_hub": "open_clip_torch", "open_clip": "open_clip_torch", "PIL": "pillow",
+                 "torchvision": "open_clip_torch"}
 
 
 def sources() -> list[Path]:

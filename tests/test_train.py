@@ -19,9 +19,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import stages
 import train
-from data import toyworld
+from data import build, toyworld
 from data.dataset import render_cache
-from data.fastcomposer import read_ids
 from models import load_models
 from models.clip_image import CLIPImageConfig
 from models.clip_text import CLIPTextConfig
@@ -29,6 +28,7 @@ from models.load import PARTS, load_part, read_tensors
 from models.unet import UNetConfig
 from models.vae import VAEConfig
 from pipeline import Pipeline
+from tests.test_build import write_scene
 
 SMALL = {
     "unet": UNetConfig(channels=(8, 8, 16, 16), heads=2, context_dim=16, groups=4),
@@ -537,11 +537,32 @@ def test_folders_that_cannot_be_trained_on(folder, runs, tmp_path, capsys):
                    match="has no subjects")
     assert run("vae", *options) == 0  # pictures are enough for it
     shutil.rmtree(tmp_path / "run")
-    (world / "10000" / "100000101.npy").unlink()
-    assert_refused(capsys, world, "vae", *options, "--samples", 3, match="100000101.npy")
+    for path in world.rglob("*.npy"):
+        path.unlink()
+    assert_refused(capsys, world, "vae", *options, match="none of the 8 samples can be used")
     (world / "image_ids_train.txt").write_text("")
-    read_ids.cache_clear()
     assert_refused(capsys, world, "vae", *options, match="no image id")
+
+
+def test_broken_samples_do_not_stop_a_run(folder, runs, tmp_path, capsys):
+    world = tmp_path / "world"
+    shutil.copytree(folder, world)
+    (world / "10000" / "100000101.npy").write_bytes(b"")
+    options = [*options_of("moa", runs), "--steps", 2, "--data", world, "--output", tmp_path / "run"]
+    assert run(*options) == 0
+    assert "1 of 8 samples are broken and left out" in capsys.readouterr().err
+
+
+def test_moa_trains_on_a_built_dataset(runs, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    for seed in range(6):
+        write_scene(tmp_path / "pictures", seed)
+    with pytest.raises(SystemExit) as stop:
+        build.main([str(tmp_path / "pictures"), "--output", str(tmp_path / "data")])
+    assert stop.value.code == 0
+    options = [*options_of("moa", runs), "--steps", 2, "--data", tmp_path / "data"]
+    assert run(*options, "--output", tmp_path / "run") == 0
+    assert [line["object"] != 0 for line in metrics_of(tmp_path / "run")] == [True, True]
 
 
 def test_a_noun_that_does_not_fit_into_the_prompt_is_not_a_subject(runs):

@@ -1,0 +1,371 @@
+"""Make a training dataset from pictures, captions and masks, or check one.
+
+    python -m data.build FOLDER --output DATA
+    python -m data.build --check DATA [--sheet PNG]
+
+FOLDER holds for each picture NAME.jpg (.jpeg, .png, .webp), in any subfolder:
+
+    NAME.txt          its caption, one line, as in: a woman and a man riding bikes
+    NAME_mask.png     who is where, of the picture's size, greyscale or palette. A pixel's value is the
+                      number of the person: 0 nobody, 1 the caption's first word for a person (woman),
+                      2 the second (man) and so on. White (255) alone counts as 1.
+    NAME_people.txt   optional, who they are: a line for person 1, one for person 2 and so on. People of
+                      one name lend each other their reference pictures.
+
+Each person needs a word of their own: "two women" becomes "a woman and a woman", while people without
+a number ("women", "a crowd") cannot be trained on.
+
+DATA gets FastComposer's layout (docs/data.md) and contact_sheet.png, whole or not at all. Broken
+samples are listed and left out.
+
+Exit status: 0 all samples are good, 1 some are broken, 2 an error (one line on stderr).
+"""
+import argparse
+import json
+import os
+import re
+import shutil
+import sys
+import textwrap
+from collections import Counter
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from data.dataset import MAX_SUBJECTS
+from data.fastcomposer import (
+    PERSON,
+    DataError,
+    find_partners,
+    in_processes,
+    naming,
+    open_sample,
+    read_ids,
+    read_sample,
+    repeated_ids,
+    square,
+)
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+NOUNS = ("man", "woman", "boy", "girl", "person", "kid", "child", "baby", "toddler", "teenager", "adult",
+         "guy", "lady", "gentleman", "father", "mother", "dad", "mom", "son", "daughter", "brother",
+         "sister", "husband", "wife", "bride", "groom", "grandfather", "grandmother", "grandpa", "grandma",
+         "friend")
+PLURALS = {"man": "men", "woman": "women", "person": "people", "child": "children", "baby": "babies",
+           "lady": "ladies", "gentleman": "gentlemen", "wife": "wives"}
+NUMBERS = {"two": 2, "three": 3, "four": 4, "2": 2, "3": 3, "4": 4}
+SHEET, TILE = 20, 192  # samples on the contact sheet, and the pixels of each
+COLORS = ((255, 190, 0), (0, 190, 255))  # of the first and second person on it
+
+
+def parse_args(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m data.build", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", type=Path, metavar="FOLDER", help="pictures, captions and masks")
+    parser.add_argument("--output", type=Path, metavar="DATA", help="dataset to write")
+    parser.add_argument("--check", type=Path, metavar="DATA", help="dataset to check; nothing is written")
+    parser.add_argument("--sheet", type=Path, metavar="PNG",
+                        help="with --check: contact sheet to write")
+    parser.add_argument("--nouns", nargs="+", default=[], metavar="WORD",
+                        help=f"more words for a person, besides {', '.join(NOUNS)}")
+    args = parser.parse_args(arguments)
+    if args.check and (args.folder or args.output or args.nouns):
+        parser.error("--check takes a dataset and nothing to build")
+    if not args.check and (args.sheet or not (args.folder and args.output)):
+        parser.error("give FOLDER and --output DATA, or --check DATA")
+    for noun in args.nouns:
+        if not re.fullmatch(r"[\w-]+", noun):
+            parser.error(f"--nouns: {noun!r} is not a word")
+    return args
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse_args(arguments)
+    try:
+        lines, broken = check(args.check, args.sheet) if args.check else build(args)
+        print("\n".join(lines))
+    except (DataError, OSError) as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped: nothing is written", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(1 if broken else 0)
+
+
+# Building ----------------------------------------------------------------------------------------
+
+
+def build(args: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """Write the dataset. Returns a report and what was broken and left out. Raises DataError."""
+    folder, output = args.folder, args.output
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder")
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise DataError(f"{output} exists already: give another --output")
+    if output.resolve().is_relative_to(folder.resolve()):
+        raise DataError(f"{output} is inside of {folder}: give another --output")
+    pictures, broken = find_pictures(folder)
+    temporary = output.absolute().with_name(f".{output.name}.{os.getpid()}")
+    temporary.mkdir(parents=True)
+    try:
+        job = partial(try_convert, output=temporary, nouns=(*NOUNS, *args.nouns))
+        results = list(in_processes(job, list(enumerate(pictures)), "writing"))
+        broken += [str(result) for result in results if isinstance(result, DataError)]
+        ids = [result for result in results if isinstance(result, str)]
+        if not ids:
+            raise DataError(f"none of the {len(pictures)} pictures of {folder} can be used: {broken[0]}")
+        for split, members in (("", ids), ("_train", ids), ("_test", [])):
+            text = "".join(f"{image_id}\n" for image_id in members)
+            (temporary / f"image_ids{split}.txt").write_text(text, encoding="utf-8")
+        lines, broken = check(temporary, temporary / "contact_sheet.png", args.nouns, broken)
+        temporary.rename(output)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    written = f"{output}: written, {len(ids)} of {len(pictures)} pictures; look at its contact_sheet.png"
+    return [*lines, written], broken
+
+
+def find_pictures(folder: Path) -> tuple[list[Path], list[str]]:
+    """The pictures of a folder, sorted, and a line for every file that is of no use.
+    Raises DataError without a picture."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file()
+                   and not any(part.startswith(".") for part in path.relative_to(folder).parts))
+    pictures = [path for path in files
+                if path.suffix.lower() in SUFFIXES and not path.name.endswith("_mask.png")]
+    if not pictures:
+        raise DataError(f"{folder} holds no picture ({', '.join(SUFFIXES)})")
+    names = Counter(path.with_suffix("") for path in pictures)
+    broken = [f"{path}: {n} pictures have this name" for path, n in names.items() if n > 1]
+    for path in files:
+        owner = re.fullmatch(r"(.+?)(_mask\.png|_people\.txt|\.txt)", path.name)
+        if owner and not {path.with_name(owner[1]), path.with_suffix("")} & names.keys():
+            broken.append(f"{path}: there is no picture for it")
+    return [path for path in pictures if names[path.with_suffix("")] == 1], broken
+
+
+def try_convert(job: tuple[int, Path], output: Path, nouns: tuple[str, ...]) -> str | DataError:
+    """`convert`, or what is wrong with the picture."""
+    try:
+        return convert(*job, output, nouns)
+    except DataError as error:
+        return error
+
+
+def convert(index: int, path: Path, output: Path, nouns: tuple[str, ...]) -> str:
+    """Write the three files of a picture; returns its id. Raises DataError."""
+    with naming(path):
+        picture = read_picture(path)
+    with naming(caption_path := path.with_suffix(".txt")):
+        lines = caption_path.read_text(encoding="utf-8-sig").strip().splitlines()
+        if len(lines) != 1:
+            raise ValueError(f"a caption is one line, not {len(lines)}")
+        caption, words = find_people(" ".join(lines[0].split()), nouns)
+        if not words:
+            raise ValueError(f"no word for a person in {caption!r}; --nouns adds words, and people in the "
+                             "plural need their number, as in 'two women'")
+    with naming(mask_path := path.with_name(f"{path.stem}_mask.png")):
+        instances = read_mask(mask_path, picture.size, len(words), caption)
+    names = read_names(path.with_name(f"{path.stem}_people.txt"), len(words))
+    image_id = f"{index:09d}"
+    segments = []
+    for number in np.unique(instances[instances > 0]).tolist():
+        ys, xs = np.nonzero(instances == number)
+        word = words[number - 1]
+        segments.append({
+            "id": number, "word": word[0], "start": word.start(), "end": word.end(), "coco_label": PERSON,
+            "bbox": [int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1],
+            **({"identity": names[number]} if number in names else {})})
+    record = {"image_id": image_id, "caption": caption, "segments": segments, "source": path.name}
+    stem = output / image_id[:5] / image_id
+    stem.parent.mkdir(exist_ok=True)
+    picture.save(stem.with_suffix(".jpg"), quality=95, subsampling=0)
+    np.save(stem.with_suffix(".npy"), instances)
+    stem.with_suffix(".json").write_text(json.dumps(record), encoding="utf-8")
+    return image_id
+
+
+def read_picture(path: Path) -> Image.Image:
+    """RGB as a viewer shows it: turned as its EXIF data say, transparent parts over white."""
+    with Image.open(path, formats=("JPEG", "PNG", "WEBP")) as image:
+        if image.mode.startswith(("I", "F")):
+            raise ValueError("more than 8 bits per channel: save it with 8")
+        image = ImageOps.exif_transpose(image)
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+
+
+def read_mask(path: Path, size: tuple[int, int], people: int, caption: str) -> np.ndarray:
+    """(H, W) uint8 person numbers from 1 to `people`, 0 where nobody is."""
+    with Image.open(path, formats=("PNG",)) as image:
+        if image.mode not in ("1", "L", "P", "I", "I;16"):
+            raise ValueError(f"a mask is greyscale or palette, not {image.mode}")
+        if image.size != size:
+            raise ValueError(f"the mask has {image.width} x {image.height} pixels, the picture (turned as its "
+                             f"EXIF data say) {size[0]} x {size[1]}")
+        mask = np.array(image)
+    values = np.unique(mask[mask > 0]).tolist()
+    if not values:
+        raise ValueError("there is nobody on the mask")
+    if values == [255]:
+        mask, values = mask > 0, [1]
+    if values[-1] > people:
+        shown = ", ".join(map(str, values[:8])) + (", ..." if len(values) > 8 else "")
+        raise ValueError(f"persons {shown} on the mask, words for a person in {caption!r}: {people}")
+    return mask.astype(np.uint8)
+
+
+def read_names(path: Path, people: int) -> dict[int, str]:
+    """Person number -> name, of those that have one."""
+    if not path.exists():
+        return {}
+    with naming(path):
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().splitlines()]
+        if len(lines) > people:
+            raise ValueError(f"names: {len(lines)}, words for a person in the caption: {people}")
+    return {number: name for number, name in enumerate(lines, 1) if name}
+
+
+def plural(noun: str) -> str:
+    return PLURALS.get(noun, f"{noun}s")
+
+
+def find_people(caption: str, nouns: tuple[str, ...]) -> tuple[str, list[re.Match]]:
+    """The caption with "two women" as "a woman and a woman", and its words for single people."""
+    singular = {plural(noun): noun for noun in nouns}
+    counted = rf"\b({'|'.join(NUMBERS)}) ((?!and |or |of )\w*[^\Ws] )?({alternatives(singular)})"
+    caption = re.sub(counted, lambda match: one_by_one(match, singular), caption, flags=re.IGNORECASE)
+    return caption, list(re.finditer(alternatives(nouns), caption, re.IGNORECASE))
+
+
+def alternatives(words) -> str:
+    """A pattern for whole words; "man" is in neither "woman" nor "man-made"."""
+    return rf"(?<![\w-])(?:{'|'.join(map(re.escape, words))})(?![\w-])"
+
+
+def one_by_one(match: re.Match, singular: dict[str, str]) -> str:
+    """"two young women" -> "a young woman and a young woman"."""
+    number, adjective, people = match.groups(default="")
+    person = adjective + singular[people.lower()]
+    article = "an" if person[0].lower() in "aeiou" else "a"
+    return " and ".join([f"{article} {person}"] * NUMBERS[number.lower()])
+
+
+# Checking ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Facts:
+    """What the report tells of a good sample."""
+
+    size: tuple[int, int]
+    words: list[str]  # the segments' in lower case
+    ends: list[int]
+    identities: list
+    named: int  # words for people in the caption
+    hidden: int  # people outside of the square that training sees
+
+
+def inspect_sample(image_id: str, folder: Path, nouns: tuple[str, ...]) -> Facts | DataError:
+    """The facts of a sample, or what is wrong with it."""
+    try:
+        opened = open_sample(folder, image_id)
+    except DataError as error:
+        return error
+    caption, segments = opened.record["caption"], opened.record["segments"]
+    words = [re.search(r"([\w-]*)\W*$", caption[:segment["end"]])[1] for segment in segments]
+    seen = [square(Image.fromarray(mask), 64, Image.Resampling.NEAREST).getbbox() for mask in opened.masks]
+    return Facts(opened.picture.size, [word.lower() for word in words], [s["end"] for s in segments],
+                 [s["identity"] for s in segments if s.get("identity", "") != ""],
+                 len(find_people(caption, nouns)[1]), seen.count(None))
+
+
+def check(folder: Path, sheet: Path | None, nouns=(), broken=()) -> tuple[list[str], list[str]]:
+    """Read a whole dataset and write its contact sheet. Returns a report and what is broken, after what
+    was already known to be. Raises DataError without a list of ids."""
+    lists = {"train": read_ids(folder, "train")}
+    with suppress(DataError):  # a dataset may do without
+        lists["test"] = read_ids(folder, "test")
+    ids = [image_id for members in lists.values() for image_id in members]
+    unique = list(dict.fromkeys(ids))
+    nouns = (*NOUNS, *nouns)
+    results = list(in_processes(partial(inspect_sample, folder=folder, nouns=nouns), unique, "checking"))
+    good = {i: facts for i, facts in zip(unique, results, strict=True) if isinstance(facts, Facts)}
+    broken = [*broken, *repeated_ids(ids), *(str(error) for error in results if isinstance(error, DataError))]
+    counts = ", ".join(f"{name} {len(members)}" for name, members in lists.items())
+    lines = [f"samples   {counts}; {len(good)} good, {len(broken)} broken"]
+    if good:
+        lines += report(list(good.values()), nouns) + report_files(folder, unique)
+    if good and sheet:
+        draw_sheet(folder, list(good)).save(sheet, format="PNG")
+    return lines + [f"broken    {line}" for line in broken], broken
+
+
+def report(facts: list[Facts], nouns: tuple[str, ...]) -> list[str]:
+    """What good samples hold, and what is odd about them."""
+    sizes = sorted((min(f.size), f.size) for f in facts)
+    words = Counter(word for f in facts for word in f.words)
+    people = Counter(len(f.words) for f in facts)
+    pictures = Counter(identity for f in facts for identity in set(f.identities))
+    small, large = (f"{w} x {h}" for _, (w, h) in (sizes[0], sizes[-1]))
+    strange = [word for word in words if word not in nouns]
+    odd = {
+        f"words that no person is known by ({', '.join(strange[:8])})": len(strange),
+        "samples whose caption has more words for people than there are segments":
+            sum(f.named > len(f.words) for f in facts),
+        "samples in which people share a word": sum(len(set(f.ends)) < len(f.ends) for f in facts),
+        f"samples with more than {MAX_SUBJECTS} people (the largest are trained on)":
+            sum(len(f.words) > MAX_SUBJECTS for f in facts),
+        "people outside of the middle square that is trained on": sum(f.hidden for f in facts),
+        "pictures smaller than Stable Diffusion's 512 pixels": sum(min(f.size) < 512 for f in facts),
+    }
+    return [f"pictures  {small} to {large}",
+            f"people    {', '.join(f'{n} in {people[n]}' for n in sorted(people))}",
+            f"words     {', '.join(f'{word} {n}' for word, n in words.most_common(12))}",
+            *([f"names     {len(pictures)}, in several pictures {sum(n > 1 for n in pictures.values())}"]
+              if pictures else []),
+            *(f"note      {what}: {n}" for what, n in odd.items() if n)]
+
+
+def report_files(folder: Path, ids: list[str]) -> list[str]:
+    """Whether the lists of ids fit each other and the files."""
+    odd = {"pictures in no list": len({path.stem for path in folder.glob("[0-9]*/*.jpg")} - set(ids))}
+    with suppress(DataError):
+        odd["ids in only one of image_ids.txt and the splits"] = len(set(read_ids(folder, "")) ^ set(ids))
+    return [f"note      {what}: {n}" for what, n in odd.items() if n]
+
+
+def draw_sheet(folder: Path, ids: list[str]) -> Image.Image:
+    """Samples from all over a dataset as training sees them: people tinted, their words in brackets,
+    and beside the picture their references, framed in the tint."""
+    partners = find_partners(folder, ids, seed=0)
+    ids = [ids[i] for i in sorted({i * len(ids) // SHEET for i in range(SHEET)})]
+    width, height, columns, font = TILE * 3 // 2 + 8, TILE + 36, 4, ImageFont.load_default(11)
+    sheet = Image.new("RGB", (columns * width, -(-len(ids) // columns) * height), "white")
+    canvas = ImageDraw.Draw(sheet)
+    for place, image_id in enumerate(ids):
+        sample = read_sample(folder, image_id, TILE, partners=partners[image_id])
+        x, y = place % columns * width, place // columns * height
+        picture, caption = sample.image, sample.caption
+        for s in reversed(range(len(sample.ends))):
+            tint = picture * 0.55 + np.array(COLORS[s]) * 0.45
+            picture = np.where(sample.masks[s][..., None], tint, picture)
+            reference = Image.fromarray(sample.references[s]).resize((TILE // 2 - 6,) * 2)
+            sheet.paste(ImageOps.expand(reference, 3, COLORS[s]), (x + TILE, y + s * TILE // 2))
+        for end in sorted(set(sample.ends), reverse=True):
+            word = re.search(r"\S*\s*$", caption[:end])
+            caption = f"{caption[:word.start()]}[{word[0]}]{caption[end:]}"
+        sheet.paste(Image.fromarray(np.uint8(picture)), (x, y))
+        for i, line in enumerate(textwrap.wrap(f"{image_id}: {caption}", 50)[:2]):
+            canvas.text((x + 2, y + TILE + 2 + 14 * i), line, "black", font)
+    return sheet
+
+
+if __name__ == "__main__":
+    main()
