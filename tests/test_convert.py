@@ -1,5 +1,4 @@
 """weights/convert_sd15.py: every layout gives the public models' outputs, all else is refused by name."""
-import importlib.util
 import json
 import os
 import pickle
@@ -32,13 +31,9 @@ from models.clip_text import BOS, EOS, CLIPTextConfig
 from models.load import carry_over, read_config, save_part, write_json
 from models.unet import UNetConfig
 from models.vae import LATENT_SCALE, VAEConfig
+from weights import convert_sd15
 
-SCRIPT = Path(__file__).parents[1] / "weights" / "convert_sd15.py"
-spec = importlib.util.spec_from_file_location("convert_sd15", SCRIPT)
-convert_sd15 = importlib.util.module_from_spec(spec)
-sys.modules["convert_sd15"] = convert_sd15  # dataclasses look their module up
-spec.loader.exec_module(convert_sd15)
-
+SCRIPT = Path(convert_sd15.__file__)
 LIMIT = 2e-5
 
 
@@ -851,7 +846,7 @@ def drop(state, name):
     (lambda s: s.update({"cond_stage_model.transformer.final_layer_norm.bias": torch.ones(32)}),
      "has text_model.final_layer_norm.bias twice"),
     (lambda s: s.update({UNET + "out.2.bias": torch.ones(4, dtype=torch.int8)}),
-     "conv_out.bias is torch.int8"),
+     "conv_out.bias is I8, not floating point"),
     (lambda s: s.update({UNET + "out.2.bias": torch.tensor([1, 2, float("nan"), 4])}),
      "conv_out.bias has values that"),
     (lambda s: s.update({UNET + "out.2.bias": torch.tensor(1.0)}), "conv_out.bias is (), expected (4,)")])
@@ -962,15 +957,15 @@ def test_lightning_names_hide_no_call(tmp_path, refused, lightning, monkeypatch)
 @pytest.mark.parametrize("error", [OSError("No space left on device"), MemoryError()])
 @pytest.mark.parametrize("at", [0, 1, 2])
 def test_a_failure_leaves_nothing(monkeypatch, saved, tmp_path, refused, error, at):
-    real, calls = convert_sd15.save_tensors, []
+    real, calls = convert_sd15.write_tensors, []
 
-    def save(state, path):
+    def write(part, path, *rest):
         calls.append(path)
         if len(calls) > at:
             path.write_bytes(b"half")
             raise error
-        real(state, path)
-    monkeypatch.setattr(convert_sd15, "save_tensors", save)
+        real(part, path, *rest)
+    monkeypatch.setattr(convert_sd15, "write_tensors", write)
     refused(1, saved)
     assert len(calls) == at + 1 and not list(tmp_path.iterdir())
 
@@ -989,7 +984,7 @@ def test_a_failure_leaves_the_old_folder(monkeypatch, saved, out, refused):
 def test_an_interrupt_leaves_nothing(monkeypatch, saved, refused):
     def interrupt(*rest):
         raise KeyboardInterrupt
-    monkeypatch.setattr(convert_sd15, "save_tensors", interrupt)
+    monkeypatch.setattr(convert_sd15, "read_tensor", interrupt)
     refused(130, saved)
 
 
@@ -999,7 +994,7 @@ def test_values_are_read_only_after_all_checks(tmp_path, states, refused, monkey
 
     def forbidden(*rest):
         raise AssertionError("read")
-    monkeypatch.setattr(convert_sd15, "read_values", forbidden)
+    monkeypatch.setattr(convert_sd15, "read_value", forbidden)
     monkeypatch.setattr(convert_sd15, "digest", forbidden)
     refused(3, tmp_path / "model.safetensors")
 
