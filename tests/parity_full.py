@@ -20,6 +20,7 @@ from models.clip_text import BOS, EOS, CLIPTextConfig, CLIPTextEncoder
 from models.unet import UNet, UNetConfig
 from models.vae import LATENT_SCALE, AutoencoderKL, VAEConfig
 
+LIMIT = 2e-5  # of relative errors
 PARAMETERS = {"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480,
               "image_encoder": 303_966_208}
 

@@ -26,6 +26,7 @@ import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -608,6 +609,25 @@ def strip(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 # 7. The command.
 
+def open_part(source: str, name: str, ema: str, notes: Notes) -> Part:
+    """One part of a file, folder or repository. Raises Refusal."""
+    found = open_source(source, ema, notes)
+    if name not in found:
+        raise WrongKind(f"{source} has no {LABELS[name]}: it is a "
+                        f"{' and '.join(LABELS[other] for other in found)} only")
+    return found[name]
+
+
+def load_vae(source: str) -> torch.nn.Module:
+    """The VAE of anything that can be converted, for inference in float32. Raises Refusal, WeightsError."""
+    part = open_part(source, "vae", "off", Notes())
+    fit("vae", part, Notes())
+    with torch.device("meta"):
+        vae = PARTS["vae"][0](part.cfg)
+    vae.load_state_dict({key: read_value(part, key, torch.float32) for key in part.tensors}, assign=True)
+    return vae.eval().requires_grad_(False)
+
+
 def gather(args: argparse.Namespace, notes: Notes) -> tuple[dict[str, Part], dict]:
     """The parts to convert, and config.json of the source if that is a weights folder. Raises Refusal."""
     parts, base = open_source(args.source, args.ema, notes) if args.source else {}, {}
@@ -620,11 +640,7 @@ def gather(args: argparse.Namespace, notes: Notes) -> tuple[dict[str, Part], dic
         notes.files.clear()  # its record says where they came from
     for name in PARTS:
         if source := getattr(args, name):
-            found = open_source(source, args.ema if name == "unet" else "off", notes)
-            if name not in found:
-                raise WrongKind(f"{source} has no {LABELS[name]}: it is a "
-                                f"{' and '.join(LABELS[other] for other in found)} only")
-            parts[name] = found[name]
+            parts[name] = open_part(source, name, args.ema if name == "unet" else "off", notes)
     if missing := [name for name in REQUIRED if name not in parts]:
         raise WrongTensors(f"{args.source} has no {' and no '.join(LABELS[name] for name in missing)}: add "
                            f"{' and '.join('--' + name.replace('_', '-') + ' FILE' for name in missing)}")
@@ -701,23 +717,28 @@ def write_tensors(part: Part, path: Path, dtype: torch.dtype | None, bar: tqdm) 
     write_whole(path, stream)
 
 
-def write(parts: dict[str, Part], config: dict, output: Path, dtype: torch.dtype | None) -> None:
-    """Write the folder under a temporary name, then move it to its place: a failure leaves nothing."""
+@contextmanager
+def staged(output: Path) -> Iterator[Path]:
+    """A temporary folder whose contents go to `output` at the end: a failure leaves nothing."""
     anchor = next(p for p in (output, *output.absolute().parents) if p.exists())
-    total = sum(len(part.tensors) for part in parts.values())
-    with (tempfile.TemporaryDirectory(prefix=".convert-", dir=anchor) as temporary,
-          tqdm(total=total, desc="converting", unit="tensor", disable=None) as bar):
-        staged = Path(temporary) / "weights"
-        staged.mkdir()
-        for name, part in parts.items():
-            write_tensors(part, staged / f"{name}.safetensors", dtype, bar)
-        write_json(config, staged / "config.json")
+    with tempfile.TemporaryDirectory(prefix=".convert-", dir=anchor) as temporary:
+        folder = Path(temporary) / "weights"
+        folder.mkdir()
+        yield folder
         if output.exists():
-            for file in sorted(staged.iterdir()):
+            for file in sorted(folder.iterdir()):
                 os.replace(file, output / file.name)
         else:
             output.parent.mkdir(parents=True, exist_ok=True)
-            staged.rename(output)
+            folder.rename(output)
+
+
+def write_parts(parts: dict[str, Part], files: dict[str, Path], dtype: torch.dtype | None) -> None:
+    """Write each part to its file. Raises Refusal and OSError."""
+    total = sum(len(part.tensors) for part in parts.values())
+    with tqdm(total=total, desc="writing", unit="tensor", disable=None) as bar:
+        for name, part in parts.items():
+            write_tensors(part, files[name], dtype, bar)
 
 
 def check_output(args: argparse.Namespace, names: Iterable[str]) -> None:
@@ -737,7 +758,10 @@ def convert(args: argparse.Namespace) -> None:
     for name, part in parts.items():
         fit(name, part, notes)
     check_together(parts)
-    write(parts, describe(args, parts, base, notes), args.output, DTYPES[args.dtype])
+    config = describe(args, parts, base, notes)
+    with staged(args.output) as folder:
+        write_parts(parts, {name: folder / f"{name}.safetensors" for name in parts}, DTYPES[args.dtype])
+        write_json(config, folder / "config.json")
     for name, part in parts.items():
         print(f"{LABELS[name]}: {len(part.tensors)} tensors from {part.path} ({part.layout})")
     for line in (f"EMA: {parts['unet'].ema}", *notes.repaired, f"written to {args.output}"):
@@ -761,14 +785,20 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def main(argv: list[str] | None = None) -> None:
+def run(work: Callable[[], None]) -> None:
+    """Do the work of a command; say in one line what is wrong, and leave with its code."""
     try:
-        convert(parse_args(argv))
+        work()
     except (Refusal, WeightsError, OSError, MemoryError, SafetensorError) as error:
         print("error:", " ".join(str(error).split()) or type(error).__name__, file=sys.stderr)
         sys.exit(error.code if isinstance(error, Refusal) else 3 if isinstance(error, WeightsError) else 1)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    run(lambda: convert(args))
 
 
 if __name__ == "__main__":
