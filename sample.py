@@ -372,8 +372,8 @@ def draw(args: argparse.Namespace, pipeline, subjects: list, sheet) -> Iterator:
 
 def describe(args: argparse.Namespace, places: list[Place], moa: Path | None) -> dict:
     """The settings that go into the pictures' metadata: names of files, never where they lie."""
-    kept = ("prompt", "negative_prompt", "steps", "sampler", "guidance_scale", "clip_skip", "width", "height",
-            "prior_only", "dtype")
+    kept = ("prompt", "negative_prompt", "steps", "sampler", "guidance_scale", "clip_skip", "width",
+            "height", "prior_only", "dtype")
     return {**{name: getattr(args, name) for name in kept},
             "weights": args.weights.resolve().name, "moa": moa.name if moa else None,
             "vae": Path(args.vae).resolve().name if args.vae else None,

@@ -82,7 +82,8 @@ def skip_one(pipe, prompts: list[str]) -> torch.Tensor:
     ("a woman in a red shirt riding a bike on the beach", [], {}),
     ("a man and a boy sitting on a sofa", ["--negative-prompt", "a photo of a woman at night"],
      {"negative_prompt": "a photo of a woman at night"}),
-    ("a girl with curly hair in the park", ["--width", "160", "--height", "96"], {"width": 160, "height": 96}),
+    ("a girl with curly hair in the park", ["--width", "160", "--height", "96"],
+     {"width": 160, "height": 96}),
     ("a person reading a book", ["--clip-skip", "2"], {"clip_skip": 1})])
 def test_diffusers_draws_the_pictures_of_sample(world, tmp_path, prompt, flags, settings):
     file = tmp_path / "ours.png"
@@ -197,10 +198,12 @@ def test_refuses_broken_parts(refused, broken, part):
     file = broken / f"{part}.safetensors"
     whole, state = file.read_bytes(), {k: v.clone() for k, v in load_file(file).items()}
     name = sorted(state)[0]
-    for content, message in ((b"", "is empty"), (whole[:-9], "truncated or damaged"), (b"<html>", "web page")):
+    for content, message in ((b"", "is empty"), (whole[:-9], "truncated or damaged"),
+                             (b"<html>", "web page")):
         file.write_bytes(content)
         assert message in refused(2, broken)
-    for change, message in (({name: state[name][:1]}, f"{name} is (1"), ({"extra": state[name] + 1}, "unexpected"),
+    for change, message in (({name: state[name][:1]}, f"{name} is (1"),
+                            ({"extra": state[name] + 1}, "unexpected"),
                             ({name: torch.full_like(state[name], torch.nan)}, "not finite")):
         save_file({**state, **change}, file)
         assert message in refused(3, broken)

@@ -126,8 +126,8 @@ def test_one_picture(draw, place):
             PROMPT, "Steps: 3, Sampler: UniPC, CFG scale: 3.0, Seed: 5, Size: 64x64, Model: tiny"]
     assert settings("new/folder/x.png") == {
         "prompt": PROMPT, "negative_prompt": "", "steps": 3, "sampler": "unipc", "guidance_scale": 3.0,
-        "clip_skip": 1, "vae": None, "width": 64, "height": 64, "prior_only": False, "dtype": "fp32", "weights": "tiny",
-        "moa": "moa.safetensors", "subjects": ["woman=ada.png"], "seed": 5}
+        "clip_skip": 1, "vae": None, "width": 64, "height": 64, "prior_only": False, "dtype": "fp32",
+        "weights": "tiny", "moa": "moa.safetensors", "subjects": ["woman=ada.png"], "seed": 5}
 
 
 def test_image_k_of_many_is_seed_plus_k_alone(draw, monkeypatch):
@@ -223,7 +223,8 @@ def test_clip_skip_leaves_out_the_last_layers(draw, other_world):
     assert number == 2 and np.abs(last - second).mean() > 1
     assert np.array_equal(last, picture("--clip-skip", 1)[0])
     config, file = read_config(other_world), other_world / "text_encoder.safetensors"
-    write_json({**config, "text_encoder": {**config["text_encoder"], "layers": 1}}, other_world / "config.json")
+    config["text_encoder"]["layers"] = 1
+    write_json(config, other_world / "config.json")
     save_file({k: v for k, v in load_file(file).items() if ".layers.1." not in k}, file)
     assert np.array_equal(second, picture()[0])
 
@@ -237,7 +238,8 @@ def test_another_vae(draw, world, tmp_path, kind):
     if kind == "checkpoint in fp16":
         save_file({f"first_stage_model.{k}": v for k, v in load_file(source).items()}, source)
     if kind == "weights folder":
-        shutil.copytree(world, other, dirs_exist_ok=True, ignore=lambda *_: ["vae.safetensors", "config.json"])
+        shutil.copytree(world, other, dirs_exist_ok=True,
+                        ignore=lambda *_: ["vae.safetensors", "config.json"])
         write_json({**read_config(world), "vae": read_config(other)["vae"]}, other / "config.json")
         source = other
     draw("--prior-only", "--vae", source, "--output", "x.png")
@@ -309,7 +311,8 @@ def test_says_when_a_subject_is_foreign(draw, refuse, other_world):
     (["--clip-skip", "0"], "--clip-skip must be in 1..12, not 0"),
     (["--clip-skip", "3"], "clip skip must be in 1..2, the layers of these weights' text encoder"),
     (["--vae", "missing.safetensors"], "--vae: missing.safetensors does not exist"),
-    (["--vae", "ada.png"], "--vae: ada.png is not a model file"), (["--vae", "."], "--vae: . is no model folder"),
+    (["--vae", "ada.png"], "--vae: ada.png is not a model file"),
+    (["--vae", "."], "--vae: . is no model folder"),
     (["--vae", ""], "--vae"),
     (["--device", "cuda:99"], "--device cuda:99 cannot be used"),
     (["--device", "tpu"], "--device 'tpu' is unknown"), (["--device", "meta"], "--device 'meta' is unknown"),

@@ -705,7 +705,7 @@ def write_tensors(part: Part, path: Path, dtype: torch.dtype | None, bar: tqdm) 
         shape = part.tensors[key].shape
         start, end = end, end + math.prod(shape) * types[key].itemsize
         header[key] = {"dtype": names[types[key]], "shape": shape, "data_offsets": (start, end)}
-    text = json.dumps(header).encode()
+    text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
 
     def stream(temporary: Path) -> None:
