@@ -2,12 +2,14 @@
 import json
 import os
 import pickle
+import pty
 import re
 import resource
 import shutil
 import subprocess
 import sys
 import types
+from contextlib import suppress
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -28,6 +30,7 @@ from models.unet import UNet, UNetConfig
 from weights import convert_sd15
 
 SCRIPT = Path(convert_sd15.__file__)
+
 
 @pytest.fixture(autouse=True)
 def swift(monkeypatch, tmp_path):
@@ -531,6 +534,14 @@ def test_repository_without_a_network(monkeypatch, refused):
     assert "download it where there is a network and give its path" in message
 
 
+def test_repository_with_the_network_off(tmp_path):
+    done = subprocess.run([sys.executable, str(SCRIPT), "some/model", "--output", tmp_path / "out"],
+                          capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 2 and os.listdir(tmp_path) == []
+    assert done.stderr.startswith("error: some/model is no file or folder here")
+    assert "give its path" in done.stderr and done.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize("name", ["absent.safetensors", "folder/absent.ckpt", "/no/such/folder", "a/b/c"])
 def test_a_source_that_does_not_exist(refused, name):
     assert f"{name} does not exist" in refused(2, name)
@@ -607,6 +618,10 @@ def test_other_models_are_named(tmp_path, refused, shapes, message):
     save_file(state, tmp_path / "other.safetensors")
     found = refused(2, tmp_path / "other.safetensors")
     assert message in found and str(tmp_path / "other.safetensors") in found
+    if " only" not in message:  # what it is, the evidence, what to do
+        assert any(name in found for name in shapes) and "takes Stable Diffusion 1.5 only" in found
+    else:
+        assert "give it as --" in found
     torch.save(state, tmp_path / "other.bin")
     assert message in refused(2, tmp_path / "other.bin")
     assert message in refused(2, "--unet", tmp_path / "other.bin", *[
@@ -865,6 +880,28 @@ def test_a_full_disk_leaves_nothing(tmp_path, saved):
         text=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
     assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("error: "), done.stderr
     assert "Traceback" not in done.stderr and os.listdir(tmp_path) == []
+
+
+def test_a_termination_leaves_nothing(tmp_path, saved):
+    code = ("import os, runpy, signal, sys; import models.load\n"
+            "models.load.write_whole = lambda *rest: os.kill(os.getpid(), signal.SIGTERM)\n"
+            "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')")
+    done = subprocess.run([sys.executable, "-c", code, SCRIPT, saved, "--output", tmp_path / "out"],
+                          cwd=SCRIPT.parents[1], capture_output=True, text=True)
+    assert done.returncode == 143 and done.stderr == "" and os.listdir(tmp_path) == []
+
+
+def test_progress_is_shown_on_a_terminal(tmp_path, saved):
+    terminal, theirs = pty.openpty()
+    with subprocess.Popen([sys.executable, str(SCRIPT), saved, "--output", tmp_path / "out"], stderr=theirs,
+                          stdout=subprocess.DEVNULL, env={**os.environ, "TQDM_NCOLS": "80"}):
+        os.close(theirs)
+        shown = b""
+        with suppress(OSError):  # how a terminal ends
+            while chunk := os.read(terminal, 4096):
+                shown += chunk
+    os.close(terminal)
+    assert b"hashing" in shown and b"writing: 100%" in shown
 
 
 @pytest.mark.parametrize("types", [[torch.float64, torch.float16, torch.float32], [torch.bfloat16]])
