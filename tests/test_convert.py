@@ -894,7 +894,8 @@ def test_a_termination_leaves_nothing(tmp_path, saved):
 def test_progress_is_shown_on_a_terminal(tmp_path, saved):
     terminal, theirs = pty.openpty()
     with subprocess.Popen([sys.executable, str(SCRIPT), saved, "--output", tmp_path / "out"], stderr=theirs,
-                          stdout=subprocess.DEVNULL, env={**os.environ, "TQDM_NCOLS": "80"}):
+                          stdout=subprocess.DEVNULL,
+                          env={**os.environ, "TQDM_NCOLS": "80", "TQDM_NROWS": "24"}):
         os.close(theirs)
         shown = b""
         with suppress(OSError):  # how a terminal ends

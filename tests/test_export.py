@@ -14,6 +14,7 @@ import torch
 from parity_full import LIMIT, random, randomize, relative_error
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from test_shipped import ROOT, readme_commands
 
 import sample
 from models import load_models
@@ -259,3 +260,10 @@ def test_the_script_runs_from_anywhere_without_diffusers(tmp_path, weights):
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and "written to out" in done.stdout, done.stderr
     assert json.loads((tmp_path / "out" / "model_index.json").read_text())["unet"][0] == "diffusers"
+
+
+def test_readme_command(tmp_path, monkeypatch):
+    ((folder, *rest),) = readme_commands("weights/export_diffusers.py")
+    monkeypatch.chdir(tmp_path)
+    export_diffusers.main([str(ROOT / folder), *rest])
+    assert (tmp_path / rest[-1] / "model_index.json").exists()

@@ -691,8 +691,9 @@ def read_value(part: Part, name: str, dtype: torch.dtype) -> Tensor:
     """One tensor, cast and checked. Raises Refusal."""
     value = part.tensors[name].read().to(dtype)
     if not value.float().isfinite().all():
+        advice = "" if dtype == torch.float32 else ", or needs --dtype fp32"
         raise WrongTensors(f"{part.path}: {name} has values that are not finite (as {dtype}): the file is "
-                           "damaged, or needs --dtype fp32")
+                           f"damaged{advice}")
     return value.contiguous()
 
 
