@@ -289,7 +289,7 @@ def replace_vae(pipeline, source: str) -> None:
         raise ValueError(f"--vae: {error}") from error
     found, wanted = ((cfg.latent_channels, cfg.factor) for cfg in (vae.cfg, pipeline.models.vae.cfg))
     if found != wanted:
-        raise ValueError(f"--vae {source} is made for other weights: its latents have {found[0]} channels and "
+        raise ValueError(f"--vae {source} is made for other weights: its latents have {found[0]} channels, "
                          f"cells of {found[1]} pixels, here they have {wanted[0]} and {wanted[1]}")
     pipeline.models.vae = vae
 

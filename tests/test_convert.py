@@ -1,4 +1,5 @@
 """weights/convert_sd15.py: every layout gives the public models' outputs, all else is refused by name."""
+import copy
 import json
 import os
 import pickle
@@ -284,13 +285,17 @@ def test_kinds_of_files_in_a_folder(folder, out, expected, kind):
     agree(out, expected, 5e-3 if "fp16" in kind else LIMIT)
 
 
-def test_shards(folder, out, theirs, expected, refused):
+@pytest.mark.parametrize("kind", ["fp32", "fp16", "bin"])
+def test_shards(folder, out, theirs, expected, refused, kind):
     (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
-    theirs["unet"].save_pretrained(folder / "unet", max_shard_size="8MB")
+    unet = copy.deepcopy(theirs["unet"]).half() if kind == "fp16" else theirs["unet"]
+    unet.save_pretrained(folder / "unet", max_shard_size="4MB", safe_serialization=kind != "bin",
+                         variant="fp16" if kind == "fp16" else None)
     shards = sorted((folder / "unet").glob("*-of-*"))
-    assert len(shards) > 2
+    assert len(shards) > 2 and ("fp16" in shards[0].name) == (kind == "fp16")
+    assert (shards[0].suffix == ".bin") == (kind == "bin")
     convert(folder, "--output", out)
-    agree(out, expected)
+    agree(out, expected, 5e-3 if kind == "fp16" else LIMIT)
     shutil.rmtree(out.parent)
     shards[1].unlink()
     assert f"{len(shards) - 1} of {len(shards)} shards found" in refused(3, folder)
@@ -376,7 +381,7 @@ def test_a_missing_part_is_asked_for(tmp_path, states, out, expected, refused):
     shutil.rmtree(out.parent)
     save_file(own({k: v for k, v in state.items() if k.startswith("model.")}), source)
     assert "has no VAE and no text encoder: add --vae FILE and --text-encoder FILE" in refused(3, source)
-    assert "has no text encoder: it is a VAE only" in refused(2, source, "--text-encoder", vae)
+    assert "has no text encoder: it holds VAE only" in refused(2, source, "--text-encoder", vae)
     assert "give SOURCE, or all of" in refused(2, "--unet", source)
 
 
@@ -604,10 +609,10 @@ FOREIGN = [
     ({"lllite_unet_input_blocks_1_1.conditioning1.0.weight": (8, 8)}, "a control-LoRA"),
     ({"adapter.body.0.in_conv.weight": (8, 8)}, "a T2I-Adapter"),
     ({"decoder.conv_in.weight": (512, 16, 3, 3), "decoder.norm_out.bias": (8,)}, "the VAE of another model"),
-    ({"decoder.conv_in.weight": (512, 4, 3, 3), "encoder.conv_in.weight": (128, 3, 3, 3)}, "is a VAE only"),
-    ({"first_stage_model.decoder.conv_in.weight": (512, 4, 3, 3)}, "is a VAE only"),
-    ({"text_model.final_layer_norm.weight": (8,)}, "is a text encoder only"),
-    ({"visual.conv1.weight": (8, 3, 14, 14)}, "is a image encoder only"),
+    ({"decoder.conv_in.weight": (512, 4, 3, 3), "encoder.conv_in.weight": (128, 3, 3, 3)}, "holds VAE only"),
+    ({"first_stage_model.decoder.conv_in.weight": (512, 4, 3, 3)}, "holds VAE only"),
+    ({"text_model.final_layer_norm.weight": (8,)}, "holds text encoder only"),
+    ({"visual.conv1.weight": (8, 3, 14, 14)}, "holds image encoder only"),
     ({"layer1.0.weight": (8, 8), "fc.weight": (2, 2)}, "is no model that this project knows"),
 ]
 

@@ -383,7 +383,7 @@ def test_refuses_a_broken_config(refuse, other_world, change):
 
 
 def test_refuses_a_vae_of_other_weights(refuse, world, tmp_path):
-    assert "has no VAE: it is a UNet only" in refuse("--vae", world / "unet.safetensors")
+    assert "has no VAE: it holds UNet only" in refuse("--vae", world / "unet.safetensors")
     fine, file = tmp_path / "fine" / "vae.safetensors", tmp_path / "broken.safetensors"
     save_part(AutoencoderKL(VAEConfig(channels=(32, 32), layers=1)), tmp_path / "fine", "vae")
     assert "cells of 2 pixels, here they have 4 and 8" in refuse("--vae", fine)

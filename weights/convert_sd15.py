@@ -613,7 +613,7 @@ def open_part(source: str, name: str, ema: str, notes: Notes) -> Part:
     """One part of a file, folder or repository. Raises Refusal."""
     found = open_source(source, ema, notes)
     if name not in found:
-        raise WrongKind(f"{source} has no {LABELS[name]}: it is a "
+        raise WrongKind(f"{source} has no {LABELS[name]}: it holds "
                         f"{' and '.join(LABELS[other] for other in found)} only")
     return found[name]
 
@@ -633,8 +633,8 @@ def gather(args: argparse.Namespace, notes: Notes) -> tuple[dict[str, Part], dic
     parts, base = open_source(args.source, args.ema, notes) if args.source else {}, {}
     if parts and "unet" not in parts and not args.unet:
         flags = " and ".join(f"--{name.replace('_', '-')}" for name in parts)
-        raise WrongKind(f"{args.source} is a {' and '.join(LABELS[name] for name in parts)} only, "
-                        f"without UNet: give it as {flags} beside a checkpoint")
+        raise WrongKind(f"{args.source} holds {' and '.join(LABELS[name] for name in parts)} only, no UNet: "
+                        f"give it as {flags} beside a checkpoint")
     if parts and next(iter(parts.values())).layout == OWN:
         base = next(iter(parts.values())).settings
         notes.files.clear()  # its record says where they came from
