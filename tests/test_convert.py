@@ -825,7 +825,8 @@ def test_lightning_names_hide_no_call(tmp_path, refused, lightning, monkeypatch)
 
 # Writing
 
-@pytest.mark.parametrize("error", [OSError("No space left on device"), MemoryError()])
+@pytest.mark.parametrize("error", [OSError("No space left on device"), MemoryError(),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory")])
 @pytest.mark.parametrize("at", [0, 1, 2])
 def test_a_failure_leaves_nothing(monkeypatch, saved, tmp_path, refused, error, at):
     real, calls = convert_sd15.write_tensors, []

@@ -217,10 +217,18 @@ def test_refuses_broken_parts(refused, broken, part):
     ({"unet": {"heads": 0}}, "make no model"), ({"vae": None}, "no usable sizes"),
     ({"image_size": "64"}, "image_size '64'"), ({"image_size": -8}, "image_size -8"),
     ({"text_encoder": {"dim": 32, "layers": 3, "heads": 2, "kept_tokens": [BOS, EOS, 50000]}},
-     "ids of the vocabulary")], ids=str)
+     "ids of the vocabulary"),
+    ({"text_encoder": {"dim": 32, "layers": 3, "heads": 2, "kept_tokens": [BOS, EOS], "vocabulary": 10 ** 9}},
+     "token_embedding.weight is (49408, 32), expected (2, 32)")], ids=str)
 def test_refuses_broken_configs(refused, broken, change, message):
     write_json({**read_config(broken), **change}, broken / "config.json")
     assert message in refused(3, broken)
+
+
+def test_refuses_a_small_world_with_another_vocabulary(refused, broken):
+    cfg = CLIPTextConfig(dim=32, layers=1, heads=1, kept_tokens=(BOS, EOS), vocabulary=10 ** 12)
+    save_part(randomize(CLIPTextEncoder(cfg)), broken, "text_encoder")
+    assert "says vocabulary 1000000000000, CLIP's has 49408" in refused(3, broken)
 
 
 def test_refuses_parts_of_different_models(refused, broken):

@@ -793,6 +793,11 @@ def run(work: Callable[[], None]) -> None:
     except (Refusal, WeightsError, OSError, MemoryError, SafetensorError) as error:
         print("error:", " ".join(str(error).split()) or type(error).__name__, file=sys.stderr)
         sys.exit(error.code if isinstance(error, Refusal) else 3 if isinstance(error, WeightsError) else 1)
+    except RuntimeError as error:
+        if "allocate" not in str(error):  # torch has no error class for it on a CPU
+            raise
+        print("error: not enough memory", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
 

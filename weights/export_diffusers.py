@@ -111,10 +111,12 @@ def describe(name: str, cfg, cells: int) -> dict:
 
 
 def fill_table(part: Part) -> None:
-    """Give the text encoder a row for every token; those that it does not know are zero."""
+    """Give the text encoder a row for every token; those that it does not know are zero. Raises Refusal."""
     cfg, kept = part.cfg, part.tensors[TABLE]
     if not cfg.kept_tokens:
         return
+    if cfg.vocabulary != EOS + 1:
+        raise WrongTensors(f"{part.path}: config.json says vocabulary {cfg.vocabulary}, CLIP's has {EOS + 1}")
 
     def read() -> Tensor:
         table = torch.zeros(cfg.vocabulary, cfg.dim, dtype=kept.dtype)
