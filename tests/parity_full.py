@@ -1,6 +1,6 @@
 """Every model against its public counterpart, with random values in every tensor.
 
-    python tests/parity_full.py            # SD1.5's sizes: half an hour, 10 GB of memory, 25 GB of disk
+    python tests/parity_full.py            # SD1.5's sizes: 15 minutes, 9 GB of memory, 25 GB of disk
     python tests/parity_full.py --small    # the same at small sizes: a minute; the tests do this too
 
 It saves the public models with random tensors, writes them in each layout that the converter reads, converts
