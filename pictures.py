@@ -109,7 +109,9 @@ def parameters_text(settings: dict) -> str:
         lines.append(f"Negative prompt: {settings['negative_prompt']}")
     pairs = {"Steps": settings["steps"], "Sampler": {"unipc": "UniPC", "ddim": "DDIM"}[settings["sampler"]],
              "CFG scale": settings["guidance_scale"], "Seed": settings["seed"],
-             "Size": f"{settings['width']}x{settings['height']}", "Model": quoted(settings["weights"])}
+             "Size": f"{settings['width']}x{settings['height']}", "Model": quoted(settings["weights"]),
+             **({"Clip skip": settings["clip_skip"]} if settings["clip_skip"] > 1 else {}),
+             **({"VAE": quoted(settings["vae"])} if settings["vae"] else {})}
     return "\n".join([*lines, ", ".join(f"{k}: {v}" for k, v in pairs.items())])
 
 

@@ -53,6 +53,7 @@ class Pipeline:
              dtype: torch.dtype = torch.float32) -> "Pipeline":
         """Load a weights folder and, if given, a MoA file. Raises WeightsError and ValueError."""
         models = load_models(weights, device, dtype)
+        models.vae.float()  # real ones overflow in fp16 and draw black pictures
         if moa is None:
             return cls(models)
         prompt = load_moa(models.unet, moa)
@@ -78,9 +79,16 @@ class Pipeline:
         encoder = self.models.image_encoder
         return encoder(encoder.preprocess(images).to(self.device, self.dtype))
 
-    def encode_text(self, prompts: list[str]) -> Tensor:
-        """(B,) prompts -> (B, 77, C)."""
-        return self.models.text_encoder(self.models.tokenize(prompts).to(self.device))
+    def encode_text(self, prompts: list[str], clip_skip: int = 1) -> Tensor:
+        """(B,) prompts -> (B, 77, C), from the text encoder's last layer but `clip_skip` - 1.
+
+        Raises ValueError if it has fewer layers.
+        """
+        layers = self.models.text_encoder.cfg.layers
+        if not 1 <= clip_skip <= layers:
+            raise ValueError(f"clip skip must be in 1..{layers}, the layers of these weights' text encoder, "
+                             f"not {clip_skip}")
+        return self.models.text_encoder(self.models.tokenize(prompts).to(self.device), clip_skip - 1)
 
     def context_at(self, text: Tensor, subjects: Sequence[Sequence[Subject]]) -> Callable[[Tensor], object]:
         """The UNet's context as a function of t (B,): subject tokens change with the timestep.
@@ -103,6 +111,7 @@ class Pipeline:
                  subjects: Sequence[Sequence[Subject]] | None = None, negative_prompt: str = "",
                  size: tuple[int, int] | None = None, steps: int = 20, guidance_scale: float = 5.0,
                  sampler: str = "unipc", prior_only: bool = False, prior_above: int = PRIOR_ABOVE,
+                 clip_skip: int = 1,
                  progress: Callable[[int, int, int, Tensor], None] | None = None) -> Tensor:
         """Draw one picture per prompt.
 
@@ -114,12 +123,13 @@ class Pipeline:
                 between the two branches, in the background as well.
             size: (height, width) in pixels, multiples of the VAE's cell; None is config.json's.
             prior_only: draw with the base model. prior_above: timesteps from here on use it anyway.
+            clip_skip: the text encoder's layer that is used, counted from the last, 1.
             progress: called after each step as (step, steps, t, predicted clean latents).
         Returns: (B, 3, H, W) in [-1, 1], float32 on the CPU.
-        Raises ValueError for bad sizes and, from the sampler, for bad steps.
+        Raises ValueError for bad sizes and clip skips and, from the sampler, for bad steps.
         """
         x = self.noise(seeds, size)
-        text = self.encode_text([negative_prompt] * len(prompts) + list(prompts))
+        text = self.encode_text([negative_prompt] * len(prompts) + list(prompts), clip_skip)
         people = [[]] * len(prompts) + list(subjects or [[]] * len(prompts))
         if self.prompt is None and any(people):
             raise ValueError("subjects need MoA weights: load the pipeline with a MoA file")
@@ -155,5 +165,6 @@ class Pipeline:
 
         Infinite values become NaN, so that they cannot pass for black or white.
         """
-        pictures = self.models.vae.decode(latents).float().cpu()
+        vae = self.models.vae
+        pictures = vae.decode(latents.to(vae.post_quant_conv.weight.dtype)).float().cpu()
         return pictures.masked_fill(pictures.isinf(), float("nan")).clamp(-1, 1)

@@ -25,7 +25,7 @@ PEOPLE = ("man", "woman", "boy", "girl", "person", "kid", "child", "baby", "guy"
           "father", "mother", "dad", "mom", "son", "daughter", "grandfather", "grandmother", "friend")
 # What a flag, or config.json in its place, may say.
 LIMITS = {"num": (1, 1000), "seed": (0, 2 ** 63 - 1), "steps": (1, 999), "guidance_scale": (0, 100),
-          "width": (8, 2048), "height": (8, 2048)}
+          "width": (8, 2048), "height": (8, 2048), "clip_skip": (1, 12)}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -43,6 +43,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--guidance-scale", type=float,
         help="classifier-free guidance; 1 is none (default: the weights', or 5)")
     add("--negative-prompt", default="", help="what to lead away from")
+    add("--clip-skip", type=int, default=1, metavar="N",
+        help="take the text encoder's N-th layer from the end, as web UIs count: 1 is the last (default), "
+             "which diffusers calls 0")
     add("--sampler", choices=["unipc", "ddim"], default="unipc", help="default unipc")
     add("--width", type=int, help="pixels, a multiple of 8 (default: the weights')")
     add("--height", type=int, help="pixels, a multiple of 8 (default: the weights')")
@@ -51,6 +54,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="also save what the routers gave to the personalized experts in the first picture (.png)")
     add("--weights", type=Path, default=SHIPPED, metavar="FOLDER", help="default: the small world")
     add("--moa", type=Path, metavar="FILE", help="default: moa.safetensors in the weights folder")
+    add("--vae", metavar="FILE", help="decode with this VAE: a file or folder that convert_sd15.py reads")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default auto)")
     add("--dtype", choices=["fp32", "fp16", "bf16"], default="fp32", help="default fp32")
     return parser.parse_args(argv)
@@ -270,7 +274,24 @@ def load_pipeline(args: argparse.Namespace):
                          "--save-routing need: give --moa FILE, or --prior-only to draw without subjects")
     if moa and args.subject and pipeline.models.image_encoder is None:
         raise ValueError(f"--weights {args.weights} has no image_encoder.safetensors, which --subject needs")
+    if args.vae is not None:
+        replace_vae(pipeline, args.vae)
     return pipeline, moa
+
+
+def replace_vae(pipeline, source: str) -> None:
+    """Decode with another VAE. Raises ValueError if it cannot be read, or speaks of other latents."""
+    from models import WeightsError
+    from weights.convert_sd15 import Refusal, SafetensorError, load_vae
+    try:
+        vae = load_vae(source).to(pipeline.device)
+    except (Refusal, WeightsError, SafetensorError) as error:
+        raise ValueError(f"--vae: {error}") from error
+    found, wanted = ((cfg.latent_channels, cfg.factor) for cfg in (vae.cfg, pipeline.models.vae.cfg))
+    if found != wanted:
+        raise ValueError(f"--vae {source} is made for other weights: its latents have {found[0]} channels, "
+                         f"cells of {found[1]} pixels, here they have {wanted[0]} and {wanted[1]}")
+    pipeline.models.vae = vae
 
 
 def fill_in(args: argparse.Namespace, config: dict) -> None:
@@ -346,15 +367,16 @@ def draw(args: argparse.Namespace, pipeline, subjects: list, sheet) -> Iterator:
             yield from to_images(pipeline.generate(
                 [args.prompt] * len(batch), batch, [subjects] * len(batch),
                 args.negative_prompt, (args.height, args.width), args.steps, args.guidance_scale,
-                args.sampler, progress=progress))
+                args.sampler, clip_skip=args.clip_skip, progress=progress))
 
 
 def describe(args: argparse.Namespace, places: list[Place], moa: Path | None) -> dict:
     """The settings that go into the pictures' metadata: names of files, never where they lie."""
-    kept = ("prompt", "negative_prompt", "steps", "sampler", "guidance_scale", "width", "height",
-            "prior_only", "dtype")
+    kept = ("prompt", "negative_prompt", "steps", "sampler", "guidance_scale", "clip_skip", "width",
+            "height", "prior_only", "dtype")
     return {**{name: getattr(args, name) for name in kept},
             "weights": args.weights.resolve().name, "moa": moa.name if moa else None,
+            "vae": Path(args.vae).resolve().name if args.vae else None,
             "subjects": [f"{place.word}={Path(place.file).name}" for place in places]}
 
 

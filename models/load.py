@@ -104,16 +104,19 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise WeightsError(f"{path} is not a readable safetensors file: {error}") from error
 
 
+def differences(found: dict, expected: dict) -> list[str]:
+    """What is missing, unexpected or of another shape; both map names to things that have a `.shape`."""
+    return [*(f"missing {k}" for k in sorted(expected.keys() - found.keys())),
+            *(f"unexpected {k}" for k in sorted(found.keys() - expected.keys())),
+            *(f"{k} is {tuple(found[k].shape)}, expected {tuple(expected[k].shape)}"
+              for k in sorted(found.keys() & expected.keys()) if found[k].shape != expected[k].shape)]
+
+
 def check_exact(found: dict[str, Tensor], expected: dict[str, Tensor], path: Path) -> None:
     """Raise WeightsError unless keys and shapes agree; the message lists the first five differences."""
-    differences = [f"missing {k}" for k in sorted(expected.keys() - found.keys())]
-    differences += [f"unexpected {k}" for k in sorted(found.keys() - expected.keys())]
-    differences += [f"{k} is {tuple(found[k].shape)}, expected {tuple(expected[k].shape)}"
-                    for k in sorted(found.keys() & expected.keys())
-                    if found[k].shape != expected[k].shape]
-    if differences:
-        raise WeightsError(f"{path} does not fit its config.json, {len(differences)} differences: "
-                           + "; ".join(differences[:5]))
+    if wrong := differences(found, expected):
+        raise WeightsError(f"{path} does not fit its config.json, {len(wrong)} differences: "
+                           + "; ".join(wrong[:5]))
 
 
 def save_part(module: nn.Module, folder: Path, part: str, dtype: torch.dtype = torch.float16) -> None:

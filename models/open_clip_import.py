@@ -4,20 +4,27 @@ from types import ModuleType
 import torch
 
 
-def open_clip() -> ModuleType:
-    """Import open_clip, also beside a CPU-only torch.
+def mend_torchvision() -> None:
+    """Make `import torchvision` possible beside a CPU-only torch.
 
-    open_clip imports torchvision, whose wheel is built for CUDA torch; beside a CPU torch its
-    compiled operators do not load and the import stops at the first one that is missing. Declaring
-    the two names lets it go on. Neither operator is ever called here.
+    Its wheel is built for CUDA torch; beside a CPU torch the compiled operators do not load, and the
+    import stops at the first one that is missing. Declaring the two names lets it go on; neither is
+    ever called here. Only after the import has failed: where the compiled operators do load, a name
+    that is declared already would end the process.
     """
-    for schema in ("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-                   "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"):
-        name, arguments = schema.split("(", 1)
-        try:
-            torch._C._dispatch_find_schema_or_throw(f"torchvision::{name}", "")
-        except RuntimeError:
-            torch.library.define(f"torchvision::{name}", f"({arguments}")
+    try:
+        import torchvision  # noqa: F401
+    except ImportError:
+        pass
+    except RuntimeError:
+        for name in ("nms", "qnms"):
+            torch.library.define(f"torchvision::{name}",
+                                 "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
+def open_clip() -> ModuleType:
+    """Import open_clip, which imports torchvision, also beside a CPU-only torch."""
+    mend_torchvision()
     import open_clip
     import open_clip.tokenizer
     import open_clip.transformer

@@ -15,7 +15,7 @@ FORBIDDEN = {
     "samplers": ROOMS - {"samplers"},
     "moa": ROOMS - {"moa", "models"},
     "data": ROOMS - {"data"},
-    "weights": ROOMS - {"models", "weights"},
+    "weights": ROOMS - {"models", "samplers", "weights"},
 }
 DISTRIBUTIONS = {"huggingface_hub": "open_clip_torch", "open_clip": "open_clip_torch", "PIL": "pillow",
                  "torchvision": "open_clip_torch"}

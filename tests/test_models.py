@@ -6,8 +6,8 @@ from random import Random
 
 import pytest
 import torch
-from parity_full import (PARAMETERS, adopt, count, image_error, image_pair, random, randomize, relative_error,
-                         text_errors, text_pair, unet_error, unet_pair, vae_errors, vae_pair)
+from parity_full import (LIMIT, OUTPUTS, PARAMETERS, adopt, count, errors, pair, random, randomize,
+                         relative_error)
 
 from models.attention import CrossAttention, timestep_embedding
 from models.clip_image import MEAN, STD, CLIPImageConfig, CLIPImageEncoder
@@ -16,28 +16,34 @@ from models.open_clip_import import open_clip
 from models.unet import UNet, UNetConfig
 from models.vae import LATENT_SCALE, AutoencoderKL, VAEConfig
 
-LIMIT = 2e-5
 SD_LIKE = UNetConfig(channels=(32, 64, 96, 96), context_dim=32)
 OTHER = UNetConfig(channels=(24, 48, 72), layers=1, heads=6, context_dim=20, groups=8)
 VAE_SD_LIKE = VAEConfig(channels=(32, 64, 96, 96))
 VAE_OTHER = VAEConfig(latent_channels=5, channels=(16, 32, 48), layers=1, groups=8)
 
 
+def agree(part, ours, theirs, *size, **more):
+    """Both models compute the same."""
+    found, expected = (OUTPUTS[part](model, ours.cfg, *size, **more) for model in (ours, theirs))
+    for name, error in errors(found, expected).items():
+        assert error < LIMIT, f"{name}: {error}"
+
+
 # UNet
 
 @pytest.fixture(scope="module")
 def sd_like_unet():
-    return unet_pair(SD_LIKE)
+    return pair("unet", SD_LIKE)
 
 
 @pytest.mark.parametrize("size", [(16, 16), (10, 14), (9, 21), (8, 24)])
 def test_unet_equals_diffusers(sd_like_unet, size):
-    assert unet_error(*sd_like_unet, *size) < LIMIT
+    agree("unet", *sd_like_unet, *size)
 
 
 @pytest.mark.parametrize("size", [(12, 8), (11, 6)])
 def test_unet_of_other_sizes_equals_diffusers(size):
-    assert unet_error(*unet_pair(OTHER), *size, tokens=5) < LIMIT
+    agree("unet", *pair("unet", OTHER), *size, tokens=5)
 
 
 def test_unet_has_the_686_keys_of_sd15(sd_like_unet):
@@ -84,13 +90,11 @@ def test_attention_needs_a_divisible_width():
 @pytest.mark.parametrize("cfg, size", [
     (VAE_SD_LIKE, (64, 64)), (VAE_SD_LIKE, (40, 72)), (VAE_OTHER, (36, 20))])
 def test_vae_equals_diffusers(cfg, size):
-    ours, theirs = vae_pair(cfg)
-    for name, error in vae_errors(ours, theirs, *size).items():
-        assert error < LIMIT, name
+    agree("vae", *pair("vae", cfg), *size)
 
 
 def test_vae_has_the_248_keys_of_sd15():
-    ours, theirs = vae_pair(VAE_SD_LIKE)
+    ours, theirs = pair("vae", VAE_SD_LIKE)
     assert len(ours.state_dict()) == 248
     assert ours.state_dict().keys() == theirs.state_dict().keys()
 
@@ -132,9 +136,7 @@ def test_normalize_latents_keeps_the_pictures():
 @pytest.mark.parametrize("cfg", [CLIPTextConfig(dim=32, layers=3, heads=4),
                                  CLIPTextConfig(dim=48, layers=2, heads=2, length=20)])
 def test_text_encoder_equals_transformers(cfg):
-    ours, theirs = text_pair(cfg)
-    for name, error in text_errors(ours, theirs).items():
-        assert error < LIMIT, name
+    agree("text_encoder", *pair("text_encoder", cfg))
 
 
 def test_kept_tokens_give_the_same_hidden_states():
@@ -159,7 +161,7 @@ def test_kept_tokens_give_the_same_hidden_states():
     CLIPImageConfig(image_size=32, patch_size=8, dim=64, layers=2, heads=4, output_dim=24),
     CLIPImageConfig(image_size=42, patch_size=14, dim=96, layers=1, heads=2, output_dim=40)])
 def test_image_encoder_equals_transformers(cfg):
-    assert image_error(*image_pair(cfg)) < LIMIT
+    agree("image_encoder", *pair("image_encoder", cfg))
 
 
 def test_image_encoder_is_that_of_vit_l_14_quickgelu():

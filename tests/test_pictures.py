@@ -183,7 +183,7 @@ def test_nan_is_an_error():
 
 SETTINGS = {"prompt": "a woman, « 笑 »\nin Paris: now", "negative_prompt": "rain", "steps": 20,
             "sampler": "unipc", "guidance_scale": 4.0, "seed": 7, "width": 64, "height": 128,
-            "weights": "my, model"}
+            "weights": "my, model", "clip_skip": 2, "vae": "sharp.pt"}
 
 
 def test_metadata_come_back(tmp_path):
@@ -195,7 +195,7 @@ def test_metadata_come_back(tmp_path):
     # The expression with which the field's web UIs read the last line.
     pairs = dict(re.findall(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)', last))
     assert pairs == {"Steps": "20", "Sampler": "UniPC", "CFG scale": "4.0", "Seed": "7", "Size": "64x128",
-                     "Model": '"my, model"'}
+                     "Model": '"my, model"', "Clip skip": "2", "VAE": "sharp.pt"}
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.png"]
 
 

@@ -24,6 +24,7 @@ from models.load import read_config, save_part, write_json
 from models.open_clip_import import open_clip
 from models.unet import UNet, UNetConfig
 from models.vae import AutoencoderKL, VAEConfig
+from pictures import to_images
 from pipeline import Pipeline
 
 SCRIPT = Path(sample.__file__)
@@ -37,7 +38,7 @@ def small_models() -> dict[str, torch.nn.Module]:
     image = CLIPImageConfig(image_size=32, patch_size=8, dim=16, layers=1, heads=2, output_dim=16)
     return {"unet": UNet(UNetConfig(channels=(8, 16, 16, 16), heads=2, context_dim=16, groups=4)),
             "vae": AutoencoderKL(VAEConfig(channels=(8, 8, 8, 8), layers=1, groups=4)),
-            "text_encoder": CLIPTextEncoder(CLIPTextConfig(dim=16, layers=1, heads=2, kept_tokens=kept)),
+            "text_encoder": CLIPTextEncoder(CLIPTextConfig(dim=16, layers=2, heads=2, kept_tokens=kept)),
             "image_encoder": CLIPImageEncoder(image)}
 
 
@@ -125,8 +126,8 @@ def test_one_picture(draw, place):
             PROMPT, "Steps: 3, Sampler: UniPC, CFG scale: 3.0, Seed: 5, Size: 64x64, Model: tiny"]
     assert settings("new/folder/x.png") == {
         "prompt": PROMPT, "negative_prompt": "", "steps": 3, "sampler": "unipc", "guidance_scale": 3.0,
-        "width": 64, "height": 64, "prior_only": False, "dtype": "fp32", "weights": "tiny",
-        "moa": "moa.safetensors", "subjects": ["woman=ada.png"], "seed": 5}
+        "clip_skip": 1, "vae": None, "width": 64, "height": 64, "prior_only": False, "dtype": "fp32",
+        "weights": "tiny", "moa": "moa.safetensors", "subjects": ["woman=ada.png"], "seed": 5}
 
 
 def test_image_k_of_many_is_seed_plus_k_alone(draw, monkeypatch):
@@ -200,7 +201,7 @@ def test_writes_into_folders_and_replaces_files(draw, place):
     ["--steps", 1], ["--steps", 5, "--sampler", "ddim"], ["--guidance-scale", 1], ["--guidance-scale", 0],
     ["--seed", 0], ["--seed", 2 ** 63 - 1, "--num", 2], ["--negative-prompt", "man"],
     ["--negative-prompt", ""], ["--width", 8, "--height", 8], ["--device", "cpu"], ["--dtype", "fp16"],
-    ["--dtype", "bf16"], ["--save-routing", "r.png"]])
+    ["--dtype", "bf16"], ["--save-routing", "r.png"], ["--clip-skip", 2]])
 def test_settings_that_work(draw, flags):
     out, err = draw("--subject", "ada.png", "--output", "x.png", *flags)
     assert err == [] and all(Path(path).is_file() for path in out[1:])
@@ -212,6 +213,57 @@ def test_odd_sizes_and_their_routing(draw):
     assert out == ["seed 5", "sample.png", "maps/r.png"] and err == []
     assert pixels("sample.png").shape == (120, 136, 3)
     assert pixels("maps/r.png").shape[1] > 300
+
+
+def test_clip_skip_leaves_out_the_last_layers(draw, other_world):
+    def picture(*flags, weights=other_world):
+        draw("--subject", "ada.png", "--output", "x.png", *flags, weights=weights)
+        return pixels("x.png"), settings("x.png")["clip_skip"]
+    last, (second, number) = picture()[0], picture("--clip-skip", 2)
+    assert number == 2 and np.abs(last - second).mean() > 1
+    assert np.array_equal(last, picture("--clip-skip", 1)[0])
+    config, file = read_config(other_world), other_world / "text_encoder.safetensors"
+    config["text_encoder"]["layers"] = 1
+    write_json(config, other_world / "config.json")
+    save_file({k: v for k, v in load_file(file).items() if ".layers.1." not in k}, file)
+    assert np.array_equal(second, picture()[0])
+
+
+@pytest.mark.parametrize("kind", ["file", "weights folder", "checkpoint in fp16"])
+def test_another_vae(draw, world, tmp_path, kind):
+    torch.manual_seed(1)
+    vae, other = AutoencoderKL(VAEConfig(channels=(32, 32, 32, 32), layers=1)), tmp_path / "other"
+    save_part(vae, other, "vae", torch.float32 if kind == "file" else torch.float16)
+    source = other / "vae.safetensors"
+    if kind == "checkpoint in fp16":
+        save_file({f"first_stage_model.{k}": v for k, v in load_file(source).items()}, source)
+    if kind == "weights folder":
+        shutil.copytree(world, other, dirs_exist_ok=True,
+                        ignore=lambda *_: ["vae.safetensors", "config.json"])
+        write_json({**read_config(world), "vae": read_config(other)["vae"]}, other / "config.json")
+        source = other
+    draw("--prior-only", "--vae", source, "--output", "x.png")
+    draw("--prior-only", "--output", "old.png")
+    assert settings("x.png")["vae"] == source.name and np.abs(pixels("x.png") - pixels("old.png")).mean() > 1
+    drawing = Pipeline.load(world)
+    drawing.models.vae = vae
+    expected = to_images(drawing.generate([PROMPT], [5], steps=3, guidance_scale=3.0))[0]
+    assert np.abs(pixels("x.png") - np.array(expected).astype(int)).max() <= 1
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_a_vae_that_overflows_in_half_precision(draw, other_world, dtype):
+    file = other_world / "vae.safetensors"
+    state = load_file(file)
+    state["decoder.conv_in.weight"] = state["decoder.conv_in.weight"] * 2e4  # finite in fp16, its output not
+    save_file(state, file)
+    vae = Pipeline.load(other_world).models.vae.half()
+    assert state["decoder.conv_in.weight"].isfinite().all()
+    assert not vae.decode(torch.randn(1, 4, 8, 8).half()).isfinite().all()
+    draw("--prior-only", "--output", "whole.png", weights=other_world)
+    draw("--prior-only", "--output", "half.png", "--dtype", dtype, weights=other_world)
+    assert pixels("half.png").std() > 1
+    assert np.abs(pixels("half.png") - pixels("whole.png")).mean() < (2 if dtype == "fp16" else 10)
 
 
 def test_random_seed_is_printed_and_kept(world, place, capsys):
@@ -256,6 +308,12 @@ def test_says_when_a_subject_is_foreign(draw, refuse, other_world):
     (["--width", "100"], "--width must be a multiple of 8, not 100: 96 or 104"),
     (["--height", "0"], "--height must be in 8..2048"),
     (["--width", "1000000"], "--width must be in 8..2048"),
+    (["--clip-skip", "0"], "--clip-skip must be in 1..12, not 0"),
+    (["--clip-skip", "3"], "clip skip must be in 1..2, the layers of these weights' text encoder"),
+    (["--vae", "missing.safetensors"], "--vae: missing.safetensors does not exist"),
+    (["--vae", "ada.png"], "--vae: ada.png is not a model file"),
+    (["--vae", "."], "--vae: . is no model folder"),
+    (["--vae", ""], "--vae"),
     (["--device", "cuda:99"], "--device cuda:99 cannot be used"),
     (["--device", "tpu"], "--device 'tpu' is unknown"), (["--device", "meta"], "--device 'meta' is unknown"),
     (["--device", ""], "--device '' is unknown"),
@@ -322,6 +380,18 @@ def test_refuses_broken_weights(refuse, other_world, part):
 def test_refuses_a_broken_config(refuse, other_world, change):
     write_json({**read_config(other_world), **change}, other_world / "config.json")
     refuse("--subject", "ada.png", weights=other_world)
+
+
+def test_refuses_a_vae_of_other_weights(refuse, world, tmp_path):
+    assert "has no VAE: it holds UNet only" in refuse("--vae", world / "unet.safetensors")
+    fine, file = tmp_path / "fine" / "vae.safetensors", tmp_path / "broken.safetensors"
+    save_part(AutoencoderKL(VAEConfig(channels=(32, 32), layers=1)), tmp_path / "fine", "vae")
+    assert "cells of 2 pixels, here they have 4 and 8" in refuse("--vae", fine)
+    state = load_file(fine)
+    save_file({k: v for k, v in state.items() if k != "decoder.conv_out.bias"}, file)
+    assert "missing decoder.conv_out.bias" in refuse("--vae", file)
+    save_file({**state, "decoder.conv_out.bias": torch.full((3,), torch.nan)}, file)
+    assert "not finite" in refuse("--vae", file)
 
 
 def test_refuses_moa_of_other_models(refuse, other_world):

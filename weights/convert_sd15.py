@@ -26,6 +26,7 @@ import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -38,7 +39,7 @@ from tqdm import tqdm
 
 # A script has only its own folder on the path. Sizes, names and the writer are those of the loader.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from models.load import PARTS, WeightsError, build_config, save_tensors, write_json
+from models.load import PARTS, WeightsError, build_config, differences, write_json, write_whole
 
 REQUIRED = ("unet", "vae", "text_encoder")
 DTYPES = {"keep": None, "fp16": torch.float16, "fp32": torch.float32}
@@ -66,10 +67,16 @@ class Unsafe(Refusal):
     code = 4
 
 
+# Floating-point types by the names that safetensors files have for them.
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+          "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+
+
 class Lazy(NamedTuple):
     """A tensor whose shape is known and whose values are read only when asked for."""
 
     shape: tuple[int, ...]
+    dtype: torch.dtype | str  # safetensors' name where it is no floating-point type
     read: Callable[[], Tensor]
 
 
@@ -127,11 +134,18 @@ def open_file(path: Path, notes: Notes) -> State:
 
 def open_safetensors(path: Path) -> State:
     try:
-        file = safe_open(path, "pt")
-        return {k: Lazy(tuple(file.get_slice(k).get_shape()), partial(file.get_tensor, k))
-                for k in file.keys()}  # noqa: SIM118  it has no iterator
+        with safe_open(path, "pt") as file:
+            slices = {k: file.get_slice(k) for k in file.keys()}  # noqa: SIM118  it has no iterator
+            return {k: Lazy(tuple(s.get_shape()), FLOATS.get(s.get_dtype(), s.get_dtype()),
+                            partial(read_tensor, path, k)) for k, s in slices.items()}
     except SafetensorError as error:
         raise WrongKind(f"{path} is truncated or damaged ({error}): download it again") from error
+
+
+def read_tensor(path: Path, name: str) -> Tensor:
+    # Opened anew each time: a file that stays open keeps in memory all that was ever read of it.
+    with safe_open(path, "pt") as file:
+        return file.get_tensor(name)
 
 
 def open_pickle(path: Path, notes: Notes) -> State:
@@ -151,7 +165,7 @@ def flatten(prefix: str, tree: dict) -> Iterator[tuple[str, Lazy]]:
         if isinstance(value, dict):
             yield from flatten(f"{prefix}{key}.", value)
         elif isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta:
-            yield f"{prefix}{key}", Lazy(tuple(value.shape), lambda value=value: value)
+            yield f"{prefix}{key}", Lazy(tuple(value.shape), value.dtype, lambda value=value: value)
 
 
 class StandIn:
@@ -331,7 +345,7 @@ def refuse_foreign(state: State, path: Path) -> None:
             refuse(what, f"{key} found")
     if len(state) == 1 and re.fullmatch(r"[^.]+", next(iter(state))):
         refuse("a textual inversion", f"{next(iter(state))} is its only tensor")
-    for key, (shape, _) in state.items():
+    for key, (shape, *_) in state.items():
         channels = shape[1] if len(shape) > 1 else 0
         if key.endswith("attn2.to_k.weight") and channels in CONTEXTS:
             refuse(f"{CONTEXTS[channels]} checkpoint", f"{key} reads {channels} channels, not 768")
@@ -487,9 +501,9 @@ def join_vision(state: State) -> None:
                 three = [state.pop(n) for n in names]
                 shape = (sum(t.shape[0] for t in three), *three[0].shape[1:])
                 state[f"{match[1]}.attn.in_proj_{match[2]}"] = Lazy(
-                    shape, lambda three=three: torch.cat([t.read() for t in three]))
+                    shape, three[0].dtype, lambda three=three: torch.cat([t.read() for t in three]))
     if tensor := state.pop("visual_projection.weight", None):
-        state["visual.proj"] = Lazy(tensor.shape[::-1], lambda: tensor.read().T)
+        state["visual.proj"] = Lazy(tensor.shape[::-1], tensor.dtype, lambda: tensor.read().T)
 
 
 # 6. Sizes, from shapes; what shapes cannot tell comes from config.json or is SD1.5's.
@@ -558,34 +572,34 @@ def find_sizes(name: str, part: Part):
 
 
 @cache
-def shapes_of(name: str, cfg) -> dict[str, tuple[int, ...]]:
-    """The names and shapes that our module has at these sizes."""
+def expected_state(name: str, cfg) -> dict[str, Tensor]:
+    """The names and shapes that our module has at these sizes; the tensors have no values."""
     with torch.device("meta"):
-        return {k: tuple(v.shape) for k, v in PARTS[name][0](cfg).state_dict().items()}
+        return PARTS[name][0](cfg).state_dict()
 
 
 def fit(name: str, part: Part, notes: Notes) -> None:
     """Set the sizes, reshape 1x1 convolutions, require exactly our names and shapes. Raises Refusal."""
     try:
         part.cfg = part.cfg or find_sizes(name, part)
-        expected = shapes_of(name, part.cfg)
+        expected = expected_state(name, part.cfg)
     except (ArithmeticError, AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
         raise WrongTensors(f"{part.path}: the sizes of its {LABELS[name]} make no model: {error}") from error
     found = part.tensors
-    both = sorted(found.keys() & expected.keys())
-    convolutions = [k for k in both if found[k].shape != expected[k]
-                    and strip(found[k].shape) == strip(expected[k])]
+    convolutions = [k for k in sorted(found.keys() & expected.keys())
+                    if found[k].shape != expected[k].shape
+                    and strip(found[k].shape) == strip(expected[k].shape)]
     for key in convolutions:
-        found[key] = Lazy(expected[key], lambda t=found[key], s=expected[key]: t.read().reshape(s))
+        shape, lazy = tuple(expected[key].shape), found[key]
+        found[key] = Lazy(shape, lazy.dtype, lambda t=lazy, s=shape: t.read().reshape(s))
     if convolutions:
         notes.repaired.append(f"{len(convolutions)} tensors of the {LABELS[name]} reshaped: 1x1 convolutions")
-    wrong = [f"missing {k}" for k in sorted(expected.keys() - found.keys())]
-    wrong += [f"unexpected {k}" for k in sorted(found.keys() - expected.keys())]
-    wrong += [f"{k} is {found[k].shape}, expected {expected[k]}" for k in both
-              if found[k].shape != expected[k]]
-    if wrong:
+    if wrong := differences(found, expected):
         raise WrongTensors(f"{part.path}: its {LABELS[name]} is not Stable Diffusion 1.5's, {len(wrong)} "
                            f"differences: {'; '.join(wrong[:5])}")
+    for key, lazy in found.items():
+        if lazy.dtype not in FLOATS.values():
+            raise WrongTensors(f"{part.path}: {key} is {lazy.dtype}, not floating point")
 
 
 def strip(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -595,23 +609,38 @@ def strip(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 # 7. The command.
 
+def open_part(source: str, name: str, ema: str, notes: Notes) -> Part:
+    """One part of a file, folder or repository. Raises Refusal."""
+    found = open_source(source, ema, notes)
+    if name not in found:
+        raise WrongKind(f"{source} has no {LABELS[name]}: it holds "
+                        f"{' and '.join(LABELS[other] for other in found)} only")
+    return found[name]
+
+
+def load_vae(source: str) -> torch.nn.Module:
+    """The VAE of anything that can be converted, for inference in float32. Raises Refusal, WeightsError."""
+    part = open_part(source, "vae", "off", Notes())
+    fit("vae", part, Notes())
+    with torch.device("meta"):
+        vae = PARTS["vae"][0](part.cfg)
+    vae.load_state_dict({key: read_value(part, key, torch.float32) for key in part.tensors}, assign=True)
+    return vae.eval().requires_grad_(False)
+
+
 def gather(args: argparse.Namespace, notes: Notes) -> tuple[dict[str, Part], dict]:
     """The parts to convert, and config.json of the source if that is a weights folder. Raises Refusal."""
     parts, base = open_source(args.source, args.ema, notes) if args.source else {}, {}
     if parts and "unet" not in parts and not args.unet:
         flags = " and ".join(f"--{name.replace('_', '-')}" for name in parts)
-        raise WrongKind(f"{args.source} is a {' and '.join(LABELS[name] for name in parts)} only, "
-                        f"without UNet: give it as {flags} beside a checkpoint")
+        raise WrongKind(f"{args.source} holds {' and '.join(LABELS[name] for name in parts)} only, no UNet: "
+                        f"give it as {flags} beside a checkpoint")
     if parts and next(iter(parts.values())).layout == OWN:
         base = next(iter(parts.values())).settings
         notes.files.clear()  # its record says where they came from
     for name in PARTS:
         if source := getattr(args, name):
-            found = open_source(source, args.ema if name == "unet" else "off", notes)
-            if name not in found:
-                raise WrongKind(f"{source} has no {LABELS[name]}: it is a "
-                                f"{' and '.join(LABELS[other] for other in found)} only")
-            parts[name] = found[name]
+            parts[name] = open_part(source, name, args.ema if name == "unet" else "off", notes)
     if missing := [name for name in REQUIRED if name not in parts]:
         raise WrongTensors(f"{args.source} has no {' and no '.join(LABELS[name] for name in missing)}: add "
                            f"{' and '.join('--' + name.replace('_', '-') + ' FILE' for name in missing)}")
@@ -658,41 +687,59 @@ def digest(path: Path) -> tuple[str, str]:
     return f"{path.parent.name}/{path.name}" if path.parent.name in PARTS else path.name, sha.hexdigest()
 
 
-def read_values(part: Part, dtype: torch.dtype | None, bar: tqdm) -> dict[str, Tensor]:
-    """The tensors of one part, checked and cast. What need not change stays a view of the file."""
-    values, places = {}, set()
-    for name, lazy in part.tensors.items():
-        value = lazy.read()
-        if not value.is_floating_point():
-            raise WrongTensors(f"{part.path}: {name} is {value.dtype}, not floating point")
-        value = value.to(dtype or value.dtype)
-        if not value.float().isfinite().all():
-            raise WrongTensors(f"{part.path}: {name} has values that are not finite (as {value.dtype}): the "
-                               "file is damaged, or needs --dtype fp32")
-        # A safetensors file cannot hold one tensor under two names.
-        values[name] = value.clone() if value.data_ptr() in places else value
-        places.add(value.data_ptr())
-        bar.update()
-    return values
+def read_value(part: Part, name: str, dtype: torch.dtype) -> Tensor:
+    """One tensor, cast and checked. Raises Refusal."""
+    value = part.tensors[name].read().to(dtype)
+    if not value.float().isfinite().all():
+        advice = "" if dtype == torch.float32 else ", or needs --dtype fp32"
+        raise WrongTensors(f"{part.path}: {name} has values that are not finite (as {dtype}): the file is "
+                           f"damaged{advice}")
+    return value.contiguous()
 
 
-def write(parts: dict[str, Part], config: dict, output: Path, dtype: torch.dtype | None) -> None:
-    """Write the folder under a temporary name, then move it to its place: a failure leaves nothing."""
+def write_tensors(part: Part, path: Path, dtype: torch.dtype | None, bar: tqdm) -> None:
+    """Write a safetensors file with one tensor in memory at a time. Raises Refusal and OSError."""
+    names, header, end = {dtype: name for name, dtype in FLOATS.items()}, {}, 0
+    types = {key: dtype or lazy.dtype for key, lazy in part.tensors.items()}
+    order = sorted(types, key=lambda key: (-types[key].itemsize, key))  # so that all are aligned
+    for key in order:
+        shape = part.tensors[key].shape
+        start, end = end, end + math.prod(shape) * types[key].itemsize
+        header[key] = {"dtype": names[types[key]], "shape": shape, "data_offsets": (start, end)}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+
+    def stream(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for key in order:
+                file.write(read_value(part, key, types[key]).reshape(-1).view(torch.uint8).numpy())
+                bar.update()
+    write_whole(path, stream)
+
+
+@contextmanager
+def staged(output: Path) -> Iterator[Path]:
+    """A temporary folder whose contents go to `output` at the end: a failure leaves nothing."""
     anchor = next(p for p in (output, *output.absolute().parents) if p.exists())
-    total = sum(len(part.tensors) for part in parts.values())
-    with (tempfile.TemporaryDirectory(prefix=".convert-", dir=anchor) as temporary,
-          tqdm(total=total, desc="converting", unit="tensor", disable=None) as bar):
-        staged = Path(temporary) / "weights"
-        staged.mkdir()
-        for name, part in parts.items():  # one at a time in memory
-            save_tensors(read_values(part, dtype, bar), staged / f"{name}.safetensors")
-        write_json(config, staged / "config.json")
+    with tempfile.TemporaryDirectory(prefix=".convert-", dir=anchor) as temporary:
+        folder = Path(temporary) / "weights"
+        folder.mkdir()
+        yield folder
         if output.exists():
-            for file in sorted(staged.iterdir()):
+            for file in sorted(folder.iterdir()):
                 os.replace(file, output / file.name)
         else:
             output.parent.mkdir(parents=True, exist_ok=True)
-            staged.rename(output)
+            folder.rename(output)
+
+
+def write_parts(parts: dict[str, Part], files: dict[str, Path], dtype: torch.dtype | None) -> None:
+    """Write each part to its file. Raises Refusal and OSError."""
+    total = sum(len(part.tensors) for part in parts.values())
+    with tqdm(total=total, desc="writing", unit="tensor", disable=None) as bar:
+        for name, part in parts.items():
+            write_tensors(part, files[name], dtype, bar)
 
 
 def check_output(args: argparse.Namespace, names: Iterable[str]) -> None:
@@ -712,7 +759,10 @@ def convert(args: argparse.Namespace) -> None:
     for name, part in parts.items():
         fit(name, part, notes)
     check_together(parts)
-    write(parts, describe(args, parts, base, notes), args.output, DTYPES[args.dtype])
+    config = describe(args, parts, base, notes)
+    with staged(args.output) as folder:
+        write_parts(parts, {name: folder / f"{name}.safetensors" for name in parts}, DTYPES[args.dtype])
+        write_json(config, folder / "config.json")
     for name, part in parts.items():
         print(f"{LABELS[name]}: {len(part.tensors)} tensors from {part.path} ({part.layout})")
     for line in (f"EMA: {parts['unet'].ema}", *notes.repaired, f"written to {args.output}"):
@@ -736,14 +786,25 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def main(argv: list[str] | None = None) -> None:
+def run(work: Callable[[], None]) -> None:
+    """Do the work of a command; say in one line what is wrong, and leave with its code."""
     try:
-        convert(parse_args(argv))
+        work()
     except (Refusal, WeightsError, OSError, MemoryError, SafetensorError) as error:
         print("error:", " ".join(str(error).split()) or type(error).__name__, file=sys.stderr)
         sys.exit(error.code if isinstance(error, Refusal) else 3 if isinstance(error, WeightsError) else 1)
+    except RuntimeError as error:
+        if "allocate" not in str(error):  # torch has no error class for it on a CPU
+            raise
+        print("error: not enough memory", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    run(lambda: convert(args))
 
 
 if __name__ == "__main__":
