@@ -14,6 +14,7 @@ from pathlib import Path
 
 SHIPPED = Path(__file__).resolve().parent / "weights" / "toyworld"
 BATCH = 16
+SEEDS = 4  # per case in `variety`, which a sixteenth of the cases is enough for
 DILATION = 9  # pixels that a person's mask is widened by before "outside" begins
 
 
@@ -69,6 +70,9 @@ def run(args: argparse.Namespace) -> None:
                       args.prior_above) for first in progress(range(0, args.count, BATCH))]
         cases = [case for batch in drawn for case in batch]
         results = scores(cases, judge_accuracy(judge, pipeline.device))
+        results["variety"] = interval(variety(
+            pipeline, max(1, args.count // 16), steps=args.steps, guidance_scale=scale,
+            prior_above=args.prior_above))
     settings = {"count": args.count, "steps": args.steps, "guidance_scale": scale,
                 "prior_above": args.prior_above, "weights": args.weights.resolve().name}
     write_json({"settings": settings, **results}, args.output / "results.json")
@@ -122,27 +126,20 @@ def draw(pipeline, judge, numbers, steps: int, scale: float, prior_above: int) -
     """Draw a batch of cases and have them read."""
     import numpy as np
 
-    from data import toyworld
     from moa import record_routing
-    from pictures import to_picture, to_uint8
-    from pipeline import Subject
+    from pictures import to_uint8
     castings = [cast(number) for number in numbers]
     prompts = [first.caption for first, _ in castings]
     seeds = [7_000_000 + number for number in numbers]
-    tokenize, pictures, readings, references, maps = pipeline.models.tokenize, [], [], [], []
+    pictures, readings, references, maps = [], [], [], []
     for casting in (None, 0, 1):
         people = None
         if casting is not None:
-            people = []
-            for number, scenes in zip(numbers, castings, strict=True):
-                scene = scenes[casting]
-                photos = np.stack([toyworld.render_reference(s.identity, 10 * number + casting)
-                                   for s in scene.subjects])
-                features = pipeline.encode_subjects(to_picture(photos) / 2 + 0.5)
-                places = [len(tokenize.encode(scene.caption[:s.end])) for s in scene.subjects]
-                people.append([Subject(p, f) for p, f in zip(places, features, strict=True)])
-                if casting == 0:
-                    references.append(photos)
+            photos = [references_of(scenes[casting], number, casting)
+                      for number, scenes in zip(numbers, castings, strict=True)]
+            people = [subjects_of(pipeline, scenes[casting], p)
+                      for scenes, p in zip(castings, photos, strict=True)]
+            references = references or photos
         with record_routing(pipeline.models.unet) as routing:
             collect = collector(routing, maps) if casting == 0 else None
             images = pipeline.generate(prompts, seeds, people, steps=steps, guidance_scale=scale,
@@ -153,6 +150,57 @@ def draw(pipeline, judge, numbers, steps: int, scale: float, prior_above: int) -
     routing = sum(maps) / len(maps)  # mean over layers and steps
     return [Case(*castings[i], references[i], np.stack([p[i] for p in pictures]),
                  [r[i] for r in readings], routing[i]) for i in range(len(numbers))]
+
+
+def references_of(scene, number: int, casting: int):
+    """(people, S, S, 3) uint8: pictures of a scene's subjects, in another pose."""
+    import numpy as np
+
+    from data import toyworld
+    return np.stack([toyworld.render_reference(s.identity, 10 * number + casting) for s in scene.subjects])
+
+
+def subjects_of(pipeline, scene, photos) -> list:
+    """The subjects of a scene for `Pipeline.generate`."""
+    from pictures import to_picture
+    from pipeline import Subject
+    features = pipeline.encode_subjects(to_picture(photos) / 2 + 0.5)
+    places = [len(pipeline.models.tokenize.encode(scene.caption[:s.end])) for s in scene.subjects]
+    return [Subject(p, f) for p, f in zip(places, features, strict=True)]
+
+
+def variety(pipeline, count: int, **options) -> list[float]:
+    """How much a case's pictures differ over `SEEDS` seeds, relative to how much the prior's do.
+
+    Mean absolute difference of pixels over all pairs of seeds, with the case's subjects over without;
+    1 keeps the prior's variety, 0 draws the same picture again and again. One number per case.
+    """
+    import torch
+    ratios = []
+    for number in range(count):
+        scene = cast(number)[0]
+        people = [subjects_of(pipeline, scene, references_of(scene, number, 0))] * SEEDS
+        seeds = [8_000_000 + SEEDS * number + k for k in range(SEEDS)]
+        distances = [torch.pdist(pipeline.generate([scene.caption] * SEEDS, seeds, people, prior_only=prior,
+                                                   **options).flatten(1), p=1).mean()
+                     for prior in (False, True)]
+        ratios.append(float(distances[0] / distances[1]))
+    return ratios
+
+
+def background_distance(case: Case) -> float:
+    """Mean absolute difference to the prior's picture outside both pictures' people, in 0..1."""
+    import numpy as np
+    outside = ~(widened(case.readings[0].people) | widened(case.readings[1].people))
+    change = np.abs(case.pictures[1].astype(int) - case.pictures[0]).mean(-1) / 255
+    return float(change[outside].mean()) if outside.any() else float("nan")
+
+
+def widened(people):
+    """(S, S) bool mask of people and of `DILATION` pixels around them."""
+    import numpy as np
+    from PIL import Image, ImageFilter
+    return np.array(Image.fromarray(people).convert("L").filter(ImageFilter.MaxFilter(DILATION))) > 0
 
 
 def collector(routing: dict, maps: list):
@@ -219,10 +267,9 @@ def mixups(scene, reading: Reading) -> list[bool]:
 def locality(case: Case) -> float:
     """Mean change of pixels outside the people over that inside, between the two castings."""
     import numpy as np
-    from PIL import Image, ImageFilter
     change = np.abs(case.pictures[1].astype(int) - case.pictures[2]).mean(-1)
     people = case.readings[1].people | case.readings[2].people
-    wide = np.array(Image.fromarray(people).convert("L").filter(ImageFilter.MaxFilter(DILATION))) > 0
+    wide = widened(people)
     if not people.any() or wide.all():
         return float("nan")
     return float(change[~wide].mean() / max(change[people].mean(), 1e-6))
@@ -268,7 +315,8 @@ def scores(cases: list[Case], ceiling: dict[str, float]) -> dict:
         "locality": [locality(c) for c in cases],
         "mixup": [np.mean(m) for c in cases if (m := mixups(c.scene, c.readings[1]))],
         "router_iou": [router_iou(c) for c in cases],
-        "prior_agreement": [overlap(c) for c in cases]}
+        "prior_agreement": [overlap(c) for c in cases],
+        "background_distance": [background_distance(c) for c in cases]}
     results = {name: interval(value) for name, value in values.items()}
     hits = [hit for c in cases for hit in attribute_hits(c.scene, c.readings[1])]
     results["attributes"] = {name: interval([right for n, right in hits if n == name])
