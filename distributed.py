@@ -1,7 +1,8 @@
 """One training run in several processes, started by `torchrun`; alone, everything here does nothing.
 
 Every process draws the data of the whole batch, which is a function of the step, and works on its
-share. So a run is the same run for any number of processes, up to the order of sums.
+share, in one turn or in several to save memory. So a run is the same run for any number of processes
+and turns, up to the order of sums.
 """
 import os
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,7 @@ import torch.distributed as dist
 # Rank 0 renders and encodes the data while the others wait.
 PATIENCE = timedelta(hours=12)
 Batch = TypeVar("Batch")
+_turn = (0, 1)
 
 
 def start(device: torch.device) -> torch.device:
@@ -44,9 +46,21 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+@contextmanager
+def turn(index: int, count: int) -> Iterator[None]:
+    """Inside, `share` is the part number `index` of `count` parts: gradient accumulation."""
+    global _turn
+    _turn = (index, count)
+    try:
+        yield
+    finally:
+        _turn = (0, 1)
+
+
 def share(batch: Batch) -> Batch:
-    """This process's part of a batch: every `world_size`-th element along the first axis."""
-    return batch[rank()::world_size()]
+    """What this process works on in this turn: every n-th element along the first axis."""
+    index, count = _turn
+    return batch[rank() * count + index::world_size() * count]
 
 
 @contextmanager

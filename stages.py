@@ -1,6 +1,7 @@
 """The five stages of `train.py`: what each one trains, on what, with which loss."""
 import zlib
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from data import toyworld
@@ -21,11 +23,13 @@ from moa import (ExpertContext, MultimodalPrompt, PromptConfig, add_moa, load_mo
                  record_subject_attention, save_moa)
 from moa.loss import masked_loss, mean_routing, object_loss, router_loss
 from models import load_models
+from models.attention import FeedForward
 from models.clip_image import CLIPImageConfig, CLIPImageEncoder
 from models.clip_text import BOS, EOS, CLIPTextConfig, CLIPTextEncoder, Tokenizer
 from models.load import (Models, carry_over, load_part, read_config, save_part, save_tensors, write_json,
                          write_whole)
 from models.open_clip_import import open_clip
+from models.resnet import ResnetBlock
 from models.unet import UNet, UNetConfig
 from models.vae import AutoencoderKL, VAEConfig
 from pictures import to_picture, to_uint8
@@ -53,6 +57,8 @@ class TrainConfig:
     clip: float = 1.0
     ema: float = 0.0
     bf16: bool = False  # on a CPU; on CUDA always
+    accumulate: int = 1  # turns in which a process works on its share of a batch
+    checkpointing: bool = False  # compute activations again in the backward pass (moa)
     min_snr: float = 5.0  # gamma of min-SNR weighting (arXiv 2303.09556); 0 is the plain eps loss
     null_probability: float = 0.1
     max_timestep: int = 1000
@@ -79,7 +85,7 @@ SD15 = {
     "moa": TrainConfig(
         steps=40_000, batch_size=128, lr=5e-5,  # Table 1; section 4.1 says 1e-5
         warmup=0, decay=0.0, betas=(0.9, 0.999), min_snr=0.0, max_timestep=800, augment=True,
-        lambda_router=1e-4, lambda_object=1e-4,
+        lambda_router=1e-4, lambda_object=1e-4, checkpointing=True,
         # "excluding the first two and last three"
         router_layers=tuple(range(2, 13)), object_layers=tuple(range(2, 13))),
 }
@@ -138,11 +144,13 @@ class Stage:
         for name in ("weights", "data", "moa"):
             if getattr(self, name) is not None and name not in self.reads:
                 raise StageError(f"this stage cannot use --{name}: leave it out")
-        if world_size() > 1 and not self.shareable:
-            raise StageError("the loss of this stage is not a mean over its samples: run it in one process")
-        if config.batch_size % world_size():
-            raise StageError(f"--batch-size {config.batch_size} must be a multiple of the {world_size()} "
-                             "processes")
+        parts = world_size() * config.accumulate
+        if parts > 1 and not self.shareable:
+            raise StageError("the loss of this stage is not a mean over its samples: run it in one process, "
+                             "without --accumulate")
+        if config.batch_size % parts:
+            raise StageError(f"--batch-size {config.batch_size} must be a multiple of {parts}, the processes "
+                             "times --accumulate")
         torch.manual_seed(seed)  # initial weights
         self.setup()
         self.module.to(device)
@@ -452,6 +460,12 @@ class MoAStage(PriorStage):
             text_dim, image_dim = self.text_encoder.cfg.dim, self.image_encoder.cfg.output_dim
             layers = len(list(self.unet.transformer_blocks()))
             self.prompt = MultimodalPrompt(PromptConfig(text_dim, image_dim, 2 * image_dim, layers))
+        if self.config.checkpointing:
+            # Not the attention: it is watched by hooks that are gone in the backward pass, and its fused
+            # kernel keeps little.
+            for module in self.unet.modules():
+                if isinstance(module, (ResnetBlock, FeedForward)):
+                    module.forward = partial(checkpoint, module.forward, use_reentrant=False)
         self.module = nn.ModuleDict({"unet": self.unet, "prompt": self.prompt})
         self.load_scenes()
         self.features = encode_references(self.scenes, self.image_encoder, self.device).float()

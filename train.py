@@ -14,7 +14,8 @@ rounding. On a CPU, one process per core is faster than one process with as many
 folder holds config.json, metrics.jsonl, checkpoints/, samples/ and the weights, those of --weights
 too, so each run's folder is the next one's --weights.
 
-Exit status: 0 trained, 2 an error (one line on stderr), 130 or 143 stopped by SIGINT or SIGTERM.
+Exit status: 0 trained, or saved and stopped by SIGTERM as on a machine that is taken away; 2 an error
+(one line on stderr); 130 saved and stopped by SIGINT.
 """
 import argparse
 import json
@@ -43,6 +44,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, help="how many samples to render or read")
     parser.add_argument("--steps", type=int, help="optimizer steps (default: the preset's)")
     parser.add_argument("--batch-size", type=int, help="pictures per step (default: the preset's)")
+    parser.add_argument("--accumulate", type=int, metavar="N",
+                        help="work on a batch in N parts, to save memory (default: the preset's)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, data order and noise (default 0)")
     parser.add_argument("--log-every", type=int, default=50, metavar="STEPS", help="default 50")
     parser.add_argument("--checkpoint-every", type=int, default=1000, metavar="STEPS",
@@ -50,7 +53,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default auto)")
     args = parser.parse_args()
-    for name in ("samples", "steps", "batch_size", "log_every", "checkpoint_every"):
+    for name in ("samples", "steps", "batch_size", "accumulate", "log_every", "checkpoint_every"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
     return args
@@ -63,6 +66,9 @@ def git_describe() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+PATIENCE = 10  # steps in a row whose gradient is not finite, and which are left out, before a run ends
 
 
 class StopRequested(Exception):
@@ -81,7 +87,7 @@ def main() -> None:
             count = len(read_ids(args.data, "train"))
             args.samples = min(args.samples or count, count)
         config = make_config(args.preset, args.stage, steps=args.steps, batch_size=args.batch_size,
-                             samples=args.samples)
+                             samples=args.samples, accumulate=args.accumulate)
         device = distributed.start(pick_device(args.device))
         with distributed.first_rank_first():
             prepare_output(args)
@@ -93,7 +99,7 @@ def main() -> None:
     except (StopRequested, KeyboardInterrupt) as stop:
         number, message = stop.args or (signal.SIGINT, "before the first step")
         print("stopped:", message, file=sys.stderr)
-        sys.exit(128 + number)
+        sys.exit(0 if number == signal.SIGTERM else 128 + number)
     finally:
         distributed.stop()
 
@@ -122,7 +128,8 @@ def train(stage, args: argparse.Namespace) -> None:
     config, device, writes = stage.config, stage.device, distributed.rank() == 0
     settings = {"stage": args.stage, "preset": args.preset, "seed": args.seed, "code": git_describe(),
                 "weights": args.weights and args.weights.name, "moa": args.moa and args.moa.name,
-                "data": args.data and args.data.name, "torch": torch.__version__, "device": str(device), "processes": distributed.world_size(),
+                "data": args.data and args.data.name, "torch": torch.__version__, "device": str(device),
+                "processes": distributed.world_size(),
                 **asdict(config)}
     parameters = [p for p in stage.module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=config.betas,
@@ -141,29 +148,38 @@ def train(stage, args: argparse.Namespace) -> None:
     stop = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda received, frame: stop.append(received))
-    metrics = {}
+    metrics, failed, skipped = {}, 0, 0
     progress = tqdm(range(first, config.steps), args.stage, config.steps, initial=first, unit="step",
                     disable=not writes)
     with progress, open(log_path if writes else os.devnull, "a", encoding="utf-8") as log:
         for step in progress:
             for group in optimizer.param_groups:
                 group["lr"] = config.lr * learning_rate_factor(step, config)
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16 or device.type == "cuda"):
-                loss, parts = stage.loss(step)
-            loss.backward()
+            losses = []
+            for index in range(config.accumulate):
+                with distributed.turn(index, config.accumulate), torch.autocast(
+                        device.type, torch.bfloat16, enabled=config.bf16 or device.type == "cuda"):
+                    loss, parts = stage.loss(step)
+                (loss / config.accumulate).backward()
+                losses.append({"loss": loss.detach(), **{k: v.detach() for k, v in parts.items()}})
             stopping = distributed.average_gradients(parameters, bool(stop))
             norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip)
-            if not torch.isfinite(norm):
-                raise ValueError(f"the gradient is not finite at step {step}: lower the learning rate; "
-                                 "the last checkpoint is from before it")
-            optimizer.step()
+            if torch.isfinite(norm):
+                failed = 0
+                optimizer.step()
+            else:
+                failed, skipped = failed + 1, skipped + 1
+            if failed > PATIENCE:
+                raise ValueError(f"the gradient was not finite in {failed} steps in a row, up to step "
+                                 f"{step}: lower the learning rate and go on from {checkpoint}")
             optimizer.zero_grad(set_to_none=True)
             if config.ema:
                 decay = min(config.ema, (1 + step) / (10 + step))
                 torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - decay)
             done = step + 1
             if done % args.log_every == 0 or done == config.steps:
-                metrics = {"step": done, **distributed.mean({"loss": loss, **parts}),
+                means = {k: torch.stack([part[k] for part in losses]).mean() for k in losses[0]}
+                metrics = {"step": done, **distributed.mean(means), "skipped": skipped,
                            "lr": optimizer.param_groups[0]["lr"], "gradient_norm": float(norm)}
                 rate = progress.format_dict["rate"]  # absent in the first moments
                 metrics["images_per_second"] = round((rate or 0) * config.batch_size, 1)
