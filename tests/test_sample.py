@@ -447,7 +447,9 @@ def test_help_is_quick_and_needs_no_torch():
 def test_interrupted_as_a_process(place, world):
     command = [sys.executable, SCRIPT, "--weights", world, "--prompt", PROMPT, "--seed", "3",
                "--steps", "999", "--width", "512", "--height", "512"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    # Whatever started the tests may have had SIGINT ignored, which children inherit.
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) as process:
         assert process.stdout.readline() == "seed 3\n"
         time.sleep(0.5)
         process.send_signal(signal.SIGINT)
