@@ -47,13 +47,15 @@ def test_readme_evaluate_command(tmp_path, monkeypatch):
 
 
 def test_a_subject_changes_the_person_and_not_the_place(tmp_path):
-    """Swapped subjects, same seed: the picture's edges change far less than its middle."""
+    """Swapped subjects, same four seeds: the pictures' edges change far less than their middle."""
     pictures = {}
     for name in ("ada", "zoe"):
-        output = tmp_path / f"{name}.png"
         sample.main(["--subject", str(ROOT / "examples" / f"{name}.png"), "--prompt",
-                     "a woman standing on the beach", "--seed", "1", "--output", str(output)])
-        pictures[name] = np.asarray(Image.open(output)).astype(int)
+                     "a woman standing on the beach", "--num", "4", "--seed", "0", "--output",
+                     str(tmp_path / name)])
+        files = sorted((tmp_path / name).glob("0*.png"))
+        assert len(files) == 4
+        pictures[name] = np.stack([np.asarray(Image.open(file)) for file in files]).astype(int)
     change = np.abs(pictures["ada"] - pictures["zoe"]).mean(-1)
-    middle, edge = change[24:116, 40:88].mean(), change[:, :16].mean()
+    middle, edge = change[:, 24:116, 40:88].mean(), change[:, :, :16].mean()
     assert middle > 10 and edge < middle / 4
