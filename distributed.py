@@ -73,16 +73,22 @@ def together() -> Iterator[None]:
                               "the last checkpoint stands, go on with --resume") from error
 
 
+def wait() -> None:
+    """Wait until all processes are here. Raises ConnectionError."""
+    if dist.is_initialized():
+        with together():
+            dist.barrier()
+
+
 @contextmanager
 def first_rank_first() -> Iterator[None]:
     """Rank 0 goes through the block, then all others do, and find in the cache what it made."""
-    if dist.is_initialized() and rank() != 0:
-        with together():
-            dist.barrier()
+    first = rank() == 0
+    if not first:
+        wait()
     yield
-    if dist.is_initialized() and rank() == 0:
-        with together():
-            dist.barrier()
+    if first:
+        wait()
 
 
 def average_gradients(parameters: Sequence[torch.nn.Parameter], flag: bool) -> bool:

@@ -129,8 +129,7 @@ def train(stage, args: argparse.Namespace) -> None:
     settings = {"stage": args.stage, "preset": args.preset, "seed": args.seed, "code": git_describe(),
                 "weights": args.weights and args.weights.name, "moa": args.moa and args.moa.name,
                 "data": args.data and args.data.name, "torch": torch.__version__, "device": str(device),
-                "processes": distributed.world_size(),
-                **asdict(config)}
+                "processes": distributed.world_size(), **asdict(config)}
     parameters = [p for p in stage.module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=config.betas,
                                   weight_decay=config.weight_decay, fused=True)
