@@ -43,7 +43,7 @@ def shrink(patch: pytest.MonkeyPatch) -> None:
     generate = Pipeline.generate
     for part, sizes in SMALL.items():
         patch.setitem(stages.SMALL, part, sizes)
-    patch.setattr(stages, "render_cache", lambda kind, count, split="train": render_cache(
+    patch.setattr(stages.stage, "render_cache", lambda kind, count, split="train": render_cache(
         kind, min(count, 24), split, workers=1))
     patch.setattr(Pipeline, "generate", lambda self, *args, **options: generate(
         self, *args, **{**options, "steps": 2}))
@@ -197,7 +197,7 @@ def test_clip_needs_no_weights(runs, tmp_path):
 
 
 def test_moa_logs_all_parts_of_its_loss(runs):
-    config, logged = stages.TOYWORLD["moa"], metrics_of(runs / "moa")
+    config, logged = stages.PRESETS["toyworld"]["moa"], metrics_of(runs / "moa")
     for line in logged:
         assert {"masked", "router", "object", "prior_weight_people", "prior_weight_background"} <= set(line)
         total = line["masked"] + config.lambda_router * line["router"] + config.lambda_object * line["object"]
@@ -287,13 +287,13 @@ def test_the_learning_rate_warms_up_and_falls_to_zero():
 @pytest.mark.parametrize(("bad", "status"), [([3], 0), (range(3, 20), 2)])
 def test_steps_whose_gradient_is_not_finite(bad, status, runs, tmp_path, monkeypatch, capsys):
     """One is left out and counted; too many in a row end the run, its last checkpoint named."""
-    loss = stages.VAEStage.loss
+    loss = stages.STAGES["vae"].loss
 
     def overflow(self, step):
         value, parts = loss(self, step)
         return value * (float("nan") if step in bad else 1), parts
 
-    monkeypatch.setattr(stages.VAEStage, "loss", overflow)
+    monkeypatch.setattr(stages.STAGES["vae"], "loss", overflow)
     assert run("vae", "--steps", 20, "--checkpoint-every", 2, "--output", tmp_path / "run") == status
     assert all(p.isfinite().all() for p in checkpoint_of(tmp_path / "run")["parameters"])
     logged = metrics_of(tmp_path / "run")
@@ -390,7 +390,7 @@ def test_resuming_a_finished_run_changes_nothing(runs, tmp_path, monkeypatch):
 
     shutil.copytree(runs / "moa", tmp_path / "moa")
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(stages.MoAStage, "export", killed)
+        patch.setattr(stages.STAGES["moa"], "export", killed)
         run(*options_of("moa", runs), "--output", tmp_path / "moa", "--resume")
     assert load_models(tmp_path / "moa").image_encoder is not None  # a weights folder all the time
     assert run(*options_of("moa", runs), "--output", tmp_path / "moa", "--resume") == 0
@@ -470,7 +470,7 @@ def torchrun(processes: int, *arguments, batch_size: int = 4) -> subprocess.Comp
 
 def assert_close_runs(one: Path, other: Path, stage: str) -> None:
     """Logged losses equal to 1e-5 (bf16: to its rounding), weights to what Adam makes of that."""
-    bf16 = stages.TOYWORLD[stage].bf16
+    bf16 = stages.PRESETS["toyworld"][stage].bf16
     for a, b in zip(metrics_of(one), metrics_of(other), strict=True):
         assert a["step"] == b["step"]
         assert a["loss"] == pytest.approx(b["loss"], rel=2e-3 if bf16 else 1e-5)
@@ -488,7 +488,7 @@ def test_two_processes_are_the_same_run_as_one(stage, runs, tmp_path):
 
 def test_a_stopped_run_goes_on_with_another_number_of_processes(runs, tmp_path, monkeypatch):
     options = [*options_of("moa", runs), "--output", tmp_path / "run"]
-    loss = stages.MoAStage.loss
+    loss = stages.STAGES["moa"].loss
 
     def interrupted(self, step):
         if step == 2:
@@ -496,7 +496,7 @@ def test_a_stopped_run_goes_on_with_another_number_of_processes(runs, tmp_path, 
         return loss(self, step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stages.MoAStage, "loss", interrupted)
+        patch.setattr(stages.STAGES["moa"], "loss", interrupted)
         assert run(*options) == 0
     assert checkpoint_of(tmp_path / "run")["step"] == 3
     done = torchrun(2, *options, "--resume")
@@ -536,8 +536,8 @@ def folder(place) -> Path:
 
 @pytest.mark.parametrize("stage", ["vae", "prior", "moa", "judge"])
 def test_a_stage_reads_a_folder(stage, folder, runs, tmp_path, monkeypatch):
-    rendered, render = [], stages.render_cache
-    monkeypatch.setattr(stages, "render_cache", lambda kind, count, split="train": (
+    rendered, render = [], stages.stage.render_cache
+    monkeypatch.setattr(stages.stage, "render_cache", lambda kind, count, split="train": (
         rendered.append(split) or render(kind, count, split)))
     options = [*options_of(stage, runs), "--steps", 2, "--data", folder, "--output", tmp_path / "run"]
     assert run(*options) == 0

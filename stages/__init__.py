@@ -1,0 +1,13 @@
+"""The stages of `train.py`: what each one trains, on what, with which loss."""
+from stages.clip import CLIPStage
+from stages.judge import JudgeStage
+from stages.moa import MoAStage
+from stages.presets import PRESETS, SMALL, StageError, TrainConfig, make_config
+from stages.prior import PriorStage
+from stages.stage import Stage
+from stages.vae import VAEStage
+
+__all__ = ["PRESETS", "SMALL", "STAGES", "Stage", "StageError", "TrainConfig", "make_config"]
+
+STAGES: dict[str, type[Stage]] = {
+    "vae": VAEStage, "clip": CLIPStage, "prior": PriorStage, "moa": MoAStage, "judge": JudgeStage}

@@ -1,0 +1,101 @@
+"""Text and image encoder of the small world."""
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from data import toyworld
+from data.dataset import batch_indices
+from models.clip_image import CLIPImageEncoder
+from models.clip_text import EOS, CLIPTextEncoder, Tokenizer
+from models.load import carry_over, read_config, save_part, write_json
+from pictures import to_picture
+from stages.presets import SMALL, StageError, small_text_config
+from stages.stage import Stage, tokenize_all
+
+
+class CLIPStage(Stage):
+    """Text and image encoder, contrastively: half scenes with captions, half portraits with full
+    descriptions, the latter in pairs that differ in one attribute. Models of --weights are kept."""
+
+    reads = ("weights",)
+    shareable = False  # every picture is compared with all others of the batch
+
+    def setup(self) -> None:
+        if self.weights is not None:
+            read_config(self.weights)
+        if self.config.batch_size < 4 or self.config.samples < 2:
+            raise StageError("clip compares pairs: it needs --batch-size 4 and --samples 2 at least")
+        text, image = small_text_config(), SMALL["image_encoder"]
+        self.module = nn.ModuleDict({
+            "text_encoder": CLIPTextEncoder(text), "image_encoder": CLIPImageEncoder(image),
+            "text_projection": nn.Linear(text.dim, image.output_dim, bias=False)})
+        for embedding in (m for m in self.module["text_encoder"].modules() if isinstance(m, nn.Embedding)):
+            nn.init.normal_(embedding.weight, std=0.05)
+        self.module.register_parameter("log_scale", nn.Parameter(torch.tensor(2.7)))
+        self.tokenize = Tokenizer(text)
+        count = self.config.samples
+        self.portraits = self.rendered("portraits", count - count % 2)
+        self.scenes = self.rendered("scenes", count)
+        self.test = self.rendered("portraits", 2000, "test")
+        self.tokens = {id(cache): tokenize_all(self.tokenize, cache.captions)
+                       for cache in (self.portraits, self.scenes, self.test)}
+
+    def embed_text(self, tokens: Tensor) -> Tensor:
+        """Unit vectors (B, F), read at the end-of-text token. Attention is causal, so the padding
+        behind it need not be computed."""
+        ends = (tokens == EOS).int().argmax(1)
+        states = self.module["text_encoder"](tokens[:, :int(ends.max()) + 1])
+        return F.normalize(self.module["text_projection"](states[torch.arange(len(ends)), ends]), dim=-1)
+
+    def features(self, images: np.ndarray) -> Tensor:
+        encoder = self.module["image_encoder"]
+        return encoder(encoder.preprocess(to_picture(images).to(self.device) / 2 + 0.5))
+
+    def loss(self, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        half = self.config.batch_size // 2
+        pairs = batch_indices(self.seed, step, half // 2, len(self.portraits) // 2)
+        indices = (np.concatenate([2 * pairs, 2 * pairs + 1]),
+                   batch_indices(self.seed, step, half, len(self.scenes)))
+        caches = (self.portraits, self.scenes)
+        tokens = torch.cat([self.tokens[id(c)][i] for c, i in zip(caches, indices, strict=True)])
+        images = np.concatenate([c.images[i] for c, i in zip(caches, indices, strict=True)])
+        text = self.embed_text(tokens.to(self.device))
+        image = F.normalize(self.features(images), dim=-1)
+        logits = self.module.log_scale.exp().clamp(max=100) * (image @ text.T).float()
+        # Pictures that share a caption are all right answers.
+        target = (tokens[:, None] == tokens[None]).all(-1).float().to(self.device)
+        target = target / target.sum(1, keepdim=True)
+        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        with torch.no_grad():
+            right = (target.gather(1, logits.argmax(1, keepdim=True)) > 0).float().mean()
+        return loss, {"retrieved": right, "scale": self.module.log_scale.exp()}
+
+    @torch.no_grad()
+    def sheet(self, path: Path) -> None:
+        """How much of a person the image features hold: a linear read-out of held-out portraits."""
+        train = torch.cat([self.features(self.portraits.images[i:i + 200]) for i in range(0, 4000, 200)
+                           if i < len(self.portraits)]).cpu()
+        test = torch.cat([self.features(self.test.images[i:i + 200])
+                          for i in range(0, len(self.test), 200)]).cpu()
+        labels, truth = (torch.as_tensor(c.labels("attributes")[:, 0]) for c in (self.portraits, self.test))
+        scores = {}
+        for a, (name, classes) in enumerate(toyworld.ATTRIBUTES.items()):
+            one_hot = F.one_hot(labels[:len(train), a], len(classes)).float()
+            design = F.pad(train.float(), (0, 1), value=1)
+            weights = torch.linalg.solve(design.T @ design + 1e-2 * torch.eye(design.shape[1]),
+                                         design.T @ one_hot)
+            scores[name] = ((F.pad(test.float(), (0, 1), value=1) @ weights).argmax(1)
+                            == truth[:, a]).float().mean().item()
+        write_json(scores, path.with_suffix(".json"))
+        print("\nlinear read-out of held-out portraits: "
+              + ", ".join(f"{k} {v:.2f}" for k, v in scores.items()))
+
+    def export(self, folder: Path) -> None:
+        if self.weights is not None:
+            carry_over(self.weights, folder)
+        for part in ("text_encoder", "image_encoder"):
+            save_part(self.module[part], folder, part)

@@ -1,0 +1,90 @@
+"""Hyperparameters of the stages and sizes of the small world's models."""
+from dataclasses import dataclass, replace
+
+from data import toyworld
+from models.clip_image import CLIPImageConfig
+from models.clip_text import BOS, EOS, CLIPTextConfig
+from models.open_clip_import import open_clip
+from models.unet import UNetConfig
+from models.vae import VAEConfig
+
+
+class StageError(Exception):
+    """A stage cannot be set up; the message says what is missing."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Hyperparameters of one stage; printed at the start and kept in the run's config.json."""
+
+    steps: int
+    batch_size: int
+    lr: float
+    samples: int = 32_000  # rendered scenes
+    augment: bool = False  # the pictures and references of a folder
+    warmup: int = 100
+    decay: float = 0.5  # the learning rate falls linearly to zero over this last part of the run
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    ema: float = 0.0
+    bf16: bool = False  # on a CPU; on CUDA always
+    accumulate: int = 1  # turns in which a process works on its share of a batch
+    checkpointing: bool = False  # compute activations again in the backward pass (moa)
+    min_snr: float = 5.0  # gamma of min-SNR weighting (arXiv 2303.09556); 0 is the plain eps loss
+    null_probability: float = 0.1
+    max_timestep: int = 1000
+    lambda_router: float = 0.0
+    lambda_object: float = 0.0
+    router_layers: tuple[int, ...] = tuple(range(16))  # L in Eq. 10
+    object_layers: tuple[int, ...] = tuple(range(16))  # those of Eq. 12
+
+
+# The small world's recipe: a few hours on four CPU cores. Larger batches and more steps are better
+# where there is a GPU.
+TOYWORLD = {
+    "vae": TrainConfig(steps=6000, batch_size=8, lr=1e-3, ema=0.995, bf16=True),
+    "clip": TrainConfig(steps=800, batch_size=128, lr=1e-3, weight_decay=0.1),
+    "prior": TrainConfig(steps=4000, batch_size=32, lr=1e-3, ema=0.998),
+    "moa": TrainConfig(steps=3250, batch_size=32, lr=1e-3, ema=0.998, max_timestep=800,
+                       lambda_router=1e-5, lambda_object=3e-3,
+                       # Cells of the 2 x 2 and 4 x 4 layers hold people and background at once.
+                       router_layers=(0, 1, 2, 3, 10, 11, 12, 13, 14, 15)),
+    "judge": TrainConfig(steps=4500, batch_size=32, lr=2e-3, ema=0.998, bf16=True),
+}
+# Table 1 of the paper, and FastComposer's values where it is silent.
+SD15 = {
+    "moa": TrainConfig(
+        steps=40_000, batch_size=128, lr=5e-5,  # Table 1; section 4.1 says 1e-5
+        warmup=0, decay=0.0, betas=(0.9, 0.999), min_snr=0.0, max_timestep=800, augment=True,
+        lambda_router=1e-4, lambda_object=1e-4, checkpointing=True,
+        # "excluding the first two and last three"
+        router_layers=tuple(range(2, 13)), object_layers=tuple(range(2, 13))),
+}
+PRESETS = {"toyworld": TOYWORLD, "sd15": SD15}
+
+
+def make_config(preset: str, stage: str, **changes) -> TrainConfig:
+    """The preset of a stage with the values from the command line that are not None."""
+    if stage not in PRESETS[preset]:
+        raise StageError(f"preset {preset} has no stage {stage}: its base model comes from "
+                         "weights/convert_sd15.py, only `moa` is trained")
+    return replace(PRESETS[preset][stage], **{k: v for k, v in changes.items() if v is not None})
+
+
+# Sizes of the small world's models. The UNet has SD1.5's four levels and two layers, so 686 tensors
+# and 32 attention layers.
+SMALL = {
+    "unet": UNetConfig(channels=(32, 64, 96, 96), heads=4, context_dim=128, groups=8),
+    "vae": VAEConfig(channels=(16, 32, 64, 96), layers=1, groups=8),
+    "text_encoder": CLIPTextConfig(dim=128, layers=3, heads=4),
+    "image_encoder": CLIPImageConfig(image_size=64, patch_size=8, dim=128, layers=4, heads=4, output_dim=128),
+}
+
+
+def small_text_config() -> CLIPTextConfig:
+    """The small text encoder, with embeddings for the words of the small world only."""
+    encode = open_clip().tokenizer.SimpleTokenizer().encode
+    words = tuple(toyworld.vocabulary())
+    kept = {token for word in words for token in encode(word)} | {BOS, EOS}
+    return replace(SMALL["text_encoder"], kept_tokens=tuple(sorted(kept)), words=words)

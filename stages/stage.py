@@ -1,0 +1,114 @@
+"""What all stages share."""
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+from einops import rearrange
+from PIL import Image
+from torch import Tensor
+
+from data import toyworld
+from data.dataset import Cache, batch_indices, render_cache
+from data.fastcomposer import folder_cache
+from distributed import share, world_size
+from models.clip_text import Tokenizer
+from models.load import read_config, write_json
+from stages.presets import StageError, TrainConfig
+
+
+def step_generator(seed: int, step: int) -> torch.Generator:
+    """All randomness of one step, so that a run needs no random state to go on."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + step)
+
+
+def save_grid(rows: list[np.ndarray], path: Path) -> None:
+    """Rows of pictures (N, H, W, 3) uint8 as one PNG."""
+    grid = np.concatenate([rearrange(row, "n h w c -> h (n w) c") for row in rows])
+    Image.fromarray(grid).save(path)
+
+
+class Stage:
+    """`module` holds what is trained; `loss(step)` is a pure function of it and the step."""
+
+    module: nn.Module
+    reads: tuple[str, ...] = ("data",)  # which of --weights, --data and --moa the stage can use
+    size = toyworld.SIZE  # of its pictures, in pixels
+    shareable = True  # whether the loss is a mean over samples, which several processes can share
+
+    def __init__(self, config: TrainConfig, seed: int, device: torch.device,
+                 weights: Path | None, data: Path | None, moa: Path | None = None):
+        self.config, self.seed, self.device = config, seed, device
+        self.weights, self.data, self.moa = weights, data, moa
+        for name in ("weights", "data", "moa"):
+            if getattr(self, name) is not None and name not in self.reads:
+                raise StageError(f"this stage cannot use --{name}: leave it out")
+        parts = world_size() * config.accumulate
+        if parts > 1 and not self.shareable:
+            raise StageError("the loss of this stage is not a mean over its samples: run it in one process, "
+                             "without --accumulate")
+        if config.batch_size % parts:
+            raise StageError(f"--batch-size {config.batch_size} must be a multiple of {parts}, the processes "
+                             "times --accumulate")
+        torch.manual_seed(seed)  # initial weights
+        self.setup()
+        self.module.to(device)
+
+    def setup(self) -> None:
+        """Build `module` and the data."""
+        raise NotImplementedError
+
+    def training_scenes(self) -> Cache:
+        """The scenes of the folder --data, else rendered ones."""
+        if self.data is not None:
+            return folder_cache(self.data, self.config.samples, self.size, augmented=self.config.augment)
+        return self.rendered("scenes", self.config.samples)
+
+    def rendered(self, kind: str, count: int, split: str = "train") -> Cache:
+        """Pictures of the small world."""
+        return render_cache(kind, count, split)
+
+    def indices(self, step: int, count: int) -> np.ndarray:
+        """This process's samples of a step."""
+        return share(batch_indices(self.seed, step, self.config.batch_size, count))
+
+    def noise(self, shape: torch.Size, generator: torch.Generator) -> Tensor:
+        """This process's share, of `shape`, of the noise of a step."""
+        whole = torch.randn(self.config.batch_size, *shape[1:], generator=generator)
+        return share(whole).to(self.device)
+
+    def loss(self, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of one step and its parts by name."""
+        raise NotImplementedError
+
+    def sheet(self, path: Path) -> None:
+        """A picture of what the stage can do by now."""
+        raise NotImplementedError
+
+    def export(self, folder: Path) -> None:
+        """Write the trained weights."""
+        raise NotImplementedError
+
+
+def tokenize_all(tokenize: Tokenizer, captions: list[str]) -> Tensor:
+    """(N,) captions, many of them equal -> (N, 77) int64."""
+    unique = sorted(set(captions))
+    rows = {caption: i for i, caption in enumerate(unique)}
+    return tokenize(unique)[[rows[caption] for caption in captions]]
+
+
+def update_config(folder: Path, **values) -> None:
+    """Add to a folder's config.json."""
+    write_json({**read_config(folder), **values}, folder / "config.json")
+
+
+# The sample sheets always show the same prompts; guidance as in the shipped config.
+SHEET_GUIDANCE = 4.0
+SWAP_PROMPTS = ("standing on the beach", "riding a bike in a park", "reading a book in the snow",
+                "holding a bouquet of roses in Paris", "sitting on a sofa in a laboratory",
+                "drinking boba in a night market", "waving on a mountain", "running in a lavender farm")
+SHEET_PROMPTS = [f"a {noun} {what}" for noun in ("woman", "man", "girl") for what in SWAP_PROMPTS] + [
+    f"{who} {what}" for who in ("a man and a woman", "a woman and a boy") for what in (
+        "standing on the beach", "shaking hands in Paris", "dancing on Mars", "reading a book in the snow",
+        "sitting on a sofa in the wild west", "running in a park", "waving in a night market",
+        "holding a bouquet of roses in a lavender farm")]
