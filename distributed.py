@@ -50,11 +50,16 @@ def world_size() -> int:
 def turn(index: int, count: int) -> Iterator[None]:
     """Inside, `share` is the part number `index` of `count` parts: gradient accumulation."""
     global _turn
-    _turn = (index, count)
+    before, _turn = _turn, (index, count)
     try:
         yield
     finally:
-        _turn = (0, 1)
+        _turn = before
+
+
+def turn_index() -> int:
+    """The part that `share` is now."""
+    return _turn[0]
 
 
 def share(batch: Batch) -> Batch:

@@ -41,6 +41,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--moa", type=Path, help="MoA file to go on from (moa; default: from the base model)")
     parser.add_argument("--data", type=Path,
                         help="dataset in FastComposer's layout (default: the small world, rendered)")
+    parser.add_argument("--cache", type=Path, metavar="FOLDER",
+                        help="keep latents, text states and image features of --data there, so that a step "
+                             "is the UNet alone; augmentations are then drawn once (prior, moa)")
     parser.add_argument("--samples", type=int, help="how many samples to render or read")
     parser.add_argument("--steps", type=int, help="optimizer steps (default: the preset's)")
     parser.add_argument("--batch-size", type=int, help="pictures per step (default: the preset's)")
@@ -91,7 +94,9 @@ def main() -> None:
         device = distributed.start(pick_device(args.device))
         with distributed.first_rank_first():
             prepare_output(args)
-            stage = STAGES[args.stage](config, args.seed, device, args.weights, args.data, args.moa)
+            stage = STAGES[args.stage](config, args.seed, device, args.weights, args.data, args.moa,
+                                       args.cache)
+        stage.prepare()
         train(stage, args)
     except (StageError, WeightsError, OSError, ValueError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)

@@ -36,15 +36,17 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from data.dataset import MAX_SUBJECTS
 from data.fastcomposer import (
+    MAX_PEOPLE,
     PERSON,
     DataError,
-    find_partners,
+    find_places,
     in_processes,
     naming,
     open_sample,
+    people_of,
     read_ids,
+    read_record,
     read_sample,
     repeated_ids,
     square,
@@ -59,7 +61,7 @@ PLURALS = {"man": "men", "woman": "women", "person": "people", "child": "childre
            "lady": "ladies", "gentleman": "gentlemen", "wife": "wives"}
 NUMBERS = {"two": 2, "three": 3, "four": 4, "2": 2, "3": 3, "4": 4}
 SHEET, TILE = 20, 192  # samples on the contact sheet, and the pixels of each
-COLORS = ((255, 190, 0), (0, 190, 255))  # of the first and second person on it
+COLORS = ((255, 190, 0), (0, 190, 255), (255, 80, 160), (90, 220, 90))  # of the people on it
 
 
 def parse_args(arguments: list[str] | None) -> argparse.Namespace:
@@ -207,8 +209,8 @@ def read_mask(path: Path, size: tuple[int, int], people: int, caption: str) -> n
         if image.mode not in ("1", "L", "P", "I", "I;16"):
             raise ValueError(f"a mask is greyscale or palette, not {image.mode}")
         if image.size != size:
-            raise ValueError(f"the mask has {image.width} x {image.height} pixels, the picture (turned as its "
-                             f"EXIF data say) {size[0]} x {size[1]}")
+            raise ValueError(f"the mask has {image.width} x {image.height} pixels, the picture (turned as "
+                             f"its EXIF data say) {size[0]} x {size[1]}")
         mask = np.array(image)
     values = np.unique(mask[mask > 0]).tolist()
     if not values:
@@ -320,8 +322,8 @@ def report(facts: list[Facts], nouns: tuple[str, ...]) -> list[str]:
         "samples whose caption has more words for people than there are segments":
             sum(f.named > len(f.words) for f in facts),
         "samples in which people share a word": sum(len(set(f.ends)) < len(f.ends) for f in facts),
-        f"samples with more than {MAX_SUBJECTS} people (the largest are trained on)":
-            sum(len(f.words) > MAX_SUBJECTS for f in facts),
+        f"samples with more than {MAX_PEOPLE} people (the largest are trained on)":
+            sum(len(f.words) > MAX_PEOPLE for f in facts),
         "people outside of the middle square that is trained on": sum(f.hidden for f in facts),
         "pictures smaller than Stable Diffusion's 512 pixels": sum(min(f.size) < 512 for f in facts),
     }
@@ -344,20 +346,21 @@ def report_files(folder: Path, ids: list[str]) -> list[str]:
 def draw_sheet(folder: Path, ids: list[str]) -> Image.Image:
     """Samples from all over a dataset as training sees them: people tinted, their words in brackets,
     and beside the picture their references, framed in the tint."""
-    partners = find_partners(folder, ids, seed=0)
+    places = find_places({image_id: people_of(read_record(folder, image_id)) for image_id in ids})
     ids = [ids[i] for i in sorted({i * len(ids) // SHEET for i in range(SHEET)})]
     width, height, columns, font = TILE * 3 // 2 + 8, TILE + 36, 4, ImageFont.load_default(11)
     sheet = Image.new("RGB", (columns * width, -(-len(ids) // columns) * height), "white")
     canvas = ImageDraw.Draw(sheet)
     for place, image_id in enumerate(ids):
-        sample = read_sample(folder, image_id, TILE, partners=partners[image_id])
+        sample = read_sample(folder, image_id, TILE, places=places)
         x, y = place % columns * width, place // columns * height
         picture, caption = sample.image, sample.caption
         for s in reversed(range(len(sample.ends))):
             tint = picture * 0.55 + np.array(COLORS[s]) * 0.45
             picture = np.where(sample.masks[s][..., None], tint, picture)
-            reference = Image.fromarray(sample.references[s]).resize((TILE // 2 - 6,) * 2)
-            sheet.paste(ImageOps.expand(reference, 3, COLORS[s]), (x + TILE, y + s * TILE // 2))
+            side = TILE // max(2, len(sample.ends))
+            reference = Image.fromarray(sample.references[s]).resize((side - 6,) * 2)
+            sheet.paste(ImageOps.expand(reference, 3, COLORS[s]), (x + TILE, y + s * side))
         for end in sorted(set(sample.ends), reverse=True):
             word = re.search(r"\S*\s*$", caption[:end])
             caption = f"{caption[:word.start()]}[{word[0]}]{caption[end:]}"

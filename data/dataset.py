@@ -18,26 +18,27 @@ from tqdm import tqdm
 
 from data import toyworld
 
-MAX_SUBJECTS = 2
+MAX_SUBJECTS = 2  # of a rendered scene
 CACHE_ROOT = Path(".cache")
 
 
 @dataclass
 class Sample:
-    """One training sample. Arrays have room for `MAX_SUBJECTS`; absent subjects are zero."""
+    """One training sample. Arrays have room for P subjects; absent subjects are zero."""
 
     image: np.ndarray  # (S, S, 3) uint8
-    masks: np.ndarray  # (MAX_SUBJECTS, S, S) bool, the visible pixels of each subject
-    references: np.ndarray  # (MAX_SUBJECTS, S, S, 3) uint8
+    masks: np.ndarray  # (P, S, S) bool, the visible pixels of each subject
+    references: np.ndarray  # (P, R, R, 3) uint8
     caption: str
     ends: list[int]  # per subject, the exclusive character index at which its noun ends
     labels: dict = field(default_factory=dict)  # what only a rendered world knows; see `scene_sample`
 
 
-def pad_subjects(arrays: list[np.ndarray], shape: tuple[int, ...], dtype) -> np.ndarray:
-    """Stack per-subject arrays and fill up with zeros to `MAX_SUBJECTS`."""
-    out = np.zeros((MAX_SUBJECTS, *shape), dtype)
-    for i, array in enumerate(arrays[:MAX_SUBJECTS]):
+def pad_subjects(arrays: list[np.ndarray], shape: tuple[int, ...], dtype,
+                 count: int = MAX_SUBJECTS) -> np.ndarray:
+    """Stack per-subject arrays and fill up with zeros to `count`."""
+    out = np.zeros((count, *shape), dtype)
+    for i, array in enumerate(arrays[:count]):
         out[i] = array
     return out
 
@@ -115,6 +116,15 @@ class Cache:
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    def read(self, index: int, epoch: int = 0) -> Sample:
+        """One sample, the same in every epoch."""
+        return Sample(self.images[index], self.masks(index), self.references[index], **self.samples[index])
+
+    @property
+    def key(self) -> str:
+        """Changes with the samples."""
+        return self.folder.name
 
     def masks(self, indices) -> np.ndarray:
         """(B, P, S, S) bool."""

@@ -6,44 +6,44 @@
     {id[:5]}/{id}.json   {"caption", "segments": [{"id", "end", "bbox": [x1, y1, x2, y2]}, ...]}
 
 `caption[:end]` ends with the phrase that names the segment; its last token is the subject's. As in
-FastComposer's training, segments whose `coco_label` is not "person" are left out. Of more than
-`MAX_SUBJECTS` people the largest are kept.
+FastComposer's training, segments whose `coco_label` is not "person" are left out. Of too many people the
+largest are kept.
 
 A segment may say who it is by `identity`. Where another picture has the same identity, the reference
 picture is cut from there, so that it shares the person but not pose and expression with the target.
 
-All draws (noise, flips, augmentations, which other picture) are a function of (seed, image id), so a
-folder gives the same samples wherever and in whatever order it is read.
+All draws (noise, flips, augmentations, which other picture) are a function of (seed, image id, epoch), so
+a folder gives the same samples wherever and in whatever order it is read.
 """
 import json
 import os
 import re
-import shutil
 import signal
 import sys
 import time
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from threading import Thread
-from typing import Self
 
 import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from data import augment, toyworld
-from data.dataset import CACHE_ROOT, MAX_SUBJECTS, Cache, Sample, pad_subjects
+from data.dataset import CACHE_ROOT, Sample, pad_subjects
 
 SUFFIXES = (".jpg", ".npy", ".json")
 REFERENCE_SIZE = 224  # what CLIP's image encoder sees; references of smaller pictures are smaller
 PERSON = "person"
+MAX_PEOPLE = 4  # of one picture, as in FastComposer's training
+Places = dict[str | int, list[tuple[str, int]]]  # identity -> (image id, segment id) of its pictures
 
 
 class DataError(ValueError):
@@ -148,39 +148,43 @@ def check_segment(segment: dict, caption: str) -> None:
         raise TypeError("identity of a segment must be a text")
 
 
-def read_sample(folder: Path, image_id: str, size: int, augmented: bool = False, seed: int = 0,
-                partners: dict[int, tuple[str, int]] | None = None) -> Sample:
-    """A sample, `size` pixels square. Raises DataError.
+def read_sample(folder: Path, image_id: str, size: int, max_people: int = MAX_PEOPLE,
+                augmented: bool = False, places: Places | None = None, seed: int = 0,
+                epoch: int = 0) -> Sample:
+    """A sample, `size` pixels square, with room for `max_people`. Raises DataError.
 
     The picture: its shorter side resized and the middle cut out, or black sides where it is taller
     than wide, as FastComposer does. A subject without a pixel in the cut is left out.
 
     Args:
         augmented: mirror half of all pictures; references as in `data/augment.py`.
-        partners: segment id -> (image id, segment id) of the same person in another picture, from
-            which the reference is cut. Where that is broken, from this picture.
+        places: where else a person is to be found. The reference is then cut from one of their other
+            pictures, or from this one where that is broken.
+        seed, epoch: of the draws.
     """
     opened = open_sample(folder, image_id)
-    rng = np.random.default_rng([seed, int(image_id)])
+    rng = np.random.default_rng([seed, int(image_id), epoch])
     flip = -1 if augmented and rng.random() < 0.5 else 1
     subjects = []
     for segment, mask in zip(opened.record["segments"], opened.masks, strict=True):
         cut = np.array(square(Image.fromarray(np.uint8(mask)), size, Image.Resampling.NEAREST))[:, ::flip]
         if cut.any():
             subjects.append((segment, mask, cut))
-    subjects = sorted(subjects, key=lambda subject: -subject[2].sum(dtype=int))[:MAX_SUBJECTS]
+    subjects = sorted(subjects, key=lambda subject: -subject[2].sum(dtype=int))[:max_people]
     subjects.sort(key=lambda subject: subject[0]["end"])
     references = []
     for segment, mask, _ in subjects:
         source = opened.picture, mask, segment["bbox"]
-        if partner := (partners or {}).get(segment["id"]):
+        others = [place for place in (places or {}).get(segment.get("identity"), ()) if place[0] != image_id]
+        if others:
+            other, number = others[rng.integers(len(others))]
             with suppress(DataError):
-                source = find_segment(open_sample(folder, partner[0]), partner[1])
+                source = find_segment(open_sample(folder, other), number)
         references.append(cut_reference(*source, min(size, REFERENCE_SIZE), rng, augmented))
     segments = [segment for segment, _, _ in subjects]
     image = np.array(square(opened.picture, size, Image.Resampling.BILINEAR))[:, ::flip]
-    return Sample(image, pad_subjects([cut for _, _, cut in subjects], (size, size), bool),
-                  pad_subjects(references, (min(size, REFERENCE_SIZE),) * 2 + (3,), np.uint8),
+    return Sample(image, pad_subjects([cut for _, _, cut in subjects], (size, size), bool, max_people),
+                  pad_subjects(references, (min(size, REFERENCE_SIZE),) * 2 + (3,), np.uint8, max_people),
                   opened.record["caption"], [segment["end"] for segment in segments],
                   read_labels(opened.record, segments))
 
@@ -243,30 +247,83 @@ def repeated_ids(ids: list[str]) -> list[str]:
     return [f"id {image_id} is listed {n} times" for image_id, n in Counter(ids).items() if n > 1]
 
 
-def folder_cache(folder: Path, count: int, size: int, split: str = "train", augmented: bool = False,
-                 seed: int = 0) -> Cache:
-    """The first `count` samples of a folder, `size` pixels square, read once.
+class Folder:
+    """The good samples among the first `count` of a folder, each read when it is asked for.
 
-    Broken samples are left out; a line on stderr counts them and names the first. Raises DataError
-    when none is left. Changed files are noticed. Flips and augmentations are drawn here, once per
-    sample, so that image features can be cached too; another seed draws others.
+    Every file is read once to find the broken ones, and that is remembered until a file changes. A line
+    on stderr counts them and names the first. Raises DataError when no sample is left.
     """
-    folder = Path(folder).resolve()
-    ids = read_ids(folder, split)[:count]
-    stamps = [stamp(sample_file(folder, i, suffix)) for i in ids for suffix in SUFFIXES]
-    code = b"".join(Path(module).read_bytes() for module in (__file__, augment.__file__))
-    key = zlib.crc32(repr((str(folder), ids, stamps, augmented, seed)).encode() + code)
-    cached = CACHE_ROOT / f"folder-{split}-{len(ids)}-{size}-{key:08x}"
-    if not cached.exists():
-        jobs = list(find_partners(folder, list(dict.fromkeys(ids)), seed).items())
-        read = partial(try_sample, folder=folder, size=size, augmented=augmented, seed=seed)
-        write_samples(cached, in_processes(read, jobs, "reading"), repeated_ids(ids))
-    broken = (cached / "broken.txt").read_text(encoding="utf-8").splitlines()
-    if broken:
-        print(f"warning: {len(broken)} of {len(ids)} samples are broken and left out: {'; '.join(broken[:3])}"
-              f"{'; ...' if len(broken) > 3 else ''} (python -m data.build --check {folder} lists them)",
-              file=sys.stderr)
-    return Cache(cached)
+
+    def __init__(self, folder: Path, count: int, size: int, split: str = "train",
+                 max_people: int = MAX_PEOPLE, augmented: bool = False, seed: int = 0):
+        self.folder = Path(folder).resolve()
+        ids = read_ids(self.folder, split)[:count]
+        stamps = [stamp(sample_file(self.folder, i, suffix)) for i in ids for suffix in SUFFIXES]
+        code = b"".join(Path(module).read_bytes() for module in (__file__, augment.__file__))
+        files = zlib.crc32(repr((str(self.folder), ids, stamps)).encode() + code)
+        found = remembered(CACHE_ROOT / f"checked-{files:08x}.json", partial(check_folder, self.folder, ids))
+        self.ids, self.people, broken = found["ids"], found["people"], found["broken"]
+        self.places = {identity: [tuple(place) for place in places] for identity, places in found["places"]}
+        self.options = {"size": size, "max_people": max_people, "augmented": augmented, "seed": seed}
+        self.key = f"{zlib.crc32(repr((files, self.options)).encode()):08x}"  # changes with the samples
+        if broken:
+            print(f"warning: {len(broken)} of {len(ids)} samples are broken and left out: "
+                  f"{'; '.join(broken[:3])}{'; ...' if len(broken) > 3 else ''} "
+                  f"(python -m data.build --check {folder} lists them)", file=sys.stderr)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def read(self, index: int, epoch: int = 0) -> Sample:
+        """One sample with the augmentations of an epoch. Raises DataError if its files broke meanwhile."""
+        return read_sample(self.folder, self.ids[index], places=self.places, epoch=epoch, **self.options)
+
+
+def check_folder(folder: Path, ids: list[str]) -> dict:
+    """Which samples are good, how many people they show, where who is, and what is wrong with the others.
+    Raises DataError when none is good."""
+    unique = list(dict.fromkeys(ids))
+    results = dict(zip(unique, in_processes(partial(check_sample, folder), unique, "checking"), strict=True))
+    good = [image_id for image_id in unique if not isinstance(results[image_id], DataError)]
+    broken = repeated_ids(ids) + [str(error) for error in results.values() if isinstance(error, DataError)]
+    if not good:
+        raise DataError(f"none of the {len(broken)} samples can be used: {broken[0]}")
+    return {"ids": good, "people": sum(len(results[image_id]) for image_id in good), "broken": broken,
+            "places": list(find_places({image_id: results[image_id] for image_id in good}).items())}
+
+
+def check_sample(folder: Path, image_id: str) -> list[tuple] | DataError:
+    """(segment id, identity or None) of a sample's people, or what is wrong with it."""
+    try:
+        return people_of(open_sample(folder, image_id).record)
+    except DataError as error:
+        return error
+
+
+def people_of(record: dict) -> list[tuple]:
+    """(segment id, identity or None) of the people of a picture."""
+    return [(s["id"], s["identity"] if s.get("identity", "") != "" else None) for s in record["segments"]]
+
+
+def find_places(people: dict[str, list[tuple]]) -> Places:
+    """Image id -> its people -> where else each known person is to be found."""
+    places = defaultdict(list)
+    for image_id, members in people.items():
+        for number, identity in members:
+            if identity is not None:
+                places[identity].append((image_id, number))
+    return dict(places)
+
+
+def remembered(path: Path, function: Callable[[], dict]) -> dict:
+    """The result of `function`, kept in a file, which appears whole or not at all."""
+    if not path.exists():
+        result = function()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary.write_text(json.dumps(result), encoding="utf-8")
+        temporary.replace(path)
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def stamp(path: Path) -> tuple[int, int] | None:
@@ -276,32 +333,6 @@ def stamp(path: Path) -> tuple[int, int] | None:
     except (OSError, ValueError):
         return None
     return status.st_size, status.st_mtime_ns
-
-
-def find_partners(folder: Path, ids: list[str], seed: int) -> dict[str, dict[int, tuple[str, int]]]:
-    """Image id -> segment id -> (image id, segment id) of the same person in one other picture."""
-    places = defaultdict(list)  # of each identity
-    for image_id in ids:
-        with suppress(DataError):  # found again, and counted, where the sample is read
-            for segment in read_record(folder, image_id)["segments"]:
-                if segment.get("identity", "") != "":
-                    places[segment["identity"]].append((image_id, segment["id"]))
-    partners = {image_id: {} for image_id in ids}
-    for identity in places.values():
-        for image_id, number in identity:
-            start = int(np.random.default_rng([seed, int(image_id), number % 2**32]).integers(len(identity)))
-            others = (identity[(start + k) % len(identity)] for k in range(len(identity)))
-            if other := next((place for place in others if place[0] != image_id), None):
-                partners[image_id][number] = other
-    return partners
-
-
-def try_sample(job: tuple[str, dict], folder: Path, **options) -> Sample | DataError:
-    """`read_sample` of an image id and its partners, or what is wrong with it."""
-    try:
-        return read_sample(folder, job[0], partners=job[1], **options)
-    except DataError as error:
-        return error
 
 
 def in_processes(function: Callable, jobs: Sequence, title: str) -> Iterator:
@@ -332,66 +363,3 @@ def end_with(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)
-
-
-def write_samples(folder: Path, results: Iterable[Sample | DataError], broken: list[str]) -> None:
-    """Write what `Cache` reads, and broken.txt, whole or not at all. Raises DataError without a sample."""
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    temporary.mkdir(parents=True)
-    try:
-        with ExitStack() as stack:
-            lines = stack.enter_context(open(temporary / "samples.jsonl", "w", encoding="utf-8"))
-            images, references, masks = (stack.enter_context(RowFile(temporary / f"{name}.npy"))
-                                         for name in ("images", "references", "masks"))
-            for result in results:
-                if isinstance(result, DataError):
-                    broken.append(str(result))
-                    continue
-                images.append(result.image)
-                references.append(result.references)
-                masks.append(np.packbits(result.masks, axis=-1))
-                fields = {k: getattr(result, k) for k in ("caption", "ends", "labels")}
-                lines.write(json.dumps(fields) + "\n")
-        if not images.count:
-            raise DataError(f"none of the {len(broken)} samples can be used: {broken[0]}")
-        (temporary / "broken.txt").write_text("".join(f"{line}\n" for line in broken), encoding="utf-8")
-        try:
-            temporary.rename(folder)
-        except OSError:
-            if not folder.exists():  # else another process was faster, with the same
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-class RowFile:
-    """An .npy file of uint8 rows whose number is known at the end only. Zero rows stay holes."""
-
-    def __init__(self, path: Path):
-        self.path, self.count, self.shape = path, 0, None
-
-    def __enter__(self) -> Self:
-        self.file = open(self.path, "wb")
-        return self
-
-    def append(self, row: np.ndarray) -> None:
-        if self.shape is None:
-            self.shape = row.shape
-            self.write_header()
-        self.count += 1
-        if row.any():
-            self.file.write(np.ascontiguousarray(row))
-        else:
-            self.file.seek(row.nbytes, os.SEEK_CUR)
-
-    def write_header(self) -> None:
-        """numpy leaves room for any count, so that the header can be written again."""
-        np.lib.format.write_array_header_1_0(
-            self.file, {"descr": "|u1", "fortran_order": False, "shape": (self.count, *self.shape)})
-
-    def __exit__(self, *exception) -> None:
-        with self.file:
-            if self.shape is not None:
-                self.file.truncate()
-                self.file.seek(0)
-                self.write_header()

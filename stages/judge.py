@@ -7,37 +7,36 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data import toyworld
-from data.dataset import Cache
+from data.dataset import Cache, batch_indices
 from data.judge import Judge
 from models.load import save_tensors, write_json
 from pictures import to_picture
-from stages.presets import StageError
 from stages.stage import Stage, step_generator
 
 
 class JudgeStage(Stage):
     """Reads attributes, activity, place and masks off rendered pictures (`data/judge.py`)."""
 
+    reads = ()
     shareable = False  # means over the attributes that are visible, of which samples have unequal numbers
 
     def setup(self) -> None:
         self.module = Judge().to(memory_format=torch.channels_last)
-        self.scenes = self.training_scenes()
+        self.scenes = self.rendered("scenes", self.config.samples)
         self.test = self.rendered("scenes", 2000, "test")
-        if not all(sample["labels"] for sample in self.scenes.samples):
-            raise StageError(f"{self.data} has no labels for a judge: only the small world writes them")
         self.labels = {id(c): {name: torch.as_tensor(c.labels(name))
                                for name in ("activity", "context", "style", "attributes")}
                        for c in (self.scenes, self.test)}
 
-    def batch(self, cache: Cache, indices: np.ndarray) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def labelled(self, cache: Cache, indices: np.ndarray) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Pictures (B, 3, S, S), masks (B, P, 32, 32) and labels."""
         masks = F.adaptive_avg_pool2d(torch.from_numpy(cache.masks(indices)).float(), 32)
         labels = {k: v[indices].to(self.device) for k, v in self.labels[id(cache)].items()}
         return to_picture(cache.images[indices]).to(self.device), masks.to(self.device), labels
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        image, masks, labels = self.batch(self.scenes, self.indices(step, len(self.scenes)))
+        image, masks, labels = self.labelled(
+            self.scenes, batch_indices(self.seed, step, self.config.batch_size, len(self.scenes)))
         generator = step_generator(self.seed, step)
         if torch.rand((), generator=generator) < 0.5:  # generated pictures are a little soft
             factor = 1 + torch.rand((), generator=generator).item()
@@ -61,7 +60,7 @@ class JudgeStage(Stage):
         """Accuracies on held-out renders, as JSON."""
         hits: dict[str, list[Tensor]] = {}
         for start in range(0, len(self.test), 100):
-            image, masks, labels = self.batch(self.test, np.arange(len(self.test))[start:start + 100])
+            image, masks, labels = self.labelled(self.test, np.arange(len(self.test))[start:start + 100])
             verdict = self.module(image)
             for name in ("activity", "context", "style"):
                 hits.setdefault(name, []).append(getattr(verdict, name).argmax(1) == labels[name])

@@ -1,4 +1,6 @@
 """Personalized experts, routers and multimodal prompt on a frozen base."""
+import re
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -6,31 +8,35 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from data import toyworld
-from data.dataset import MAX_SUBJECTS, Cache
+from data.fastcomposer import DataError, Folder
+from distributed import share
 from moa import (ExpertContext, MultimodalPrompt, PromptConfig, add_moa, load_moa, record_routing,
                  record_subject_attention, save_moa)
 from moa.loss import masked_loss, mean_routing, object_loss, router_loss
 from models import load_models
 from models.attention import FeedForward
-from models.load import Models, carry_over, save_tensors
+from models.load import Models, carry_over, save_part, save_tensors
 from models.resnet import ResnetBlock
 from pictures import to_picture, to_uint8
 from pipeline import Pipeline, Subject, squared_distance
+from stages.encode import CHUNK, Encoder
 from stages.presets import StageError
-from stages.prior import PriorStage, encode_references, snr_weight
-from stages.stage import SHEET_GUIDANCE, SWAP_PROMPTS, save_grid
+from stages.prior import PriorStage, snr_weight
+from stages.stage import SHEET_GUIDANCE, SWAP_PROMPTS, save_grid, step_generator
+
+STATISTICS = 4096  # samples whose subjects' features are summed up for `sample.py`
 
 
 class MoAStage(PriorStage):
     """Personalized experts, routers and multimodal prompt on a frozen base (section 3.3), from the
     base's attention on or from those of the file --moa on."""
 
-    reads = ("weights", "data", "moa")
+    reads = ("weights", "data", "cache", "moa")
 
     def setup(self) -> None:
         if self.weights is None:
@@ -38,53 +44,60 @@ class MoAStage(PriorStage):
         models = load_models(self.weights, self.device)
         if models.image_encoder is None:
             raise StageError(f"{self.weights} has no image encoder")
-        self.unet, self.vae, self.text_encoder = models.unet, models.vae, models.text_encoder
-        self.image_encoder, self.tokenize = models.image_encoder, models.tokenize
+        self.unet, self.image_encoder = models.unet, models.image_encoder
+        self.encode = Encoder(models.vae, models.text_encoder, models.image_encoder, models.tokenize,
+                              self.device, bf16=self.config.frozen_bf16)
         self.size = models.config.get("image_size", self.size)
         self.unet.to(memory_format=torch.channels_last)
         if self.moa is not None:
             self.prompt = load_moa(self.unet, self.moa)
         else:
             add_moa(self.unet)
-            text_dim, image_dim = self.text_encoder.cfg.dim, self.image_encoder.cfg.output_dim
+            text_dim, image_dim = models.text_encoder.cfg.dim, models.image_encoder.cfg.output_dim
             layers = len(list(self.unet.transformer_blocks()))
             self.prompt = MultimodalPrompt(PromptConfig(text_dim, image_dim, 2 * image_dim, layers))
+        self.module = nn.ModuleDict({"unet": self.unet, "prompt": self.prompt})
+        if self.config.image_layers:
+            self.train_image_encoder()
+        if self.config.frozen_bf16:
+            for module in (self.module, models.vae, models.text_encoder, models.image_encoder):
+                for parameter in module.parameters():
+                    if not parameter.requires_grad:
+                        parameter.data = parameter.data.bfloat16()
         if self.config.checkpointing:
             # Not the attention: it is watched by hooks that are gone in the backward pass, and its fused
             # kernel keeps little.
             for module in self.unet.modules():
                 if isinstance(module, (ResnetBlock, FeedForward)):
                     module.forward = partial(checkpoint, module.forward, use_reentrant=False)
-        self.module = nn.ModuleDict({"unet": self.unet, "prompt": self.prompt})
-        self.load_scenes()
-        self.features = encode_references(self.scenes, self.image_encoder, self.device).float()
-        self.masks = latent_masks(self.scenes, self.latents.shape[-1])
-        self.positions, self.present = self.subject_positions(self.scenes)
-        if not self.present.any():
+        self.samples = self.training_samples()
+        if isinstance(self.samples, Folder) and not self.samples.people:
             raise StageError(f"{self.data} has no subjects to train on")
 
-    def subject_positions(self, scenes: Cache) -> tuple[Tensor, Tensor]:
-        """Token index of each subject's noun (N, P) int64, and whether there is one (N, P) bool.
-        A noun behind the last token that fits is not there."""
-        positions = torch.zeros(len(scenes), MAX_SUBJECTS, dtype=torch.int64)
-        present = torch.zeros(len(scenes), MAX_SUBJECTS, dtype=torch.bool)
-        for i, sample in enumerate(scenes.samples):
-            for s, end in enumerate(sample["ends"]):
-                position = len(self.tokenize.encode(sample["caption"][:end]))
-                if position < self.tokenize.length - 1:  # the last is the end of the text
-                    positions[i, s], present[i, s] = position, True
-        return positions, present
+    def train_image_encoder(self) -> None:
+        """Train the last layers of the image encoder as well; its features cannot be cached then."""
+        blocks = self.image_encoder.visual.transformer.resblocks
+        if self.cache is not None or self.data is None:
+            raise StageError("image_layers needs --data, and no --cache: features of an encoder that is "
+                             "trained change with every step")
+        blocks[-self.config.image_layers:].requires_grad_(True)
+        self.module["image_encoder"] = self.image_encoder
+
+    def draw_shown(self, step: int, present: Tensor) -> Tensor:
+        """Whose reference is shown, of the subjects that are `present` (B, S)."""
+        if self.config.subject_probability == 1:
+            return present
+        generator = step_generator(self.seed + 1, step)  # not the noise's: its draws stay what they are
+        drawn = torch.rand(self.config.batch_size, present.shape[1], generator=generator)
+        return present & (share(drawn) < self.config.subject_probability).to(self.device)
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Eq. 11. The people's mask is kept on null samples, so that these train too."""
-        indices, x, eps, t, tokens, null = self.noised(step)
-        masks = self.masks[indices].float().to(self.device)  # (B, P, h, w)
+        """Eq. 11. The people's mask is kept on samples without subjects, so that these train too."""
+        batch = self.encoded(step)
+        x, eps, t, text, null = self.noised(batch, step)
+        masks, positions, features = batch["masks"], batch["positions"], batch["features"]
         people = masks.sum(1).clamp(max=1)
-        positions, present, features = (
-            v[indices].to(self.device) for v in (self.positions, self.present, self.features))
-        present = present & ~null[:, None]
-        with torch.no_grad():
-            text = self.text_encoder(tokens)
+        present = self.draw_shown(step, batch["present"] & ~null[:, None])
         context = ExpertContext(text, self.prompt(text, features, positions, present, t))
         with record_routing(self.unet) as routing, record_subject_attention(self.unet, positions) as maps:
             eps_hat = self.unet(x, t, context).float()
@@ -101,31 +114,65 @@ class MoAStage(PriorStage):
             "prior_weight_people": (mean_prior * people).sum() / people.sum().clamp(min=1),
             "prior_weight_background": (mean_prior * (1 - people)).sum() / (1 - people).sum()}
 
+    def encoded(self, step: int) -> dict[str, Tensor]:
+        if not self.config.image_layers:
+            return super().encoded(step)
+        samples = self.batch(step)
+        return {**self.encode.images(samples), **self.encode.texts(samples),
+                "features": self.encode.references(samples)}
+
+    def sheet_subjects(self) -> list[tuple[str, np.ndarray]]:
+        """Noun and reference (R, R, 3) of three people that training does not see; of a folder without
+        a test list, of its first."""
+        if self.data is None:
+            rng = np.random.default_rng(11)
+            people = [toyworld.sample_identity(rng, "test", "woman") for _ in range(3)]
+            return [("woman", toyworld.render_reference(person, i)) for i, person in enumerate(people)]
+        samples = self.first_samples(64)
+        with suppress(DataError):
+            test = Folder(self.data, 64, self.size, "test")
+            samples = [test.read(i) for i in range(len(test))] if test.people else samples
+        found = [(re.findall(r"\w+", sample.caption[:sample.ends[0]])[-1], sample.references[0])
+                 for sample in samples if sample.ends]
+        return found[:3]
+
     def sheet(self, path: Path) -> None:
         """First row the prior alone, then one row per subject: same seeds, another person."""
-        models = Models(self.unet, self.vae, self.text_encoder, self.tokenize, self.image_encoder,
-                        {"image_size": toyworld.SIZE})
+        encode = self.encode
+        models = Models(self.unet, encode.vae, encode.text_encoder, encode.tokenize, self.image_encoder,
+                        {"image_size": self.size})
         pipeline = Pipeline(models, self.prompt.eval())
-        rng = np.random.default_rng(11)
-        identities = [toyworld.sample_identity(rng, "test", noun) for noun in ("woman", "woman", "woman")]
-        references = np.stack([toyworld.render_reference(p, i) for i, p in enumerate(identities)])
-        features = pipeline.encode_subjects(to_picture(references) / 2 + 0.5)
-        prompts = [f"a woman {what}" for what in SWAP_PROMPTS]
-        positions = [self.tokenize.word_positions(prompt, "woman")[0] for prompt in prompts]
+        subjects = self.sheet_subjects()
+        features = pipeline.encode_subjects(to_picture(np.stack([r for _, r in subjects])) / 2 + 0.5)
         rows = []
-        for row in range(1 + len(identities)):
+        for row in range(1 + len(subjects)):
+            noun, reference = subjects[max(row - 1, 0)]
+            prompts = [f"a {noun} {what}" for what in SWAP_PROMPTS]
+            positions = [encode.tokenize.word_positions(prompt, noun)[0] for prompt in prompts]
             people = [[Subject(p, features[row - 1])] for p in positions] if row else None
             pictures = pipeline.generate(prompts, range(len(prompts)), people, steps=20,
                                          guidance_scale=SHEET_GUIDANCE, prior_only=row == 0)
-            left = references[row - 1] if row else np.full_like(references[0], 255)
+            left = reference if row else np.full_like(reference, 255)
+            left = np.array(Image.fromarray(left).resize((self.size, self.size)))
             rows.append(np.concatenate([left[None], to_uint8(pictures)]))
         self.prompt.train()
         save_grid(rows, path)
 
     def export(self, folder: Path) -> None:
         carry_over(self.weights, folder)
+        if self.config.image_layers:
+            save_part(self.image_encoder.float(), folder, "image_encoder")
         save_moa(self.unet, self.prompt, folder / "moa.safetensors", preset=asdict(self.config))
-        save_tensors(feature_statistics(self.features[self.present]), folder / "subjects.safetensors")
+        save_tensors(feature_statistics(self.subject_features()), folder / "subjects.safetensors")
+
+    def subject_features(self) -> Tensor:
+        """(N, F) of subjects of the first samples."""
+        if self.shards is not None:
+            batches = [self.shards.rows(range(min(STATISTICS, len(self.shards))))]
+        else:
+            samples = self.first_samples(STATISTICS)
+            batches = [self.encode(samples[i:i + CHUNK]) for i in range(0, len(samples), CHUNK)]
+        return torch.cat([batch["features"][batch["present"]].float().cpu() for batch in batches])
 
 
 def feature_statistics(features: Tensor) -> dict[str, Tensor]:
@@ -135,12 +182,3 @@ def feature_statistics(features: Tensor) -> dict[str, Tensor]:
     precision = torch.linalg.inv(torch.cov(features.T) + 1e-4 * torch.eye(features.shape[1]))
     distances = squared_distance(features, mean, precision)
     return {"mean": mean, "precision": precision, "limit": 1.25 * distances.quantile(0.999)}
-
-
-def latent_masks(scenes: Cache, size: int) -> Tensor:
-    """(N, P, size, size) float16: the share of each latent cell that a subject covers."""
-    parts = []
-    for start in range(0, len(scenes), 1000):
-        masks = torch.from_numpy(scenes.masks(slice(start, start + 1000)))
-        parts.append(F.adaptive_avg_pool2d(masks.float(), size).half())
-    return torch.cat(parts)

@@ -29,8 +29,12 @@ class TrainConfig:
     clip: float = 1.0
     ema: float = 0.0
     bf16: bool = False  # on a CPU; on CUDA always
+    frozen_bf16: bool = False  # parts that are not trained are kept in bf16; wants bf16 (moa)
     accumulate: int = 1  # turns in which a process works on its share of a batch
     checkpointing: bool = False  # compute activations again in the backward pass (moa)
+    max_people: int = 2  # of one picture
+    subject_probability: float = 1.0  # that a person's reference is shown (moa)
+    image_layers: int = 0  # last layers of the image encoder that are trained too (moa)
     min_snr: float = 5.0  # gamma of min-SNR weighting (arXiv 2303.09556); 0 is the plain eps loss
     null_probability: float = 0.1
     max_timestep: int = 1000
@@ -52,14 +56,24 @@ TOYWORLD = {
                        router_layers=(0, 1, 2, 3, 10, 11, 12, 13, 14, 15)),
     "judge": TrainConfig(steps=4500, batch_size=32, lr=2e-3, ema=0.998, bf16=True),
 }
-# Table 1 of the paper, and FastComposer's values where it is silent.
+# The paper's Table 1 and section 4.1; where it is silent FastComposer's released code and script, whose
+# data and losses it takes over.
 SD15 = {
     "moa": TrainConfig(
-        steps=40_000, batch_size=128, lr=5e-5,  # Table 1; section 4.1 says 1e-5
-        warmup=0, decay=0.0, betas=(0.9, 0.999), min_snr=0.0, max_timestep=800, augment=True,
-        lambda_router=1e-4, lambda_object=1e-4, checkpointing=True,
-        # "excluding the first two and last three"
-        router_layers=tuple(range(2, 13)), object_layers=tuple(range(2, 13))),
+        steps=40_000, batch_size=128,  # section 4.1: 32 on each of 4 GPUs
+        lr=5e-5,  # Table 1; section 4.1 says 1e-5
+        warmup=0, decay=0.0,  # section 4.1: constant
+        augment=True, betas=(0.9, 0.999), weight_decay=0.01, clip=1.0, ema=0.0, min_snr=0.0,  # FastComposer
+        null_probability=0.1,  # Table 1
+        subject_probability=0.9, max_people=4,  # FastComposer
+        max_timestep=800,  # Table 1
+        lambda_router=1e-4, lambda_object=1e-4,  # Table 1
+        # Section 3.3: without "first two and last three attention layers", FastComposer's 11 blocks
+        router_layers=tuple(range(2, 13)), object_layers=tuple(range(2, 13)),
+        # FastComposer trains the last 2; the paper does not say. Frozen, features can be cached.
+        image_layers=0,
+        bf16=True, frozen_bf16=True,  # section 4.1; FastComposer
+        checkpointing=True),  # for memory alone: gradients are the same
 }
 PRESETS = {"toyworld": TOYWORLD, "sd15": SD15}
 

@@ -1,4 +1,6 @@
 """What all stages share."""
+import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +11,10 @@ from PIL import Image
 from torch import Tensor
 
 from data import toyworld
-from data.dataset import Cache, batch_indices, render_cache
-from data.fastcomposer import folder_cache
-from distributed import share, world_size
+from data.dataset import Cache, Sample, batch_indices, render_cache
+from data.fastcomposer import Folder
+from data.stream import Reader, Samples, Stream, worker_count
+from distributed import share, turn, turn_index, world_size
 from models.clip_text import Tokenizer
 from models.load import read_config, write_json
 from stages.presets import StageError, TrainConfig
@@ -28,19 +31,46 @@ def save_grid(rows: list[np.ndarray], path: Path) -> None:
     Image.fromarray(grid).save(path)
 
 
+@dataclass(frozen=True)
+class Schedule:
+    """Which of `count` samples this process works on, turn by turn of step by step."""
+
+    config: TrainConfig
+    seed: int
+    count: int
+
+    def order(self, place: tuple[int, int]) -> np.ndarray:
+        """(B, 2): index and epoch of the samples at a place (step, turn)."""
+        step, index = place
+        size = self.config.batch_size
+        epochs = (step * size + np.arange(size)) // self.count
+        with turn(index, self.config.accumulate):
+            return share(np.stack([batch_indices(self.seed, step, size, self.count), epochs], axis=1))
+
+    def after(self, place: tuple[int, int]) -> tuple[int, int] | None:
+        """The place that follows; None at the end of the run."""
+        step, index = place
+        if index + 1 < self.config.accumulate:
+            return step, index + 1
+        return (step + 1, 0) if step + 1 < self.config.steps else None
+
+
 class Stage:
     """`module` holds what is trained; `loss(step)` is a pure function of it and the step."""
 
     module: nn.Module
-    reads: tuple[str, ...] = ("data",)  # which of --weights, --data and --moa the stage can use
+    reads: tuple[str, ...] = ("data",)  # which of --weights, --data, --cache and --moa the stage can use
     size = toyworld.SIZE  # of its pictures, in pixels
+    samples: Samples
+    stream: Stream | None = None  # where samples are read from while training
     shareable = True  # whether the loss is a mean over samples, which several processes can share
 
     def __init__(self, config: TrainConfig, seed: int, device: torch.device,
-                 weights: Path | None, data: Path | None, moa: Path | None = None):
+                 weights: Path | None, data: Path | None, moa: Path | None = None,
+                 cache: Path | None = None):
         self.config, self.seed, self.device = config, seed, device
-        self.weights, self.data, self.moa = weights, data, moa
-        for name in ("weights", "data", "moa"):
+        self.weights, self.data, self.moa, self.cache = weights, data, moa, cache
+        for name in ("weights", "data", "moa", "cache"):
             if getattr(self, name) is not None and name not in self.reads:
                 raise StageError(f"this stage cannot use --{name}: leave it out")
         parts = world_size() * config.accumulate
@@ -58,19 +88,38 @@ class Stage:
         """Build `module` and the data."""
         raise NotImplementedError
 
-    def training_scenes(self) -> Cache:
-        """The scenes of the folder --data, else rendered ones."""
-        if self.data is not None:
-            return folder_cache(self.data, self.config.samples, self.size, augmented=self.config.augment)
-        return self.rendered("scenes", self.config.samples)
+    def prepare(self) -> None:
+        """What all processes do together after `setup`."""
+
+    def training_samples(self) -> Samples:
+        """Those of the folder --data, else rendered scenes."""
+        if self.data is None:
+            return self.rendered("scenes", self.config.samples)
+        samples = Folder(self.data, self.config.samples, self.size, max_people=self.config.max_people,
+                         augmented=self.config.augment)
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        self.stream = Stream(samples, Schedule(self.config, self.seed, len(samples)), worker_count(local))
+        return samples
+
+    def batch(self, step: int) -> list[Sample]:
+        """This process's samples of a step."""
+        if self.stream is not None:
+            return self.stream.batch((step, turn_index()))
+        return [self.samples.read(index, epoch) for index, epoch in self.order(step)]
+
+    def order(self, step: int) -> np.ndarray:
+        """(B, 2): index and epoch of this process's samples of a step."""
+        return Schedule(self.config, self.seed, len(self.samples)).order((step, turn_index()))
 
     def rendered(self, kind: str, count: int, split: str = "train") -> Cache:
         """Pictures of the small world."""
         return render_cache(kind, count, split)
 
-    def indices(self, step: int, count: int) -> np.ndarray:
-        """This process's samples of a step."""
-        return share(batch_indices(self.seed, step, self.config.batch_size, count))
+    def first_samples(self, count: int) -> list[Sample]:
+        """The first samples there are, at most `count`."""
+        reader = Reader(self.samples)
+        return [sample for sample, _ in map(reader.__getitem__, ((i, 0) for i in range(
+            min(count, len(self.samples))))) if sample is not None]
 
     def noise(self, shape: torch.Size, generator: torch.Generator) -> Tensor:
         """This process's share, of `shape`, of the noise of a step."""

@@ -18,12 +18,12 @@ class VAEStage(Stage):
 
     def setup(self) -> None:
         self.module = AutoencoderKL(SMALL["vae"]).to(memory_format=torch.channels_last)
-        self.scenes = self.training_scenes()
+        self.samples = self.training_samples()
         self.test = self.rendered("scenes", 512, "test")
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         vae, generator = self.module, step_generator(self.seed, step)
-        image = to_picture(self.scenes.images[self.indices(step, len(self.scenes))]).to(self.device)
+        image = to_picture(np.stack([sample.image for sample in self.batch(step)])).to(self.device)
         image = image.contiguous(memory_format=torch.channels_last)
         mean, logvar = vae.posterior(image)
         z = mean + (0.5 * logvar).exp() * self.noise(mean.shape, generator)
@@ -52,7 +52,7 @@ class VAEStage(Stage):
     @torch.no_grad()
     def export(self, folder: Path) -> None:
         """Latents get mean 0 and spread 1 per channel, so that SD's scale factor fits them."""
-        images = np.array(self.scenes.images[:2048])
+        images = np.stack([sample.image for sample in self.first_samples(2048)])
         means = torch.cat([self.module.posterior(to_picture(batch).to(self.device))[0]
                            for batch in np.array_split(images, max(1, len(images) // 32))])
         channels = rearrange(means, "b c h w -> c (b h w)")

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from data import build, toyworld
-from data.fastcomposer import SUFFIXES, find_partners, folder_cache, read_ids, read_sample
+from data.fastcomposer import SUFFIXES, Folder, read_ids, read_sample
 from tests.test_data import BROKEN, write_folder
 
 GRAY = (128, 128, 128)
@@ -74,15 +74,16 @@ def test_rendered_pictures_make_the_round_trip(scenes, tmp_path, monkeypatch, ca
     assert run("--check", data, "--sheet", tmp_path / "sheet.png") == 0
     assert sorted(data.rglob("*")) == before
     assert (tmp_path / "sheet.png").read_bytes() == (data / "contact_sheet.png").read_bytes()
-    cache = folder_cache(data, 8, toyworld.SIZE)
-    assert len(cache) == 8
+    samples = Folder(data, 8, toyworld.SIZE)
+    assert len(samples) == 8
     for i, scene in enumerate(truth):
         picture, masks = toyworld.render_scene(scene)
-        assert cache.captions[i] == scene.caption
-        assert cache.samples[i]["ends"] == [subject.end for subject in scene.subjects]
-        assert (cache.masks([i])[0, :len(masks)] == masks).all()
-        assert np.abs(cache.images[i].astype(float) - picture).mean() < 6  # JPEG
-        assert cache.references[i].any((1, 2, 3)).sum() == len(masks)
+        sample = samples.read(i)
+        assert sample.caption == scene.caption
+        assert sample.ends == [subject.end for subject in scene.subjects]
+        assert (sample.masks[:len(masks)] == masks).all()
+        assert np.abs(sample.image.astype(float) - picture).mean() < 6  # JPEG
+        assert sample.references.any((1, 2, 3)).sum() == len(masks)
 
 
 def test_all_captions_of_the_small_world_are_understood():
@@ -124,8 +125,7 @@ def test_names_become_paired_references(pictures, tmp_path, capsys):
     assert run(pictures, "--output", tmp_path / "data") == 0
     assert "names     1, in several pictures 1" in capsys.readouterr().out
     assert [s.get("identity") for s in segments_of(tmp_path / "data", "000000000")] == [None, "Ada"]
-    assert find_partners(tmp_path / "data", ["000000000", "000000001"], 0) == {
-        "000000000": {2: ("000000001", 1)}, "000000001": {1: ("000000000", 2)}}
+    assert Folder(tmp_path / "data", 2, 64).places == {"Ada": [("000000000", 2), ("000000001", 1)]}
 
 
 @pytest.mark.parametrize("kind", ["white", "one bit", "palette", "16 bit", "second only"])

@@ -1,11 +1,13 @@
 """The renderer is a pure function, its folder layout is read back exactly, broken folders are named."""
 import json
+import multiprocessing
 import os
 import pickle
 import shutil
 import signal
 import subprocess
 import sys
+import time
 import warnings
 import zlib
 from pathlib import Path
@@ -25,14 +27,19 @@ from data.dataset import (
     write_cache,
 )
 from data.fastcomposer import (
+    MAX_PEOPLE,
     DataError,
-    RowFile,
-    find_partners,
-    folder_cache,
+    Folder,
+    find_places,
     in_processes,
+    open_sample,
+    people_of,
     read_ids,
+    read_record,
     read_sample,
 )
+from data.shards import SIZE, ShardError, Shards, build_shards, describe, shards_of
+from data.stream import PATIENCE, Stream
 
 ROOT = Path(__file__).parents[1]
 
@@ -223,21 +230,22 @@ def test_a_written_folder_is_read_back(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("data.fastcomposer.CACHE_ROOT", tmp_path)
     assert len(read_ids(folder, "train")) == 6
     for split, count in (("train", 5), ("test", 2)):
-        cache = folder_cache(folder, count, toyworld.SIZE, split)
-        assert len(cache) == count
+        samples = Folder(folder, count, toyworld.SIZE, split, max_people=MAX_SUBJECTS)
+        assert len(samples) == count
         for i in range(count):
             truth = scene_sample(40 + i, split)
             image_id = read_ids(folder, split)[i]
-            assert (cache.images[i] == np.array(Image.open(folder / image_id[:5] / f"{image_id}.jpg"))).all()
-            assert np.abs(cache.images[i].astype(float) - truth.image).mean() < 6  # JPEG
-            assert (cache.masks([i])[0] == truth.masks).all()
-            assert cache.samples[i] == {"caption": truth.caption, "ends": truth.ends, "labels": truth.labels}
-            present = cache.references[i].any((1, 2, 3))
+            sample = samples.read(i)
+            assert (sample.image == np.array(Image.open(folder / image_id[:5] / f"{image_id}.jpg"))).all()
+            assert np.abs(sample.image.astype(float) - truth.image).mean() < 6  # JPEG
+            assert (sample.masks == truth.masks).all()
+            assert (sample.caption, sample.ends, sample.labels) == (truth.caption, truth.ends, truth.labels)
+            present = sample.references.any((1, 2, 3))
             assert (present == truth.masks.any((1, 2))).all()
     assert len(list(tmp_path.iterdir())) == 2
-    folder_cache(folder, 5, toyworld.SIZE)
-    assert len(list(tmp_path.iterdir())) == 2  # the same cache
-    folder_cache(folder, 4, toyworld.SIZE)
+    Folder(folder, 5, toyworld.SIZE)
+    assert len(list(tmp_path.iterdir())) == 2  # checked already
+    Folder(folder, 4, toyworld.SIZE)
     assert len(list(tmp_path.iterdir())) == 3
 
 
@@ -309,11 +317,11 @@ def test_a_sample_is_cut_square_and_its_subjects_are_in_caption_order(tmp_path):
     assert sample.image.shape == (80, 80, 3)
     assert sample.ends == [5, 23]
     assert sample.labels == {}
-    expected = np.zeros((MAX_SUBJECTS, 80, 80), bool)
+    expected = np.zeros((MAX_PEOPLE, 80, 80), bool)
     expected[0, 20:60, 20:40] = True  # columns 10 to 50 are kept, then everything is doubled
     expected[1, 40:72, 60:68] = True
     assert (sample.masks == expected).all()
-    for mask, color in zip(expected, (RED, BLUE), strict=True):
+    for mask, color in zip(expected[:2], (RED, BLUE), strict=True):
         assert np.abs(np.median(sample.image[mask], axis=0) - color).max() < 12
 
 
@@ -365,9 +373,10 @@ def test_the_largest_subjects_are_kept_and_equal_ends_stay_two(tmp_path):
     instances[0, 20:24] = 200
     np.save(stem.with_suffix(".npy"), instances)
     edit_json(stem, lambda r: r["segments"].insert(0, {"id": 200, "end": 12, "bbox": [20, 0, 24, 1]}))
-    assert read_stem(stem, 40).ends == [5, 23]
+    assert read_stem(stem, 40).ends == [5, 12, 23]
+    assert read_stem(stem, 40, max_people=2).ends == [5, 23]
     edit_json(stem, lambda r: [s.update(end=5) for s in r["segments"]])
-    sample = read_stem(stem, 40)
+    sample = read_stem(stem, 40, max_people=2)
     assert sample.ends == [5, 5]
     assert sample.masks.any((1, 2)).all()
 
@@ -499,20 +508,20 @@ def test_broken_samples_are_skipped_and_counted(tmp_path, cache_root, capsys):
     stems[4].with_suffix(".jpg").unlink()
     with open(tmp_path / "data" / "image_ids_train.txt", "a") as file:
         file.write("\n../../etc\n000000012\n")
-    for _ in range(2):  # the second time from the cache
-        cache = folder_cache(tmp_path / "data", 100, 40)
-        assert len(cache) == len(cache.captions) == 4
+    for _ in range(2):  # the second time from what is remembered
+        samples = Folder(tmp_path / "data", 100, 40)
+        assert len(samples) == len(samples.ids) == 4
         warning, = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
         assert "4 of 8 samples are broken and left out" in warning
         assert "listed 2 times" in warning and "000000013.npy" in warning and "data.build --check" in warning
     truth = read_stem(stems[0], 40)
     for i in range(4):
-        assert (cache.images[i] == truth.image).all()
-        assert (cache.masks([i])[0] == truth.masks).all()
+        assert (samples.read(i).image == truth.image).all()
+        assert (samples.read(i).masks == truth.masks).all()
     assert len(list(cache_root.iterdir())) == 1
-    stems[1].with_suffix(".npy").write_bytes(whole)  # repaired: the cache is made anew
-    assert len(folder_cache(tmp_path / "data", 100, 40)) == 5
-    assert len(folder_cache(tmp_path / "data", 1, 40)) == 1
+    stems[1].with_suffix(".npy").write_bytes(whole)  # repaired: checked anew
+    assert len(Folder(tmp_path / "data", 100, 40)) == 5
+    assert len(Folder(tmp_path / "data", 1, 40)) == 1
     assert "warning" not in capsys.readouterr().err.splitlines()[-1]
 
 
@@ -520,8 +529,8 @@ def test_a_folder_of_broken_samples_only_leaves_no_cache(tmp_path, cache_root):
     for stem in write_folder(tmp_path / "data", 2):
         stem.with_suffix(".json").unlink()
     with pytest.raises(DataError, match=r"none of the 2 samples can be used: .*000000012.json: "):
-        folder_cache(tmp_path / "data", 2, 40)
-    assert not list(cache_root.iterdir())
+        Folder(tmp_path / "data", 2, 40)
+    assert not cache_root.exists()
 
 
 def kill_itself(job):
@@ -531,16 +540,6 @@ def kill_itself(job):
 def test_a_reading_process_that_is_killed_ends_the_reading():
     with pytest.raises(DataError, match="killed"):
         list(in_processes(kill_itself, range(3), "reading"))
-
-
-def test_an_npy_file_of_rows(tmp_path):
-    rows = np.random.default_rng(0).integers(0, 255, (12, 3, 5), np.uint8)
-    rows[[0, 4, 11]] = 0
-    with RowFile(tmp_path / "rows.npy") as file:
-        for row in rows:
-            file.append(row)
-    assert (np.load(tmp_path / "rows.npy") == rows).all()
-    assert (tmp_path / "rows.npy").read_bytes()[:8] == b"\x93NUMPY\x01\x00"
 
 
 @pytest.mark.parametrize("text", [None, "", "\n\n", b"\xff"])
@@ -561,19 +560,20 @@ def test_a_bad_id_is_refused(image_id, tmp_path):
 
 def test_large_pictures_have_references_of_clip_s_size(tmp_path, cache_root):
     write_folder(tmp_path / "data", 1)
-    cache = folder_cache(tmp_path / "data", 1, 256)
-    assert cache.images.shape[1:] == (256, 256, 3)
-    assert cache.references.shape[1:] == (MAX_SUBJECTS, 224, 224, 3)
+    sample = Folder(tmp_path / "data", 1, 256).read(0)
+    assert sample.image.shape == (256, 256, 3)
+    assert sample.references.shape == (MAX_PEOPLE, 224, 224, 3)
 
 
 # Augmentation and paired references --------------------------------------------------------------
 
 
-def test_augmentation_is_a_function_of_seed_and_sample(tmp_path, cache_root):
+def test_augmentation_is_a_function_of_seed_sample_and_epoch(tmp_path, cache_root):
     stems = write_folder(tmp_path / "data", 8)
     plain = read_stem(stems[0], 64)
     state = torch.random.get_rng_state()
-    drawn = {(seed, stem): read_stem(stem, 64, augmented=True, seed=seed) for seed in range(2) for stem in stems}
+    drawn = {(seed, stem): read_stem(stem, 64, augmented=True, seed=seed)
+             for seed in range(2) for stem in stems}
     assert torch.equal(torch.random.get_rng_state(), state)
     torch.rand(3)
     for (seed, stem), sample in drawn.items():
@@ -582,19 +582,22 @@ def test_augmentation_is_a_function_of_seed_and_sample(tmp_path, cache_root):
         flipped = (sample.image == plain.image[:, ::-1]).all()
         assert flipped or (sample.image == plain.image).all()
         assert (sample.masks == (plain.masks[..., ::-1] if flipped else plain.masks)).all()
-    images, references = ({getattr(s, name).tobytes() for s in drawn.values()} for name in ("image", "references"))
+    images, references = ({getattr(s, name).tobytes() for s in drawn.values()}
+                          for name in ("image", "references"))
     assert len(images) == 2
     assert len(references) == len(drawn)
-    cache = folder_cache(tmp_path / "data", 8, 64, augmented=True, seed=1)  # in other processes
+    samples = Folder(tmp_path / "data", 8, 64, augmented=True, seed=1)
     for i, stem in enumerate(stems):
-        assert (cache.references[i] == drawn[1, stem].references).all()
-    assert (folder_cache(tmp_path / "data", 8, 64).images[0] == plain.image).all()
+        assert (samples.read(i).references == drawn[1, stem].references).all()
+        assert (samples.read(i, epoch=1).references != drawn[1, stem].references).any()
+    assert (Folder(tmp_path / "data", 8, 64).read(0).image == plain.image).all()
 
 
-def colors_of(cache) -> list:
+def colors_of(folder: Path, count: int = 4) -> list[str]:
     """Whether each first reference shows the red box or the blue one."""
-    return ["red" if reference[..., 0].mean() > reference[..., 2].mean() else "blue"
-            for reference in cache.references[:, 0]]
+    samples = Folder(folder, count, 40)
+    references = [samples.read(i).references[0] for i in range(len(samples))]
+    return ["red" if r[..., 0].mean() > r[..., 2].mean() else "blue" for r in references]
 
 
 def test_a_reference_comes_from_another_picture_of_the_same_identity(tmp_path, cache_root):
@@ -603,19 +606,156 @@ def test_a_reference_comes_from_another_picture_of_the_same_identity(tmp_path, c
     for i, stem in enumerate(stems):
         edit_json(stem, lambda r, i=i: (r["segments"].pop(i % 2), r["segments"][0].update(
             end=5, identity=("ada", "ada", "max", "")[i])))
-    assert colors_of(folder_cache(tmp_path / "data", 4, 40)) == ["blue", "red", "red", "blue"]
+    assert colors_of(tmp_path / "data") == ["blue", "red", "red", "blue"]
     stems[1].with_suffix(".npy").write_bytes(b"")  # nobody is left to lend: its own picture
-    assert colors_of(folder_cache(tmp_path / "data", 4, 40)) == ["red", "red", "blue"]
+    assert colors_of(tmp_path / "data") == ["red", "red", "blue"]
 
 
-def test_partners_are_other_pictures_and_all_take_turns(tmp_path):
+def test_a_person_s_other_pictures_take_turns(tmp_path, monkeypatch):
     stems = write_folder(tmp_path, 5)
     for stem in stems:
         edit_json(stem, lambda r: [s.update(identity="twins") for s in r["segments"]])
-    ids = [stem.name for stem in stems]
-    partners = find_partners(tmp_path, ids, 0)
-    assert all(set(people) == {7, 9} for people in partners.values())
-    assert all(other != own for own, people in partners.items() for other, _ in people.values())
-    assert partners == find_partners(tmp_path, ids, 0)
-    drawn = {find_partners(tmp_path, ids, seed)[ids[0]][7] for seed in range(60)}
-    assert drawn == {(other, number) for other in ids[1:] for number in (7, 9)}
+    places = find_places({stem.name: people_of(read_record(tmp_path, stem.name)) for stem in stems})
+    assert places == {"twins": [(stem.name, number) for stem in stems for number in (9, 7)]}
+    opened = []
+    monkeypatch.setattr("data.fastcomposer.open_sample", lambda folder, image_id: (
+        opened.append(image_id) or OPEN(folder, image_id)))
+    first = read_stem(stems[0], 40, places=places)
+    assert (read_stem(stems[0], 40, places=places).references == first.references).all()
+    for epoch in range(20):
+        read_stem(stems[0], 40, places=places, epoch=epoch)
+    assert opened.count(stems[0].name) == 22  # itself, never as a lender
+    assert set(opened) == {stem.name for stem in stems}
+
+
+OPEN = open_sample
+
+
+# Streams and shards ------------------------------------------------------------------------------
+
+
+class Plan:
+    """Two samples at each place of a run of four steps of two turns."""
+
+    def order(self, place):
+        return np.array([[(2 * place[0] + place[1]) % 6, place[0]], [5, 7]])
+
+    def after(self, place):
+        return (place[0], 1) if place[1] == 0 else (place[0] + 1, 0) if place[0] < 3 else None
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_stream_gives_the_samples_of_every_place(workers, tmp_path, cache_root):
+    write_folder(tmp_path / "data", 6)
+    samples, plan = Folder(tmp_path / "data", 6, 40, augmented=True), Plan()
+    stream = Stream(samples, plan, workers)
+    for place in [(0, 0), (0, 1), (1, 0), (3, 0), (3, 1), (0, 1)]:  # in order, and after jumps
+        expected = [samples.read(int(i), int(e)) for i, e in plan.order(place)]
+        assert [checksum(s) for s in stream.batch(place)] == [checksum(s) for s in expected]
+    assert stream.broken == 0
+
+
+def test_samples_that_break_while_training_are_replaced_and_counted(tmp_path, cache_root):
+    stems = write_folder(tmp_path / "data", 6)
+    samples = Folder(tmp_path / "data", 6, 40, augmented=True)
+    stems[0].with_suffix(".npy").write_bytes(b"")
+    stream = Stream(samples, Plan(), 1)
+    expected = [samples.read(1, 0), samples.read(5, 7)]
+    assert [checksum(s) for s in stream.batch((0, 0))] == [checksum(s) for s in expected]
+    assert stream.broken == 1
+    for stem in stems:
+        stem.with_suffix(".npy").write_bytes(b"")
+    with pytest.raises(DataError, match=f"{PATIENCE} samples in a row broke since .*npy: ") as error:
+        stream.batch((0, 0))
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_readers_outlive_the_signal_that_stops_a_job(number, tmp_path, cache_root):
+    """A job's manager signals all its processes; the training one then saves what it has."""
+    write_folder(tmp_path / "data", 6)
+    stream = Stream(Folder(tmp_path / "data", 6, 40), Plan(), 1)
+    stream.batch((0, 0))
+    for child in multiprocessing.active_children():
+        os.kill(child.pid, number)
+    time.sleep(0.2)
+    for place in [(0, 1), (1, 0), (1, 1), (2, 0), (2, 1), (3, 0), (3, 1)]:
+        assert len(stream.batch(place)) == 2
+    started = time.monotonic()
+    stream.close()
+    assert time.monotonic() - started < 5 and not multiprocessing.active_children()
+
+
+COUNT = SIZE + 5
+
+
+def make_rows(rows: range) -> dict[str, torch.Tensor]:
+    numbers = torch.tensor(rows)
+    return {"a": numbers[:, None] * torch.ones(3), "b": numbers}
+
+
+def build(folder: Path, numbers=(0, 1), made=None) -> None:
+    """Make shards; which rows had to be made is noted in `made`."""
+    def make(rows):
+        if made is not None:
+            made.append(rows)
+        return make_rows(rows)
+
+    build_shards(folder, COUNT, make, numbers)
+
+
+def test_shards_are_made_once_in_parts_and_read_by_row(tmp_path):
+    assert shards_of(COUNT) == [range(SIZE), range(SIZE, COUNT)]
+    made = []
+    build(tmp_path, [1, 3], made)  # this process's share; there are no more than two
+    assert made == [range(SIZE, COUNT)]
+    build(tmp_path, [0], made)
+    build(tmp_path, [0, 1], made)
+    assert made == [range(SIZE, COUNT), range(SIZE)]
+    indices = [COUNT - 1, 0, SIZE, SIZE - 1, 7]
+    rows = Shards(tmp_path, COUNT).rows(np.array(indices))
+    assert rows["b"].tolist() == indices
+    assert torch.equal(rows["a"], torch.tensor(indices, dtype=torch.float32)[:, None].expand(-1, 3))
+
+
+@pytest.mark.parametrize("damage", ["one bit", "half", "empty", "gone", "twice"])
+def test_a_damaged_shard_is_made_again(damage, tmp_path):
+    build(tmp_path)
+    path = sorted(tmp_path.glob("000001-*"))[0]
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    if damage == "gone":
+        path.unlink()
+    elif damage == "twice":
+        path.with_name("000001-00000000.safetensors").write_bytes(content)
+    else:
+        path.write_bytes({"one bit": content, "half": content[:100], "empty": b""}[damage])
+    made = []
+    build(tmp_path, made=made)
+    assert made == [range(SIZE, COUNT)]
+    assert [p.name for p in tmp_path.glob("000001-*")] == [path.name]  # the same bytes again
+    assert Shards(tmp_path, COUNT).rows([COUNT - 1])["b"].tolist() == [COUNT - 1]
+
+
+def test_an_interrupted_shard_leaves_nothing(tmp_path):
+    def fail(rows):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_shards(tmp_path, COUNT, fail, [0])
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ShardError, match="shard 000000 cannot be read"):
+        Shards(tmp_path, COUNT).rows([0])
+
+
+def test_a_folder_of_other_shards_is_refused(tmp_path):
+    describe(tmp_path / "new" / "cache", {"count": 3, "models": "a"})
+    describe(tmp_path / "new" / "cache", {"count": 3, "models": "a"})
+    with pytest.raises(ShardError, match="made of something else .models a, not b"):
+        describe(tmp_path / "new" / "cache", {"count": 3, "models": "b"})
+    (tmp_path / "mine").write_text("")
+    with pytest.raises(ShardError, match="holds other files"):
+        describe(tmp_path, {"count": 3})
+    (tmp_path / "new" / "cache" / "description.json").write_text("[")
+    with pytest.raises(ShardError, match="description.json cannot be read"):
+        describe(tmp_path / "new" / "cache", {"count": 3})

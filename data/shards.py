@@ -1,0 +1,129 @@
+"""Rows of named tensors on disk, in safetensors files that can be made in parallel and checked.
+
+A file holds `SIZE` rows and is named after its number and the checksum of its bytes, so that a damaged
+one is found and made again, and what was interrupted goes on. `description.json` beside them says what
+the rows were made from; a folder with another description is never touched.
+"""
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+SIZE = 1024
+DESCRIPTION = "description.json"
+
+
+class ShardError(ValueError):
+    """A folder of shards cannot be used; the message names it."""
+
+
+def shards_of(count: int) -> list[range]:
+    """The rows of each shard."""
+    return [range(start, min(start + SIZE, count)) for start in range(0, count, SIZE)]
+
+
+def describe(folder: Path, description: dict) -> None:
+    """Take a new or empty folder, or one of the same description. Raises ShardError."""
+    path = folder / DESCRIPTION
+    if not path.exists():
+        if folder.exists() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
+            raise ShardError(f"{folder} holds other files: give another folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        with whole(path) as temporary:
+            temporary.write_text(json.dumps(description, indent=2), encoding="utf-8")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        different = [f"{k} {found.get(k)}, not {v}" for k, v in description.items() if found.get(k) != v]
+    except (ValueError, AttributeError) as error:
+        raise ShardError(f"{path} cannot be read: {error}") from error
+    if different:
+        raise ShardError(f"{folder} was made of something else ({'; '.join(different)}): "
+                         "give another folder, or remove this one")
+
+
+def build_shards(folder: Path, count: int, make: Callable[[range], dict[str, Tensor]],
+                 numbers: Iterable[int]) -> None:
+    """Make those of the shards `numbers` that are missing or damaged; `make` gives the rows of a range."""
+    ranges = shards_of(count)
+    wanted = [number for number in numbers if number < len(ranges)]
+    checked = tqdm(wanted, "checking the cache", unit="file", leave=False)
+    missing = [number for number in checked if not intact(folder, number)]
+    with tqdm(total=sum(len(ranges[n]) for n in missing), desc="filling the cache", unit="sample",
+              leave=False, disable=not missing) as progress:
+        for number in missing:
+            for damaged in files_of(folder, number):
+                damaged.unlink()
+            path = folder / f".{number:06d}.{os.getpid()}"
+            try:
+                save_file({k: v.contiguous().cpu() for k, v in make(ranges[number]).items()}, path)
+                with open(path, "rb+") as file:
+                    os.fsync(file.fileno())
+                path.rename(folder / f"{number:06d}-{checksum(path):08x}.safetensors")
+            finally:
+                path.unlink(missing_ok=True)
+            progress.update(len(ranges[number]))
+
+
+def intact(folder: Path, number: int) -> bool:
+    """Whether a shard is there and its bytes are those that were written."""
+    files = files_of(folder, number)
+    return len(files) == 1 and files[0].stem.endswith(f"{checksum(files[0]):08x}")
+
+
+def files_of(folder: Path, number: int) -> list[Path]:
+    return sorted(folder.glob(f"{number:06d}-*.safetensors"))
+
+
+def checksum(path: Path) -> int:
+    """CRC-32 of a file."""
+    value = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            value = zlib.crc32(block, value)
+    return value
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A name to write to; `path` then appears whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class Shards:
+    """`count` rows, mapped from disk."""
+
+    def __init__(self, folder: Path, count: int):
+        self.folder, self.count = folder, count
+        self.files: dict[int, dict] = {}  # number -> name -> slice, opened when first read
+
+    def __len__(self) -> int:
+        return self.count
+
+    def rows(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """Name -> (B, ...). Raises ShardError."""
+        rows = [self.row(int(index)) for index in indices]
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+    def row(self, index: int) -> dict[str, Tensor]:
+        number, place = divmod(index, SIZE)
+        try:
+            if number not in self.files:
+                path, = files_of(self.folder, number)
+                file = safe_open(path, "pt")
+                self.files[number] = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return {name: part[place] for name, part in self.files[number].items()}
+        except (ValueError, OSError, SafetensorError) as error:
+            raise ShardError(f"{self.folder}: shard {number:06d} cannot be read: {error}") from error

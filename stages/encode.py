@@ -1,0 +1,103 @@
+"""What a training step needs of its samples: computed on the spot, or once and kept on disk."""
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from zlib import crc32
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from data.dataset import Sample
+from data.shards import Shards, build_shards, describe, shards_of
+from data.stream import Samples
+from distributed import rank, wait, world_size
+from models.clip_image import CLIPImageEncoder
+from models.clip_text import CLIPTextEncoder, Tokenizer
+from models.vae import AutoencoderKL
+from pictures import to_picture
+
+CHUNK = 32  # pictures that are encoded at a time where all are
+
+
+@dataclass
+class Encoder:
+    """The models that make a training batch of samples."""
+
+    vae: AutoencoderKL
+    text_encoder: CLIPTextEncoder
+    image_encoder: CLIPImageEncoder
+    tokenize: Tokenizer
+    device: torch.device
+    bf16: bool = False
+
+    @torch.no_grad()
+    def __call__(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
+        """All that `images`, `texts` and `references` give, float32."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            return {**self.images(samples), **self.texts(samples), "features": self.references(samples)}
+
+    @torch.no_grad()
+    def images(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
+        """latents (B, 4, h, w), scaled; masks (B, S, h, w), the share of a cell that a subject covers."""
+        pictures = to_picture(np.stack([sample.image for sample in samples])).to(self.device)
+        latents = self.vae.encode(pictures).float()
+        masks = torch.from_numpy(np.stack([sample.masks for sample in samples])).to(self.device)
+        return {"latents": latents, "masks": F.adaptive_avg_pool2d(masks.float(), latents.shape[-2:])}
+
+    @torch.no_grad()
+    def texts(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
+        """text (B, M, C); positions (B, S) int64 of the subjects' nouns; present (B, S) bool, whether
+        there is one. A noun behind the last token that fits is not there."""
+        shape = (len(samples), len(samples[0].masks))
+        positions, present = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.bool)
+        for i, sample in enumerate(samples):
+            for s, end in enumerate(sample.ends):
+                position = len(self.tokenize.encode(sample.caption[:end]))
+                if position < self.tokenize.length - 1:  # the last is the end of the text
+                    positions[i, s], present[i, s] = position, True
+        text = self.text_encoder(self.tokenize([sample.caption for sample in samples]).to(self.device))
+        return {"text": text.float(), "positions": positions.to(self.device),
+                "present": present.to(self.device)}
+
+    def references(self, samples: Sequence[Sample]) -> Tensor:
+        """Image features (B, S, F) of the subjects; zero where there is none."""
+        people = [(i, s) for i, sample in enumerate(samples) for s in range(len(sample.ends))]
+        features = torch.zeros(len(samples), len(samples[0].masks), self.image_encoder.cfg.output_dim,
+                               device=self.device)
+        if people:
+            pictures = to_picture(np.stack([samples[i].references[s] for i, s in people])).to(self.device)
+            found = self.image_encoder(self.image_encoder.preprocess(pictures / 2 + 0.5)).float()
+            rows, columns = torch.tensor(people, device=self.device).unbind(1)
+            features = features.index_put((rows, columns), found)
+        return features
+
+    def key(self) -> str:
+        """Changes with the weights."""
+        return "-".join(fingerprint(m) for m in (self.vae, self.text_encoder, self.image_encoder))
+
+
+def fingerprint(module: nn.Module) -> str:
+    """A checksum of all weights, eight hexadecimal digits."""
+    checksum = 0
+    for value in module.state_dict().values():
+        checksum = crc32(value.detach().float().cpu().numpy().tobytes(), checksum)
+    return f"{checksum:08x}"
+
+
+def encode_all(samples: Samples, encoder: Encoder, folder: Path) -> Shards:
+    """Every sample's batch row, from `folder` or computed and written there, by all processes together.
+    Floats are kept as float16. Raises ShardError, or DataError for a sample that broke meanwhile."""
+    describe(folder, {"samples": samples.key, "count": len(samples), "models": encoder.key()})
+
+    def make(rows: range) -> dict[str, Tensor]:
+        parts = [encoder([samples.read(i, 0) for i in rows[start:start + CHUNK]])
+                 for start in range(0, len(rows), CHUNK)]
+        joined = {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}
+        return {k: v.half() if v.is_floating_point() else v for k, v in joined.items()}
+
+    build_shards(folder, len(samples), make, range(rank(), len(shards_of(len(samples))), world_size()))
+    wait()
+    return Shards(folder, len(samples))
