@@ -161,8 +161,7 @@ def train(stage, args: argparse.Namespace) -> None:
                 group["lr"] = config.lr * learning_rate_factor(step, config)
             losses = []
             for index in range(config.accumulate):
-                with distributed.turn(index, config.accumulate), torch.autocast(
-                        device.type, torch.bfloat16, enabled=config.bf16 or device.type == "cuda"):
+                with distributed.turn(index, config.accumulate), stage.autocast():
                     loss, parts = stage.loss(step)
                 (loss / config.accumulate).backward()
                 losses.append({"loss": loss.detach(), **{k: v.detach() for k, v in parts.items()}})

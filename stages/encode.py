@@ -36,8 +36,12 @@ class Encoder:
     @torch.no_grad()
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
         """All that `images`, `texts` and `references` give, float32."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+        with self.precision():
             return {**self.images(samples), **self.texts(samples), "features": self.references(samples)}
+
+    def precision(self) -> torch.autocast:
+        """Inside, models whose weights are in bf16 can be used."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     @torch.no_grad()
     def images(self, samples: Sequence[Sample]) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from moa import (ExpertContext, MultimodalPrompt, PromptConfig, add_moa, load_mo
 from moa.loss import masked_loss, mean_routing, object_loss, router_loss
 from models import load_models
 from models.attention import FeedForward
-from models.load import Models, carry_over, save_part, save_tensors
+from models.load import Models, carry_over, load_part, save_part, save_tensors
 from models.resnet import ResnetBlock
 from pictures import to_picture, to_uint8
 from pipeline import Pipeline, Subject, squared_distance
@@ -138,6 +138,11 @@ class MoAStage(PriorStage):
 
     def sheet(self, path: Path) -> None:
         """First row the prior alone, then one row per subject: same seeds, another person."""
+        with self.encode.precision():
+            save_grid(self.swaps(), path)
+
+    def swaps(self) -> list[np.ndarray]:
+        """The rows of the sheet, each (1 + prompts, S, S, 3) uint8 with the reference on the left."""
         encode = self.encode
         models = Models(self.unet, encode.vae, encode.text_encoder, encode.tokenize, self.image_encoder,
                         {"image_size": self.size})
@@ -156,12 +161,15 @@ class MoAStage(PriorStage):
             left = np.array(Image.fromarray(left).resize((self.size, self.size)))
             rows.append(np.concatenate([left[None], to_uint8(pictures)]))
         self.prompt.train()
-        save_grid(rows, path)
+        return rows
 
     def export(self, folder: Path) -> None:
         carry_over(self.weights, folder)
-        if self.config.image_layers:
-            save_part(self.image_encoder.float(), folder, "image_encoder")
+        if self.config.image_layers:  # the others as they were, not in bf16
+            encoder = load_part(self.weights, "image_encoder")
+            encoder.load_state_dict({name: p for name, p in self.image_encoder.named_parameters()
+                                     if p.requires_grad}, strict=False)
+            save_part(encoder, folder, "image_encoder")
         save_moa(self.unet, self.prompt, folder / "moa.safetensors", preset=asdict(self.config))
         save_tensors(feature_statistics(self.subject_features()), folder / "subjects.safetensors")
 

@@ -57,7 +57,8 @@ class PriorStage(Stage):
         cache = self.cache
         if self.data is None:
             cache = CACHE_ROOT / f"encoded-{self.samples.key}-{self.encode.key()}"
-        self.null = self.encode.text_encoder(self.encode.tokenize([""]).to(self.device)).float()
+        with self.encode.precision():
+            self.null = self.encode.text_encoder(self.encode.tokenize([""]).to(self.device)).float()
         self.shards = encode_all(self.samples, self.encode, cache) if cache else None
 
     def encoded(self, step: int) -> dict[str, Tensor]:

@@ -126,6 +126,11 @@ class Stage:
         whole = torch.randn(self.config.batch_size, *shape[1:], generator=generator)
         return share(whole).to(self.device)
 
+    def autocast(self) -> torch.autocast:
+        """Mixed precision, for `loss`: on CUDA always, elsewhere where the preset says."""
+        return torch.autocast(self.device.type, torch.bfloat16,
+                              enabled=self.config.bf16 or self.device.type == "cuda")
+
     def loss(self, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of one step and its parts by name."""
         raise NotImplementedError

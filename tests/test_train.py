@@ -224,10 +224,10 @@ def test_moa_goes_on_from_a_moa_file(runs, tmp_path, capsys):
 # Training itself ---------------------------------------------------------------------------------
 
 
-def make_stage(name: str, runs: Path, **changes) -> stages.Stage:
+def make_stage(name: str, runs: Path, data=None, cache=None, **changes) -> stages.Stage:
     config = stages.make_config("toyworld", name, **{"batch_size": 4, "samples": 24, **changes})
     weights = runs / PREVIOUS[name] if name in PREVIOUS else None
-    stage = stages.STAGES[name](config, 0, torch.device("cpu"), weights, None)
+    stage = stages.STAGES[name](config, 0, torch.device("cpu"), weights, data, None, cache)
     stage.prepare()
     return stage
 
