@@ -65,7 +65,8 @@ class PriorStage(Stage):
         """This process's samples of a step as `Encoder` makes them, float32."""
         if self.shards is None:
             return self.encode(self.batch(step))
-        rows = self.shards.rows(self.order(step)[:, 0])
+        with torch.autocast("cpu", enabled=False):  # which cannot join float16
+            rows = self.shards.rows(self.order(step)[:, 0])
         return {k: v.to(self.device, torch.float32 if v.is_floating_point() else None)
                 for k, v in rows.items()}
 

@@ -113,7 +113,8 @@ def test_the_record_of_a_sample(pictures, tmp_path):
     assert json.loads(stem.with_suffix(".json").read_text()) == {
         "image_id": "000000000", "caption": "a woman and a man", "source": "pair.jpg", "segments": [
             {"id": 1, "word": "woman", "start": 2, "end": 7, "coco_label": "person", "bbox": [4, 5, 14, 25]},
-            {"id": 2, "word": "man", "start": 14, "end": 17, "coco_label": "person", "bbox": [24, 10, 36, 30]}]}
+            {"id": 2, "word": "man", "start": 14, "end": 17, "coco_label": "person",
+             "bbox": [24, 10, 36, 30]}]}
     assert np.load(stem.with_suffix(".npy")).dtype == np.uint8
     assert Image.open(stem.with_suffix(".jpg")).size == (40, 30)
 
@@ -193,7 +194,8 @@ BROKEN_INPUTS = {
     "empty picture": (".jpg", write(b""), "cannot identify"),
     "half a picture": (".jpg", lambda path: path.write_bytes(path.read_bytes()[:400]), "Truncated"),
     "no picture": (".jpg", write(b"GIF89a"), "cannot identify"),
-    "more names than words": ("_people.txt", write(b"a\nb\nc"), "names: 3, words for a person in the caption: 2"),
+    "more names than words": ("_people.txt", write(b"a\nb\nc"),
+                              "names: 3, words for a person in the caption: 2"),
     "names that are no text": ("_people.txt", write(b"\xff"), "utf-8"),
 }
 

@@ -1,6 +1,8 @@
 """Training MoA from folders: read while training or from a cache, in bf16, with the SD1.5 preset."""
 import json
-import shutil
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,7 @@ from tests.test_train import (
     train_stage,
 )
 
+ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module", autouse=True)
 def place(tmp_path_factory):
@@ -108,7 +111,8 @@ def test_a_run_that_reads_goes_on_where_it_was(place, tmp_path, monkeypatch):
 
 def test_every_epoch_draws_its_own_augmentations(place):
     stage = make_stage("moa", place, steps=6, augment=True, data=place / "world")
-    first, second = ({s.caption: s for step in steps for s in stage.batch(step)} for steps in ((0, 1), (2, 3)))
+    first, second = ({sample.caption: sample for step in steps for sample in stage.batch(step)}
+                     for steps in ((0, 1), (2, 3)))
     assert len(first) == len(second) == 8
     assert any((first[c].references != second[c].references).any() for c in first)
     again = make_stage("moa", place, steps=6, augment=True, data=place / "world").batch(2)
@@ -158,12 +162,24 @@ def test_some_references_are_not_shown(place):
     assert torch.equal(always.draw_shown(0, present[:4]), present[:4])
 
 
-def test_the_sd15_preset_trains(place, tmp_path):
-    """On models of SD1.5's structure; 200 x 120 pictures with four people."""
-    shutil.copytree(place / "world", tmp_path / "world")
-    options = ["moa", "--preset", "sd15", "--weights", place / "prior", "--data", tmp_path / "world",
+@pytest.mark.parametrize("cached", [False, True])
+def test_the_sd15_preset_trains(cached, place, tmp_path):
+    """On models of SD1.5's structure."""
+    options = ["moa", "--preset", "sd15", "--weights", place / "prior", "--data", place / "world",
                "--steps", 2, "--output", tmp_path / "run"]
-    assert run(*options) == 0
+    assert run(*options, *(["--cache", tmp_path / "cache"] if cached else [])) == 0
     training = json.loads((tmp_path / "run" / "config.json").read_text())["training"]
     assert (training["lr"], training["lambda_router"], training["max_people"]) == (5e-5, 1e-4, 4)
     assert all(line["loss"] > 0 for line in metrics_of(tmp_path / "run"))
+
+
+def test_the_benchmark_of_a_step(tmp_path):
+    command = [sys.executable, ROOT / "bench" / "training.py", "--size", "toyworld", "--steps", "1",
+               "--output", tmp_path, "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "training.json").read_text())
+    assert len(results) == 6
+    for row in results.values():
+        assert row["seconds"] > 0 and row["memory_gb"] > 0.1 and row["loss"] > 0
