@@ -7,19 +7,21 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+import distributed
 from data import toyworld
 from data.dataset import MAX_SUBJECTS, Cache
-from moa import (ExpertContext, MultimodalPrompt, PromptConfig, add_moa, load_moa, record_routing,
-                 record_subject_attention, save_moa)
-from moa.loss import masked_loss, mean_routing, object_loss, router_loss
+from moa import (ExpertContext, MultimodalPrompt, PromptConfig, add_moa, load_moa, moa_config,
+                 record_routing, record_subject_attention, save_moa)
+from moa.loss import masked_loss, mean_routing, object_loss, router_loss, subject_attention
 from models import load_models
 from models.attention import FeedForward
-from models.load import Models, carry_over, save_tensors
+from models.load import Models, carry_over, save_tensors, write_whole
 from models.resnet import ResnetBlock
-from pictures import to_picture, to_uint8
+from pictures import RoutingSheet, to_picture, to_uint8
 from pipeline import Pipeline, Subject, squared_distance
 from stages.presets import StageError
 from stages.prior import PriorStage, encode_references, snr_weight
@@ -88,6 +90,8 @@ class MoAStage(PriorStage):
         context = ExpertContext(text, self.prompt(text, features, positions, present, t))
         with record_routing(self.unet) as routing, record_subject_attention(self.unet, positions) as maps:
             eps_hat = self.unet(x, t, context).float()
+        self.watched = ({key: r.detach() for key, r in routing.items()},
+                        {layer: a.detach() for layer, a in maps.items()}, masks, present)
         prior_weights = [r[..., 0].float() for key, r in routing.items()
                          if key.layer in self.config.router_layers]
         attention = [a.float() for layer, a in maps.items() if layer in self.config.object_layers]
@@ -100,6 +104,38 @@ class MoAStage(PriorStage):
             "masked": masked, "router": router, "object": balance,
             "prior_weight_people": (mean_prior * people).sum() / people.sum().clamp(min=1),
             "prior_weight_background": (mean_prior * (1 - people)).sum() / (1 - people).sum()}
+
+    @torch.no_grad()
+    def health(self) -> dict[str, float | list[float]]:
+        """Of the step's last turn, per transformer block in forward order: the prior's weight on the
+        people and on the background, mean of self- and cross-attention, and the attention to a
+        subject's token inside its mask. Of the whole step: the norms of the parts' gradients."""
+        routing, maps, masks, present = self.watched
+        people = masks.sum(1).clamp(max=1)
+        prior = torch.stack([mean_routing([routing[layer, kind][..., 0] for kind in ("self", "cross")],
+                                          *people.shape[-2:]) for layer in sorted(maps)])  # (L, B, h, w)
+        attention = torch.stack([(subject_attention(maps[layer].float(), masks)[0].mean(1) * present).sum()
+                                 for layer in sorted(maps)])
+        # Ratios of sums over all processes do not depend on the number of processes.
+        mean = distributed.mean({
+            "people": (prior * people).sum((1, 2, 3)), "people_cells": people.sum(),
+            "background": (prior * (1 - people)).sum((1, 2, 3)), "background_cells": (1 - people).sum(),
+            "attention": attention, "subjects": present.sum()})
+
+        def ratio(name: str, count: str) -> list[float]:  # 0 where there is nobody
+            return [value / (mean[count] or 1) for value in mean[name]]
+
+        values = {"prior_weight_people_by_layer": ratio("people", "people_cells"),
+                  "prior_weight_background_by_layer": ratio("background", "background_cells"),
+                  "subject_attention_by_layer": ratio("attention", "subjects")}
+        trained = [(name, p.grad) for name, p in self.module.named_parameters() if p.requires_grad]
+        for part, mark in (("experts", ".personalized."), ("routers", ".router."), ("prompt", "prompt.")):
+            gradients = [gradient for name, gradient in trained if mark in name]
+            values[f"gradient_norm_{part}"] = float(torch.nn.utils.get_total_norm(gradients))
+        return values
+
+    def moa_config(self) -> dict:
+        return moa_config(self.unet, self.prompt, preset=asdict(self.config))
 
     def sheet(self, path: Path) -> None:
         """First row the prior alone, then one row per subject: same seeds, another person."""
@@ -119,8 +155,24 @@ class MoAStage(PriorStage):
                                          guidance_scale=SHEET_GUIDANCE, prior_only=row == 0)
             left = references[row - 1] if row else np.full_like(references[0], 255)
             rows.append(np.concatenate([left[None], to_uint8(pictures)]))
+        self.routing_sheet(pipeline, prompts[0], Subject(positions[0], features[0]), references[0],
+                           path.with_name(f"{path.stem}_routing.png"))
         self.prompt.train()
         save_grid(rows, path)
+
+    def routing_sheet(self, pipeline: Pipeline, prompt: str, subject: Subject, reference: np.ndarray,
+                      path: Path) -> None:
+        """What the routers give to the personalized experts in the first picture of the second row."""
+        sheet = RoutingSheet(20)
+        with record_routing(self.unet) as routing:
+            def progress(step: int, steps: int, t: int, x0: Tensor) -> None:
+                sheet.add(step, t, routing, x0)
+                routing.clear()
+            picture = pipeline.generate([prompt], [0], [[subject]], steps=20, guidance_scale=SHEET_GUIDANCE,
+                                        progress=progress)
+        image = sheet.draw(Image.fromarray(to_uint8(picture)[0]),
+                           [(Image.fromarray(reference), "the subject")])
+        write_whole(path, lambda temporary: image.save(temporary, format="PNG"))
 
     def export(self, folder: Path) -> None:
         carry_over(self.weights, folder)

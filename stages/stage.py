@@ -13,7 +13,7 @@ from data.dataset import Cache, batch_indices, render_cache
 from data.fastcomposer import folder_cache
 from distributed import share, world_size
 from models.clip_text import Tokenizer
-from models.load import read_config, write_json
+from models.load import read_config, write_json, write_whole
 from stages.presets import StageError, TrainConfig
 
 
@@ -25,7 +25,7 @@ def step_generator(seed: int, step: int) -> torch.Generator:
 def save_grid(rows: list[np.ndarray], path: Path) -> None:
     """Rows of pictures (N, H, W, 3) uint8 as one PNG."""
     grid = np.concatenate([rearrange(row, "n h w c -> h (n w) c") for row in rows])
-    Image.fromarray(grid).save(path)
+    write_whole(path, lambda temporary: Image.fromarray(grid).save(temporary, format="PNG"))
 
 
 class Stage:
@@ -80,6 +80,15 @@ class Stage:
     def loss(self, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of one step and its parts by name."""
         raise NotImplementedError
+
+    def health(self) -> dict[str, float | list[float]]:
+        """More about the last step for metrics.jsonl, by name. All processes call it together, after
+        the backward pass and before the gradients are clipped."""
+        return {}
+
+    def moa_config(self) -> dict | None:
+        """What a MoA file made of a checkpoint says about itself, where the stage trains one."""
+        return None
 
     def sheet(self, path: Path) -> None:
         """A picture of what the stage can do by now."""
