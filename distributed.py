@@ -3,9 +3,14 @@
 Every process draws the data of the whole batch, which is a function of the step, and works on its
 share, in one turn or in several to save memory. So a run is the same run for any number of processes
 and turns, up to the order of sums.
+
+A process that dies ends the others: `torchrun` ends those of its machine, their closed connections
+those of all others. One that hangs, or whose machine is gone, ends them after `PATIENCE`.
 """
 import os
-from collections.abc import Iterator, Sequence
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
@@ -13,21 +18,65 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+# Rank 0 writes a checkpoint and draws a sample sheet between two exchanges while the others wait.
+PATIENCE = timedelta(minutes=30)
 # Rank 0 renders and encodes the data while the others wait.
-PATIENCE = timedelta(hours=12)
+DATA_PATIENCE = timedelta(hours=12)
 Batch = TypeVar("Batch")
 _turn = (0, 1)
+_store: dist.Store | None = None  # of this start of the run
+_launch: str | None = None
 
 
 def start(device: torch.device) -> torch.device:
-    """Join the processes that `torchrun` started, if it did; returns this process's own device."""
+    """Join the processes that `torchrun` started, if it did; returns this process's own device.
+
+    Raises ConnectionError.
+    """
+    global _store, _launch
     if "WORLD_SIZE" not in os.environ:
         return device
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    with together():
+        store, rank, size = next(dist.rendezvous("env://"))
+        _launch = os.environ.get("TORCHELASTIC_RUN_ID")
+        if _launch == "none":  # --rdzv-id was not given
+            _launch = store.compare_set("launch", "", uuid.uuid4().hex).decode()
+        _store = dist.PrefixStore(meet(store, rank, size), store)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=_store, rank=rank,
+                                world_size=size, timeout=PATIENCE)
     return device
+
+
+def meet(store: dist.Store, rank: int, size: int) -> str:
+    """A name that all processes of this start share, and no earlier start had.
+
+    `torchrun` keeps one store through its restarts, where the processes would find the addresses of
+    dead ones. How often it restarted is no name: on several machines it counts differently.
+    """
+    mine = uuid.uuid4().hex
+    if rank:
+        store.set(f"hello {rank}", mine)
+        until(lambda: store.check([f"welcome {mine}"]))
+        name = store.get(f"welcome {mine}").decode()
+        store.set(f"{name} {rank}", "")
+        return name
+
+    def here(other: int) -> bool:
+        if store.check([f"hello {other}"]):  # perhaps of a process that is dead: then again
+            store.set(f"welcome {store.get(f'hello {other}').decode()}", mine)
+        return store.check([f"{mine} {other}"])
+
+    for other in range(1, size):
+        until(lambda other=other: here(other))
+    return mine
+
+
+def launch() -> str | None:
+    """The name of this `torchrun`, the same in all its processes and after its restarts; None without."""
+    return _launch
 
 
 def stop() -> None:
@@ -74,26 +123,42 @@ def together() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise ConnectionError("another process of this run has ended, its own message says why; "
-                              "the last checkpoint stands, go on with --resume") from error
+        cause = (f"did not answer for {PATIENCE}" if "timed out" in str(error).lower()
+                 else "has ended, its own message says why")
+        raise ConnectionError(f"another process of this run {cause}; the last checkpoint stands, "
+                              "go on with --resume") from error
 
 
-def wait() -> None:
-    """Wait until all processes are here. Raises ConnectionError."""
-    if dist.is_initialized():
-        with together():
-            dist.barrier()
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for a condition of the store for hours. Raises ConnectionError.
+
+    It looks now and then, since a wait inside of torch would not hear that `torchrun` ends the run.
+    """
+    end = time.monotonic() + DATA_PATIENCE.total_seconds()
+    with together():
+        while not condition():
+            if time.monotonic() > end:
+                raise ConnectionError(f"another process of this run was not ready after {DATA_PATIENCE}")
+            time.sleep(0.05)
 
 
 @contextmanager
 def first_rank_first() -> Iterator[None]:
-    """Rank 0 goes through the block, then all others do, and find in the cache what it made."""
-    first = rank() == 0
-    if not first:
-        wait()
+    """Rank 0 goes through the block, then all others do, and find in the cache what it made; then all
+    go on. Raises ConnectionError."""
+    if rank():
+        until(lambda: _store.check(["prepared"]))
     yield
-    if first:
-        wait()
+    if _store is not None:
+        _store.set("prepared", "")
+        wait("ready")
+
+
+def wait(place: str) -> None:
+    """Until all processes are at a place of the program, for hours. Raises ConnectionError."""
+    if _store is not None:
+        _store.add(place, 1)
+        until(lambda: _store.add(place, 0) == world_size())
 
 
 def average_gradients(parameters: Sequence[torch.nn.Parameter], flag: bool) -> bool:
@@ -112,11 +177,13 @@ def average_gradients(parameters: Sequence[torch.nn.Parameter], flag: bool) -> b
     return bool(message[-1] > 0)
 
 
-def mean(values: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Scalars by name, averaged over the processes."""
-    message = torch.stack([v.detach().float() for v in values.values()])
+def mean(values: dict[str, torch.Tensor]) -> dict[str, float | list[float]]:
+    """Scalars and vectors by name, averaged over the processes."""
+    parts = [v.detach().float() for v in values.values()]
+    message = torch.cat([part.flatten() for part in parts])
     if dist.is_initialized():
         with together():
             dist.all_reduce(message)
         message /= world_size()
-    return dict(zip(values, message.tolist(), strict=True))
+    means = message.split([part.numel() for part in parts])
+    return {name: m.view_as(part).tolist() for name, m, part in zip(values, means, parts, strict=True)}

@@ -10,20 +10,22 @@
 
 A run is a pure function of its seed: stop it at any moment and `--resume` goes on to the same
 weights. `torchrun` shares each batch between processes, on one machine or more: same run, up to
-rounding. On a CPU, one process per core is faster than one process with as many threads. The output
-folder holds config.json, metrics.jsonl, checkpoints/, samples/ and the weights, those of --weights
-too, so each run's folder is the next one's --weights.
+rounding. On a CPU, one process per core is faster than one process with as many threads. A process
+that dies ends the others; with `torchrun --max-restarts N` they start again and go on by themselves.
+The output folder holds config.json, metrics.jsonl, checkpoints/ (named by their step), samples/, where
+TensorBoard is installed tensorboard/, and the weights, those of --weights too, so each run's folder is
+the next one's --weights.
 
 Exit status: 0 trained, or saved and stopped by SIGTERM as on a machine that is taken away; 2 an error
-(one line on stderr); 130 saved and stopped by SIGINT.
+(one line on stderr); 130 saved and stopped by SIGINT; 143 SIGTERM before the first step.
 """
 import argparse
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
-import warnings
 import zlib
 from dataclasses import asdict
 from pathlib import Path
@@ -53,10 +55,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--log-every", type=int, default=50, metavar="STEPS", help="default 50")
     parser.add_argument("--checkpoint-every", type=int, default=1000, metavar="STEPS",
                         help="checkpoint and sample sheet (default 1000)")
-    parser.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
+    parser.add_argument("--keep", type=int, default=1, metavar="N",
+                        help="how many checkpoints stay, the newest (default 1)")
+    parser.add_argument("--resume", action="store_true", help="go on from the run's newest checkpoint")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default auto)")
     args = parser.parse_args()
-    for name in ("samples", "steps", "batch_size", "accumulate", "log_every", "checkpoint_every"):
+    for name in ("samples", "steps", "batch_size", "accumulate", "log_every", "checkpoint_every", "keep"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
     return args
@@ -78,8 +82,14 @@ class StopRequested(Exception):
     """A signal arrived; the arguments are its number and what to tell."""
 
 
+def leave(number: int, frame) -> None:
+    """End before the first step. In the worker processes that read data, who inherit this, silently."""
+    sys.exit(128 + number)
+
+
 def main() -> None:
     args = parse_args()
+    signal.signal(signal.SIGTERM, leave)
     import distributed
     from data.fastcomposer import read_ids
     from models import WeightsError
@@ -105,21 +115,40 @@ def main() -> None:
         number, message = stop.args or (signal.SIGINT, "before the first step")
         print("stopped:", message, file=sys.stderr)
         sys.exit(0 if number == signal.SIGTERM else 128 + number)
+    except SystemExit:
+        cause = ", as torchrun does when another process has ended" if distributed.launch() else ""
+        print(f"stopped: before the first step, by SIGTERM{cause}", file=sys.stderr)
+        raise
     finally:
         distributed.stop()
 
 
 def prepare_output(args: argparse.Namespace) -> None:
-    """Make the run's folder. An older run in it is only ever continued, weights are left alone."""
-    checkpoint = args.output / "checkpoints" / "last.pt"
-    if args.resume and not checkpoint.exists():
-        raise ValueError(f"--resume: there is no {checkpoint}")
-    if not args.resume and checkpoint.exists():
+    """Make the run's folder. An older run in it is only ever continued, weights are left alone.
+
+    A run of this very `torchrun`, which starts its processes again when one has died, goes on as with
+    --resume.
+    """
+    import distributed
+    from models.load import read_config
+    held = list_checkpoints(args.output)
+    if held and not args.resume:
+        training = read_config(args.output).get("training", {})
+        args.resume = distributed.launch() is not None and training.get("launch") == distributed.launch()
+    if args.resume and not held:
+        raise ValueError(f"--resume: there is no checkpoint in {args.output / 'checkpoints'}")
+    if not args.resume and held:
         raise ValueError(f"{args.output} holds a run already: give --resume or another --output")
     if not args.resume and any(args.output.glob("*.safetensors")):
         raise ValueError(f"{args.output} holds weights already: give another --output")
     for name in ("checkpoints", "samples"):
         (args.output / name).mkdir(parents=True, exist_ok=True)
+
+
+def list_checkpoints(output: Path) -> list[Path]:
+    """The checkpoints of the run in a folder, oldest first."""
+    found = [path for path in (output / "checkpoints").glob("*.pt") if path.stem.isdecimal()]
+    return sorted(found, key=lambda path: int(path.stem))
 
 
 def train(stage, args: argparse.Namespace) -> None:
@@ -128,26 +157,32 @@ def train(stage, args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     import distributed
+    from curves import Curves
     from models.load import read_config, write_json
 
     config, device, writes = stage.config, stage.device, distributed.rank() == 0
     settings = {"stage": args.stage, "preset": args.preset, "seed": args.seed, "code": git_describe(),
                 "weights": args.weights and args.weights.name, "moa": args.moa and args.moa.name,
                 "data": args.data and args.data.name, "torch": torch.__version__, "device": str(device),
-                "processes": distributed.world_size(), **asdict(config)}
-    parameters = [p for p in stage.module.parameters() if p.requires_grad]
+                "processes": distributed.world_size(), "launch": distributed.launch(), **asdict(config)}
+    trained = {name: p for name, p in stage.module.named_parameters() if p.requires_grad}
+    parameters = list(trained.values())
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=config.betas,
                                   weight_decay=config.weight_decay, fused=True)
-    average = [p.detach().clone() for p in parameters] if config.ema else parameters
+    averages = {name: p.detach().clone() for name, p in trained.items()} if config.ema else trained
+    average = list(averages.values())
     first, written, run = 0, {}, run_identity(args, config)
-    checkpoint, log_path = args.output / "checkpoints" / "last.pt", args.output / "metrics.jsonl"
+    log_path, curves = args.output / "metrics.jsonl", None
     if args.resume:  # before anything is written
-        first = load_checkpoint(checkpoint, run, parameters, average, optimizer)
+        first = load_checkpoint(list_checkpoints(args.output)[-1], run, trained, averages, optimizer)
         written = read_config(args.output)
     if writes:
+        for left in args.output.rglob(".*.tmp"):  # by a process that was killed while it wrote
+            left.unlink()
         write_json({**written, "training": settings}, args.output / "config.json")
         print(json.dumps(settings))
         cut_metrics(log_path, first)
+        curves = Curves(args.output, first)
 
     stop = []
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -166,6 +201,9 @@ def train(stage, args: argparse.Namespace) -> None:
                 (loss / config.accumulate).backward()
                 losses.append({"loss": loss.detach(), **{k: v.detach() for k, v in parts.items()}})
             stopping = distributed.average_gradients(parameters, bool(stop))
+            done = step + 1
+            logged = done % args.log_every == 0 or done == config.steps
+            health = stage.health() if logged else {}
             norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip)
             if torch.isfinite(norm):
                 failed = 0
@@ -174,26 +212,33 @@ def train(stage, args: argparse.Namespace) -> None:
                 failed, skipped = failed + 1, skipped + 1
             if failed > PATIENCE:
                 raise ValueError(f"the gradient was not finite in {failed} steps in a row, up to step "
-                                 f"{step}: lower the learning rate and go on from {checkpoint}")
+                                 f"{step}: lower the learning rate and go on from the newest of "
+                                 f"{args.output / 'checkpoints'}")
             optimizer.zero_grad(set_to_none=True)
             if config.ema:
                 decay = min(config.ema, (1 + step) / (10 + step))
                 torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - decay)
-            done = step + 1
-            if done % args.log_every == 0 or done == config.steps:
+            if logged:
                 means = {k: torch.stack([part[k] for part in losses]).mean() for k in losses[0]}
                 metrics = {"step": done, **distributed.mean(means), "skipped": skipped,
-                           "lr": optimizer.param_groups[0]["lr"], "gradient_norm": float(norm)}
+                           "lr": optimizer.param_groups[0]["lr"], "gradient_norm": float(norm),
+                           **{name: readable(value) for name, value in health.items()},
+                           "memory_gb": readable(peak_memory(device) / 1e9)}
                 rate = progress.format_dict["rate"]  # absent in the first moments
                 metrics["images_per_second"] = round((rate or 0) * config.batch_size, 1)
                 log.write(json.dumps(metrics) + "\n")
                 log.flush()
+                if writes:
+                    curves.add(metrics)
                 progress.set_postfix({k: f"{v:.4g}" for k, v in metrics.items() if k in ("loss", *parts)})
             if writes and (stopping or done == config.steps or done % args.checkpoint_every == 0):
-                save_checkpoint(checkpoint, run, done, parameters, average, optimizer)
+                state = {"run": run, "step": done, "parameters": trained, "average": averages,
+                         "optimizer": optimizer.state_dict(), "moa": stage.moa_config()}
+                save_checkpoint(args.output, state, args.keep)
                 if not stopping:
                     with averaged(parameters, average):
                         stage.sheet(args.output / "samples" / f"{done:06d}.png")
+                    curves.show(args.output / "samples", done)
             if stopping:
                 message = f"step {done} is saved in {args.output}; go on with --resume"
                 raise StopRequested(stop[0] if stop else signal.SIGTERM, message)
@@ -227,6 +272,19 @@ class averaged:
         self.swap()
 
 
+def peak_memory(device) -> int:
+    """The most memory, in bytes, that this process has had so far: on the GPU, else on this machine."""
+    import torch
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def readable(value: float | list[float]) -> float | list[float]:
+    """Five significant digits."""
+    return [readable(v) for v in value] if isinstance(value, list) else float(f"{value:.5g}")
+
+
 def cut_metrics(path: Path, step: int) -> None:
     """Drop what was logged after `step`: a resumed run logs it again."""
     from models.load import write_whole
@@ -247,34 +305,39 @@ def run_identity(args: argparse.Namespace, config) -> dict:
             "data": args.data and str(args.data.resolve())}
 
 
-def save_checkpoint(path: Path, run: dict, step: int, parameters, average, optimizer) -> None:
-    """Everything a run needs to go on. There is no random state: noise is a function of the step."""
+def save_checkpoint(output: Path, state: dict, keep: int) -> None:
+    """Everything a run needs to go on; of older checkpoints `keep` - 1 stay. There is no random state:
+    noise is a function of the step."""
     import torch
 
     from models.load import write_whole
-    state = {"run": run, "step": step, "parameters": [p.detach() for p in parameters],
-             "average": [a.detach() for a in average], "optimizer": optimizer.state_dict()}
-    write_whole(path, lambda temporary: torch.save(state, temporary))
+    state = {**state, **{part: {name: p.detach() for name, p in state[part].items()}
+                         for part in ("parameters", "average")}}
+    write_whole(output / "checkpoints" / f"{state['step']:06d}.pt",
+                lambda temporary: torch.save(state, temporary))
+    for old in list_checkpoints(output)[:-keep]:
+        old.unlink()
 
 
-def load_checkpoint(path: Path, run: dict, parameters, average, optimizer) -> int:
-    """Restore a run in place; returns its step. Raises ValueError when it is broken or another run's."""
+def load_checkpoint(path: Path, run: dict, trained: dict, averages: dict, optimizer) -> int:
+    """Restore a run in place; returns its step. Raises WeightsError when the file is broken, ValueError
+    when it is another run's."""
     import torch
-    try:
-        with warnings.catch_warnings(action="ignore"):  # of a pickle that is not torch's
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        different = [f"{k} {v}, not {run[k]}" for k, v in state["run"].items() if v != run[k]]
-        if [v.shape for v in state["parameters"]] != [p.shape for p in parameters]:
-            different.append("a model of other sizes")
-    except Exception as error:  # a broken file raises whatever its bytes lead to
-        raise ValueError(f"{path} is not a checkpoint that can be read: {str(error)[:100]}") from error
+
+    from models.load import read_checkpoint
+    state = read_checkpoint(path)
+    different = [f"{k} {v}, not {run.get(k)}" for k, v in state["run"].items() if v != run.get(k)]
+    pairs = [(trained, state["parameters"]), (averages, state["average"])]
+    # With the order of the names, since the optimizer's state has none.
+    if any([(name, v.shape) for name, v in values.items()] != [(name, v.shape) for name, v in found.items()]
+           for values, found in pairs):
+        different.append("a model of other sizes")
     if different:
         raise ValueError(f"{path} is of another run: {', '.join(different)}")
     with torch.no_grad():
-        for p, value in zip(parameters, state["parameters"], strict=True):
-            p.copy_(value)
-        for a, value in zip(average, state["average"], strict=True):
-            a.copy_(value)
+        for values, found in pairs:
+            for name, value in values.items():
+                value.copy_(found[name])
     optimizer.load_state_dict(state["optimizer"])
     return state["step"]
 

@@ -15,6 +15,8 @@ from torch import Tensor
 from moa.mixture import ExpertContext, MixtureOfAttention
 from moa.prompt import MultimodalPrompt, PromptConfig
 
+FREQUENCIES = "prompt.encoding.frequencies"
+
 
 def add_moa(unet: nn.Module, router_hidden: int | None = None) -> nn.Module:
     """Replace every attention of `unet` by a `MixtureOfAttention`, in place; returns `unet`.
@@ -123,12 +125,22 @@ def save_moa(unet: nn.Module, prompt: MultimodalPrompt, path: str | Path,
     `settings` (JSON values) are kept in the metadata, such as how the file was trained.
     """
     state = trainable_state(unet) | {f"prompt.{k}": v for k, v in prompt.state_dict().items()}
-    state = {k: v.detach().to("cpu", dtype).contiguous() for k, v in state.items()}
-    # Sines of thousands of radians: the frequencies keep full precision.
-    state["prompt.encoding.frequencies"] = prompt.encoding.frequencies.detach().float().cpu().contiguous()
+    write_moa(state, moa_config(unet, prompt, **settings), path, dtype)
+
+
+def moa_config(unet: nn.Module, prompt: MultimodalPrompt, **settings) -> dict:
+    """What a MoA file says about itself in its metadata."""
     router = next(moa_layers(unet))[2].router.f
-    config = {"prompt": asdict(prompt.cfg), "settings": settings,
-              "router_hidden": router[0].out_features if isinstance(router, nn.Sequential) else None}
+    return {"prompt": asdict(prompt.cfg), "settings": settings,
+            "router_hidden": router[0].out_features if isinstance(router, nn.Sequential) else None}
+
+
+def write_moa(state: dict[str, Tensor], config: dict, path: str | Path,
+              dtype: torch.dtype = torch.float16) -> None:
+    """Write a MoA file, whole or not at all: its tensors by their names in it, and `moa_config`."""
+    # Sines of thousands of radians: the frequencies keep full precision.
+    state = {k: v.detach().to("cpu", torch.float32 if k == FREQUENCIES else dtype).contiguous()
+             for k, v in state.items()}
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -178,5 +190,5 @@ def read_moa(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
     return config, state
 
 
-__all__ = ["ExpertContext", "add_moa", "force_routing", "load_moa", "moa_layers", "record_routing",
-           "record_subject_attention", "save_moa"]
+__all__ = ["ExpertContext", "add_moa", "force_routing", "load_moa", "moa_config", "moa_layers",
+           "record_routing", "record_subject_attention", "save_moa", "write_moa"]

@@ -39,6 +39,19 @@ def router_loss(routing: Tensor, mask: Tensor) -> Tensor:
     return reduce(((1 - mask) * (1 - routing)) ** 2, "b h w -> b", "sum").mean()
 
 
+def subject_attention(attention: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean attention to each subject's token inside and outside its mask, (B, H, S) each.
+
+    Args: attention: (B, H, N, S), probabilities of one layer. masks: (B, S, h, w) in [0, 1].
+    """
+    size = grid(attention.shape[2], masks.shape[2] / masks.shape[3])
+    inside = F.interpolate(masks, size, mode="bilinear", antialias=True)
+    inside = rearrange(inside, "b s h w -> b 1 (h w) s")
+    outside = 1 - inside
+    return ((attention * inside).sum(2) / (inside.sum(2) + 1e-5),
+            (attention * outside).sum(2) / (outside.sum(2) + 1e-5))
+
+
 def object_loss(maps: list[Tensor], masks: Tensor, present: Tensor) -> Tensor:
     """Mean attention to a subject's token outside its mask, minus that inside (Eq. 12).
 
@@ -53,11 +66,7 @@ def object_loss(maps: list[Tensor], masks: Tensor, present: Tensor) -> Tensor:
     """
     total = masks.new_zeros(())
     for attention in maps:
-        size = grid(attention.shape[2], masks.shape[2] / masks.shape[3])
-        inside = F.interpolate(masks, size, mode="bilinear", antialias=True)
-        inside = rearrange(inside, "b s h w -> b 1 (h w) s")
-        outside = 1 - inside
-        balance = ((attention * outside).sum(2) / (outside.sum(2) + 1e-5)
-                   - (attention * inside).sum(2) / (inside.sum(2) + 1e-5))  # (B, H, S)
+        inside, outside = subject_attention(attention, masks)
+        balance = outside - inside
         total = total + ((balance.mean(1) * present).sum(1) / present.sum(1).clamp(min=1)).mean()
     return total / len(maps)

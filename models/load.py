@@ -2,6 +2,7 @@
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -25,6 +26,9 @@ PARTS: dict[str, tuple[type[nn.Module], type]] = {
     "text_encoder": (CLIPTextEncoder, CLIPTextConfig),
     "image_encoder": (CLIPImageEncoder, CLIPImageConfig),
 }
+# What a checkpoint of train.py holds. `moa` is the config of the MoA file that can be made of it.
+CHECKPOINT = {"run": dict, "step": int, "parameters": dict, "average": dict, "optimizer": dict,
+              "moa": dict | None}
 
 
 class WeightsError(Exception):
@@ -102,6 +106,19 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{path} is not a readable safetensors file: {error}") from error
+
+
+def read_checkpoint(path: Path) -> dict:
+    """A checkpoint of train.py; no code in the file is run. Raises WeightsError."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of a pickle that is not torch's
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        wrong = [name for name, kind in CHECKPOINT.items() if not isinstance(state.get(name), kind)]
+    except Exception as error:  # a broken file raises whatever its bytes lead to
+        raise WeightsError(f"{path} is not a checkpoint that can be read: {str(error)[:100]}") from error
+    if wrong:
+        raise WeightsError(f"{path} is not a checkpoint that can be read: no {', no '.join(wrong)} in it")
+    return state
 
 
 def differences(found: dict, expected: dict) -> list[str]:

@@ -103,5 +103,5 @@ def encode_all(samples: Samples, encoder: Encoder, folder: Path) -> Shards:
         return {k: v.half() if v.is_floating_point() else v for k, v in joined.items()}
 
     build_shards(folder, len(samples), make, range(rank(), len(shards_of(len(samples))), world_size()))
-    wait()
+    wait("encoded")
     return Shards(folder, len(samples))

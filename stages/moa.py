@@ -12,17 +12,18 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+import distributed
 from data import toyworld
 from data.fastcomposer import DataError, Folder
 from distributed import share
-from moa import (ExpertContext, MultimodalPrompt, PromptConfig, add_moa, load_moa, record_routing,
-                 record_subject_attention, save_moa)
-from moa.loss import masked_loss, mean_routing, object_loss, router_loss
+from moa import (ExpertContext, MultimodalPrompt, PromptConfig, add_moa, load_moa, moa_config,
+                 record_routing, record_subject_attention, save_moa)
+from moa.loss import masked_loss, mean_routing, object_loss, router_loss, subject_attention
 from models import load_models
 from models.attention import FeedForward
-from models.load import Models, carry_over, load_part, save_part, save_tensors
+from models.load import Models, carry_over, load_part, save_part, save_tensors, write_whole
 from models.resnet import ResnetBlock
-from pictures import to_picture, to_uint8
+from pictures import RoutingSheet, to_picture, to_uint8
 from pipeline import Pipeline, Subject, squared_distance
 from stages.encode import CHUNK, Encoder
 from stages.presets import StageError
@@ -101,6 +102,8 @@ class MoAStage(PriorStage):
         context = ExpertContext(text, self.prompt(text, features, positions, present, t))
         with record_routing(self.unet) as routing, record_subject_attention(self.unet, positions) as maps:
             eps_hat = self.unet(x, t, context).float()
+        self.watched = ({key: r.detach() for key, r in routing.items()},
+                        {layer: a.detach() for layer, a in maps.items()}, masks, present)
         prior_weights = [r[..., 0].float() for key, r in routing.items()
                          if key.layer in self.config.router_layers]
         attention = [a.float() for layer, a in maps.items() if layer in self.config.object_layers]
@@ -136,32 +139,83 @@ class MoAStage(PriorStage):
                  for sample in samples if sample.ends]
         return found[:3]
 
-    def sheet(self, path: Path) -> None:
-        """First row the prior alone, then one row per subject: same seeds, another person."""
-        with self.encode.precision():
-            save_grid(self.swaps(), path)
+    @torch.no_grad()
+    def health(self) -> dict[str, float | list[float]]:
+        """Of the step's last turn, per transformer block in forward order: the prior's weight on the
+        people and on the background, mean of self- and cross-attention, and the attention to a
+        subject's token inside its mask. Of the whole step: the norms of the parts' gradients."""
+        routing, maps, masks, present = self.watched
+        people = masks.sum(1).clamp(max=1)
+        prior = torch.stack([mean_routing([routing[layer, kind][..., 0] for kind in ("self", "cross")],
+                                          *people.shape[-2:]) for layer in sorted(maps)])  # (L, B, h, w)
+        attention = torch.stack([(subject_attention(maps[layer].float(), masks)[0].mean(1) * present).sum()
+                                 for layer in sorted(maps)])
+        # Ratios of sums over all processes do not depend on the number of processes.
+        mean = distributed.mean({
+            "people": (prior * people).sum((1, 2, 3)), "people_cells": people.sum(),
+            "background": (prior * (1 - people)).sum((1, 2, 3)), "background_cells": (1 - people).sum(),
+            "attention": attention, "subjects": present.sum()})
 
-    def swaps(self) -> list[np.ndarray]:
-        """The rows of the sheet, each (1 + prompts, S, S, 3) uint8 with the reference on the left."""
+        def ratio(name: str, count: str) -> list[float]:  # 0 where there is nobody
+            return [value / (mean[count] or 1) for value in mean[name]]
+
+        values = {**super().health(), "prior_weight_people_by_layer": ratio("people", "people_cells"),
+                  "prior_weight_background_by_layer": ratio("background", "background_cells"),
+                  "subject_attention_by_layer": ratio("attention", "subjects")}
+        trained = [(name, p.grad) for name, p in self.module.named_parameters() if p.requires_grad]
+        for part, mark in (("experts", ".personalized."), ("routers", ".router."), ("prompt", "prompt.")):
+            gradients = [gradient for name, gradient in trained if mark in name]
+            values[f"gradient_norm_{part}"] = float(torch.nn.utils.get_total_norm(gradients))
+        return values
+
+    def moa_config(self) -> dict:
+        return moa_config(self.unet, self.prompt, preset=asdict(self.config))
+
+    def sheet(self, path: Path) -> None:
+        """First row the prior alone, then one row per subject: same seeds, another person. Beside it, as
+        `..._routing.png`, what the routers do in the first picture of the second row."""
         encode = self.encode
         models = Models(self.unet, encode.vae, encode.text_encoder, encode.tokenize, self.image_encoder,
                         {"image_size": self.size})
         pipeline = Pipeline(models, self.prompt.eval())
         subjects = self.sheet_subjects()
-        features = pipeline.encode_subjects(to_picture(np.stack([r for _, r in subjects])) / 2 + 0.5)
+        with encode.precision():
+            save_grid(self.swaps(pipeline, subjects), path)
+            self.routing_sheet(pipeline, *subjects[0], path.with_name(f"{path.stem}_routing.png"))
+        self.prompt.train()
+
+    def swaps(self, pipeline: Pipeline, subjects: list[tuple[str, np.ndarray]]) -> list[np.ndarray]:
+        """The rows of the sheet, each (1 + prompts, S, S, 3) uint8 with the reference on the left."""
         rows = []
         for row in range(1 + len(subjects)):
             noun, reference = subjects[max(row - 1, 0)]
-            prompts = [f"a {noun} {what}" for what in SWAP_PROMPTS]
-            positions = [encode.tokenize.word_positions(prompt, noun)[0] for prompt in prompts]
-            people = [[Subject(p, features[row - 1])] for p in positions] if row else None
-            pictures = pipeline.generate(prompts, range(len(prompts)), people, steps=20,
+            prompts, subject = [f"a {noun} {what}" for what in SWAP_PROMPTS], None
+            if row:
+                subject = [self.bind(pipeline, prompt, noun, reference) for prompt in prompts]
+            pictures = pipeline.generate(prompts, range(len(prompts)), subject, steps=20,
                                          guidance_scale=SHEET_GUIDANCE, prior_only=row == 0)
-            left = reference if row else np.full_like(reference, 255)
-            left = np.array(Image.fromarray(left).resize((self.size, self.size)))
-            rows.append(np.concatenate([left[None], to_uint8(pictures)]))
-        self.prompt.train()
+            left = Image.fromarray(reference if row else np.full_like(reference, 255))
+            rows.append(np.concatenate([np.array(left.resize((self.size, self.size)))[None],
+                                        to_uint8(pictures)]))
         return rows
+
+    def bind(self, pipeline: Pipeline, prompt: str, noun: str, reference: np.ndarray) -> list[Subject]:
+        """A subject at the place of its noun."""
+        feature, = pipeline.encode_subjects(to_picture(reference[None]) / 2 + 0.5)
+        return [Subject(self.encode.tokenize.word_positions(prompt, noun)[0], feature)]
+
+    def routing_sheet(self, pipeline: Pipeline, noun: str, reference: np.ndarray, path: Path) -> None:
+        """What the routers give to the personalized experts, by layer and step."""
+        prompt, sheet = f"a {noun} {SWAP_PROMPTS[0]}", RoutingSheet(20)
+        with record_routing(self.unet) as routing:
+            def progress(step: int, steps: int, t: int, x0: Tensor) -> None:
+                sheet.add(step, t, routing, x0)
+                routing.clear()
+            picture = pipeline.generate([prompt], [0], [self.bind(pipeline, prompt, noun, reference)],
+                                        steps=20, guidance_scale=SHEET_GUIDANCE, progress=progress)
+        image = sheet.draw(Image.fromarray(to_uint8(picture)[0]),
+                           [(Image.fromarray(reference), "the subject")])
+        write_whole(path, lambda temporary: image.save(temporary, format="PNG"))
 
     def export(self, folder: Path) -> None:
         carry_over(self.weights, folder)

@@ -10,13 +10,14 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
+import distributed
 from data import toyworld
 from data.dataset import Cache, Sample, batch_indices, render_cache
 from data.fastcomposer import Folder
 from data.stream import Reader, Samples, Stream, worker_count
 from distributed import share, turn, turn_index, world_size
 from models.clip_text import Tokenizer
-from models.load import read_config, write_json
+from models.load import read_config, write_json, write_whole
 from stages.presets import StageError, TrainConfig
 
 
@@ -28,7 +29,7 @@ def step_generator(seed: int, step: int) -> torch.Generator:
 def save_grid(rows: list[np.ndarray], path: Path) -> None:
     """Rows of pictures (N, H, W, 3) uint8 as one PNG."""
     grid = np.concatenate([rearrange(row, "n h w c -> h (n w) c") for row in rows])
-    Image.fromarray(grid).save(path)
+    write_whole(path, lambda temporary: Image.fromarray(grid).save(temporary, format="PNG"))
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,18 @@ class Stage:
     def loss(self, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of one step and its parts by name."""
         raise NotImplementedError
+
+    def health(self) -> dict[str, float | list[float]]:
+        """More about the last step for metrics.jsonl, by name. All processes call it together, after
+        the backward pass and before the gradients are clipped."""
+        if self.stream is None:
+            return {}
+        broken = distributed.mean({"broken": torch.tensor(self.stream.broken)})["broken"]
+        return {"broken": round(broken * world_size())}  # samples that others were read in place of
+
+    def moa_config(self) -> dict | None:
+        """What a MoA file made of a checkpoint says about itself, where the stage trains one."""
+        return None
 
     def sheet(self, path: Path) -> None:
         """A picture of what the stage can do by now."""
