@@ -6,7 +6,7 @@
 Makes base weights with random values and a few rendered pictures in `--output`, once, and then runs the
 `sd15` preset's own step in one process per row, so that each has its own peak: with and without --cache,
 with and without gradient checkpointing, and with the frozen parts in fp32. Prints a table, writes
-training.json. Times are medians without the first step; on a GPU it is waited for at both ends.
+training.json. Times are medians without the first step, which counts operations; a GPU is waited for.
 
 Memory is what the process or the GPU held at most while stepping, without what loading took.
 """
@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -62,9 +63,11 @@ def main() -> None:
                               stdout=subprocess.PIPE, text=True)
         results[row] = json.loads(done.stdout.splitlines()[-1])
     (args.output / "training.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
-    print("| step | seconds | pictures/s | peak memory, GB | loss |\n|---|---|---|---|---|")
+    print("| step | seconds | pictures/s | TFLOP per picture | peak memory, GB | loss |")
+    print("|---|---|---|---|---|---|")
     for row, r in results.items():
-        print(f"| {row} | {r['seconds']:.2f} | {r['pictures_per_second']:.3g} | {r['memory_gb']:.2f} "
+        print(f"| {row} | {r['seconds']:.2f} | {r['pictures_per_second']:.3g} | "
+              f"{r['tflop_per_picture']:.3g} | {r['memory_gb']:.2f} "
               f"| {r['loss']:.3f} |")
     print(r["machine"])
 
@@ -91,6 +94,7 @@ def make_inputs(folder: Path, size: str) -> None:
 def measure(args: argparse.Namespace) -> dict:
     """One row."""
     import torch
+    from torch.utils.flop_counter import FlopCounterMode
 
     from pipeline import pick_device
     from stages import STAGES, make_config
@@ -108,9 +112,12 @@ def measure(args: argparse.Namespace) -> dict:
     seconds, losses = [], []
     for step in range(args.steps + 1):
         started = time.perf_counter()
-        with stage.autocast():
-            loss, _ = stage.loss(step)
-        loss.backward()
+        with FlopCounterMode(display=False) if step == 0 else nullcontext() as counter:
+            with stage.autocast():
+                loss, _ = stage.loss(step)
+            loss.backward()
+        if step == 0:
+            operations = counter.get_total_flops() / args.batch_size
         torch.nn.utils.clip_grad_norm_(parameters, config.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -120,7 +127,8 @@ def measure(args: argparse.Namespace) -> dict:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else (
         f"{torch.get_num_threads()} CPU threads")
     return {"seconds": median, "spread": [min(seconds[1:]), max(seconds[1:])], "steps": args.steps,
-            "pictures_per_second": args.batch_size / median, "memory_gb": peak_memory(device),
+            "pictures_per_second": args.batch_size / median,
+            "tflop_per_picture": operations / 1e12, "memory_gb": peak_memory(device),
             "loss": statistics.mean(losses), "trained": sum(p.numel() for p in parameters),
             "batch_size": args.batch_size, "machine": f"{name}, torch {torch.__version__}"}
 
