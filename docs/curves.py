@@ -1,0 +1,71 @@
+"""Draw runs of `train.py` side by side from their metrics.jsonl; needs matplotlib.
+
+    python docs/curves.py runs/a runs/b --names healthy "another seed" --output curves.png
+"""
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+PANELS = {
+    "masked": "masked loss",
+    "object": "object loss",
+    "prior_weight_people": "prior's weight on people",
+    "prior_weight_background": "prior's weight on the background",
+    "gradient_norm_experts": "gradient of the experts",
+    "skipped": "steps skipped",
+}
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of runs")
+    parser.add_argument("--names", nargs="+", help="what to call them (default: the folders' names)")
+    parser.add_argument("--output", required=True, type=Path, help="PNG to write")
+    args = parser.parse_args()
+    args.names = args.names or [run.name for run in args.runs]
+    if len(args.names) != len(args.runs):
+        parser.error(f"{len(args.names)} names for {len(args.runs)} runs")
+    return args
+
+
+def smooth(values: np.ndarray, width: int = 5) -> np.ndarray:
+    """A running mean that ends where the values end."""
+    kernel = np.ones(min(width, len(values)))
+    return np.convolve(values, kernel, "full")[:len(values)] / np.convolve(
+        np.ones(len(values)), kernel, "full")[:len(values)]
+
+
+def main() -> None:
+    args = parse_args()
+    try:
+        runs = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+                for run in args.runs]
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    import matplotlib
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(2, 3, figsize=(11, 5.6), layout="constrained")
+    for axis, (key, title) in zip(axes.flat, PANELS.items(), strict=True):
+        for name, run in zip(args.names, runs, strict=True):
+            points = [(line["step"], line[key]) for line in run if key in line]
+            if points:
+                steps, values = np.array(points).T
+                axis.plot(steps, values if key == "skipped" else smooth(values), label=name, linewidth=1.4)
+        axis.set_title(title, fontsize=10)
+        axis.tick_params(labelsize=8)
+        axis.grid(alpha=0.25)
+        axis.set_xlabel("step", fontsize=8)
+    axes.flat[4].set_yscale("log")
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=9, frameon=False)
+    figure.savefig(args.output, dpi=110)
+
+
+if __name__ == "__main__":
+    main()
