@@ -78,6 +78,11 @@ def run(args: argparse.Namespace) -> None:
     timesteps = check(args)
     pipeline, judge, scale, files = load(args)
     options = {"steps": args.steps, "guidance_scale": scale, "prior_above": args.prior_above}
+    settings = {"count": args.count, **options, "weights": args.weights.resolve().name,
+                "moa": files["moa"].name}
+    source = {"code": git_describe(), "torch": torch.__version__, "device": device_name(pipeline.device),
+              "threads": torch.get_num_threads(),
+              "sha256": {name: checksum(path) for name, path in files.items()}}
     cases, seconds = [], []
     with torch.no_grad():
         for first in progress(range(0, args.count, BATCH)):
@@ -87,16 +92,13 @@ def run(args: argparse.Namespace) -> None:
             seconds.append(took)
         ceiling = judge_accuracy(judge, pipeline.device)
         ratios = variety(pipeline, max(1, args.count // 16), **options)
-    results = {"settings": {"count": args.count, **options, "weights": args.weights.resolve().name,
-                            "moa": files["moa"].name},
-               "run": {"code": git_describe(), "torch": torch.__version__,
-                       "device": device_name(pipeline.device), "threads": torch.get_num_threads(),
-                       "sha256": {name: checksum(path) for name, path in files.items()}},
-               **scores(cases, ratios, seconds, ceiling), "judge": ceiling,
+    router = router_arrays(cases, timesteps)
+    draw_sheets(cases, router, args.output)
+    source["seconds"] = round(time.perf_counter() - start, 1)
+    results = {"settings": settings, "run": source, **scores(cases, ratios, seconds, ceiling),
+               "judge": ceiling,
                "worst": {name: [describe(case) for case in chosen] for name, chosen in worst(cases).items()},
-               "router": router_arrays(cases, timesteps)}
-    draw_sheets(cases, results["router"], args.output)
-    results["run"]["seconds"] = round(time.perf_counter() - start, 1)
+               "router": router}
     write_json(results, args.output / "results.json")
     table = markdown(results)
     (args.output / "results.md").write_text(table, encoding="utf-8")

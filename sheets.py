@@ -10,13 +10,13 @@ from pictures import LINE, heading, labelled, paint, stack, write
 
 TILE = 60  # pixels of one layer's routing map
 FULL = 0.5  # of the range of colours: a change of this much is shown as the strongest
-COLUMNS = (("subjects", "whom the row is to show"), ("prior alone", "the base model's picture"),
-           ("with them", "with the subjects"), ("others", "other subjects of the same words"),
-           ("with the others", "the same prompt and seed with these"),
-           ("change", "between the two, dark: none, yellow: half of the range or more; white: the people "
-                      "that the judge sees in either"),
-           ("routing", "mean weight of the personalized expert with the subjects, its own lowest dark, "
-                       "its highest yellow; white: the people that the judge sees"))
+COLUMNS = (("subjects", "who is to be in the picture"), ("prior alone", "the base model's picture"),
+           ("with them", "the same prompt and seed with the subjects"),
+           ("others", "other subjects of the same words"), ("with the others", "once more with these"),
+           ("change", "from 'with them' to 'with the others', dark: none, yellow: half of the range or more; "
+                      "white: the people that the judge sees in either"),
+           ("routing", "mean weight of the personalized expert in 'with them', its own lowest dark, its "
+                       "highest yellow; white: the people that the judge sees"))
 LAYERS = ("Weight of the personalized expert with the subjects, mean over the timesteps at which MoA draws: "
           "dark 0, yellow 1. Upper row: self-attention, lower row: cross-attention, l: transformer block in "
           "forward order. Left: the picture, and the mean of all maps on a scale of its own; white: the "
@@ -67,13 +67,12 @@ def outlined(image: Image.Image, mask: np.ndarray) -> Image.Image:
 
 def text_lines(description: dict, width: int) -> Image.Image:
     """A case's number, prompt, scores and what was read wrong."""
-    wrong = ["".join(f", {name.replace('_', ' ')}" for name in names)[2:] or "nothing"
-             for names in description["wrong"]]
     local = "-" if description["locality"] is None else f"{description['locality']:.2f}"
+    wrong = [", ".join(names).replace("_", " ") or "nothing" for names in description["wrong"]]
     lines = [f"case {description['case']}: {description['prompt']}",
-             f"identity {description['identity']:.2f}   locality {local}   "
-             f"router IoU {description['router_iou']:.2f}   "
-             f"read wrong: {' | '.join(wrong)}"]
+             f"identity {description['identity']:.2f},  locality {local},  "
+             f"router IoU {description['router_iou']:.2f}",
+             "read wrong: " + (wrong[0] if len(wrong) == 1 else f"left {wrong[0]};  right {wrong[1]}")]
     image = Image.new("RGB", (width, LINE * len(lines) + 8), "white")
     for i, line in enumerate(lines):
         write(ImageDraw.Draw(image), 8, 8 + LINE * i, line, width - 16)
