@@ -144,7 +144,7 @@ def load(args: argparse.Namespace):
     config = read_config(args.weights)
     if config.get("world") != "toyworld" or config.get("image_size") != toyworld.SIZE:
         raise ValueError(f"--weights {args.weights} is not of the small world, the only one whose people "
-                         "are known: give its weights, or a folder that train.py prior or moa made from them")
+                         "are known: give its weights, or the folder of a train.py moa run")
     judge_here = args.weights / "judge.safetensors"
     files = {part: args.weights / f"{part}.safetensors"
              for part in ("unet", "vae", "text_encoder", "image_encoder")}
