@@ -1,90 +1,184 @@
 """Measure what Mixture-of-Attention does in the small world, where every identity is known.
 
     python evaluate.py --output runs/evaluation
+    python evaluate.py --output runs/evaluation --weights runs/moa
 
 Each case is a held-out prompt and seed, drawn three times: by the prior alone, with held-out subjects,
 and with other subjects of the same nouns. A judge that was trained on rendered pictures only reads
 the pictures. Cases, seeds and subjects are fixed by their number; nothing is picked. Writes
-results.json, results.md and contact sheets of the first cases.
+results.json, results.md, contact sheets of the first and of the worst cases with their routing maps,
+and router.png. What each score means, and what it cannot see, is in docs/benchmark.md.
 """
 import argparse
+import hashlib
 import sys
+import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageFilter
+
+from data import toyworld
 
 SHIPPED = Path(__file__).resolve().parent / "weights" / "toyworld"
 BATCH = 16
 SEEDS = 4  # per case in `variety`, which a sixteenth of the cases is enough for
-DILATION = 9  # pixels that a person's mask is widened by before "outside" begins
+DILATION = 9  # pixels, a window: people's masks are widened by half of it before "outside" begins
+KINDS = ("self", "cross")
+SHOWN = 16  # cases on each contact sheet
+# Score -> what is good, and which of the judge's own numbers says how far to trust it.
+SCORES = {"context": ("high", "context"), "activity": ("high", "activity"), "count": ("high", "count"),
+          "identity": ("high", "identity"), "mixup": ("low", "mixup"), "locality": ("low", "people_iou"),
+          "prior_agreement": ("high", "people_iou"), "background_distance": ("low", "people_iou"),
+          "variety": ("near 1", None), "router_gap": ("high", "people_iou"),
+          "router_iou": ("high", "people_iou"), "prior_context": ("high", "context"),
+          "prior_activity": ("high", "activity"), "prior_count": ("high", "count"),
+          "prior_identity": ("chance", "identity"), "prior_mixup": ("chance", "mixup"),
+          "seconds_prior": ("low", None), "seconds_moa": ("low", None), "seconds_ratio": ("low", None)}
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--output", required=True, type=Path, help="folder for results and sheets")
     add("--weights", type=Path, default=SHIPPED, help="default: the small world")
     add("--moa", type=Path, help="default: moa.safetensors in the weights folder")
-    add("--judge", type=Path, help="default: judge.safetensors in the weights folder")
+    add("--judge", type=Path, help="default: judge.safetensors in the weights folder, or the shipped one")
     add("--count", type=int, default=256, help="cases (default 256)")
     add("--steps", type=int, default=20, help="sampling steps (default 20)")
     add("--guidance-scale", type=float, help="default: the weights'")
     add("--prior-above", type=int, default=800,
         help="the prior draws alone from this timestep on (default 800)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default auto)")
-    args = parser.parse_args()
-    if args.count < 2:
-        parser.error(f"--count must be at least 2, not {args.count}")
-    return args
+    return parser.parse_args(argv)
 
 
-def main() -> None:
-    args = parse_args()
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
     from models import WeightsError
     try:
         run(args)
     except (ValueError, WeightsError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def run(args: argparse.Namespace) -> None:
     """Draw all cases, read them, write scores and sheets."""
     import torch
 
-    from data.judge import Judge
-    from models.load import check_exact, read_tensors, write_json
-    from pipeline import Pipeline, pick_device
-
-    args.output.mkdir(parents=True, exist_ok=True)
-    moa = args.moa or args.weights / "moa.safetensors"
-    pipeline = Pipeline.load(args.weights, moa, pick_device(args.device))
-    judge, path = Judge(), args.judge or args.weights / "judge.safetensors"
-    state = {k: v.float() for k, v in read_tensors(path).items()}
-    check_exact(state, judge.state_dict(), path)
-    judge.load_state_dict(state)
-    judge.eval().to(pipeline.device)
-    scale = args.guidance_scale or pipeline.models.config["sampling"]["guidance_scale"]
+    from models.load import write_json
+    from train import git_describe
+    start = time.perf_counter()
+    timesteps = check(args)
+    pipeline, judge, scale, files = load(args)
+    options = {"steps": args.steps, "guidance_scale": scale, "prior_above": args.prior_above}
+    settings = {"count": args.count, **options, "weights": args.weights.resolve().name,
+                "moa": files["moa"].name}
+    source = {"code": git_describe(), "torch": torch.__version__, "device": device_name(pipeline.device),
+              "threads": torch.get_num_threads(),
+              "sha256": {name: checksum(path) for name, path in files.items()}}
+    cases, seconds = [], []
     with torch.no_grad():
-        drawn = [draw(pipeline, judge, range(first, min(first + BATCH, args.count)), args.steps, scale,
-                      args.prior_above) for first in progress(range(0, args.count, BATCH))]
-        cases = [case for batch in drawn for case in batch]
-        results = scores(cases, judge_accuracy(judge, pipeline.device))
-        results["variety"] = interval(variety(
-            pipeline, max(1, args.count // 16), steps=args.steps, guidance_scale=scale,
-            prior_above=args.prior_above))
-    settings = {"count": args.count, "steps": args.steps, "guidance_scale": scale,
-                "prior_above": args.prior_above, "weights": args.weights.resolve().name}
-    write_json({"settings": settings, **results}, args.output / "results.json")
+        for first in progress(range(0, args.count, BATCH)):
+            numbers = range(first, min(first + BATCH, args.count))
+            drawn, took = draw(pipeline, judge, numbers, **options)
+            cases += drawn
+            seconds.append(took)
+        ceiling = judge_accuracy(judge, pipeline.device)
+        ratios = variety(pipeline, max(1, args.count // 16), **options)
+    router = router_arrays(cases, timesteps)
+    draw_sheets(cases, router, args.output)
+    source["seconds"] = round(time.perf_counter() - start, 1)
+    results = {"settings": settings, "run": source, **scores(cases, ratios, seconds, ceiling),
+               "judge": ceiling,
+               "worst": {name: [describe(case) for case in chosen] for name, chosen in worst(cases).items()},
+               "router": router}
+    write_json(results, args.output / "results.json")
     table = markdown(results)
     (args.output / "results.md").write_text(table, encoding="utf-8")
-    sheets(cases, args.output)
     print(table)
 
 
 def progress(batches):
     from tqdm import tqdm
-    return tqdm(batches, "drawing", unit="batch")
+    return tqdm(batches, "drawing", unit="batch", disable=None)
+
+
+def check(args: argparse.Namespace) -> list[int]:
+    """The timesteps at which MoA draws, falling. Makes the output folder.
+
+    Raises ValueError for the first setting that cannot be evaluated, before anything is loaded.
+    """
+    from samplers import timesteps
+    if args.count < 2:
+        raise ValueError(f"--count must be at least 2, not {args.count}")
+    if args.guidance_scale is not None and not 0 <= args.guidance_scale <= 100:
+        raise ValueError(f"--guidance-scale must be in 0..100, not {args.guidance_scale}")
+    below = [t for t in timesteps(args.steps, "linspace", end_node=True) if t < args.prior_above]
+    if not below:
+        raise ValueError(f"--prior-above {args.prior_above} leaves nothing to MoA: none of the {args.steps} "
+                         "steps' timesteps lies below it")
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=args.output):
+            pass
+    except OSError as error:
+        raise ValueError(f"--output {args.output} cannot be written: {error.strerror}") from error
+    return below
+
+
+def load(args: argparse.Namespace):
+    """The pipeline, the judge, the guidance scale and the files that they come from.
+
+    Raises ValueError or WeightsError when one is missing, broken, or of another world.
+    """
+    from data.judge import Judge
+    from models.load import check_exact, read_config, read_tensors
+    from pipeline import Pipeline, pick_device
+    config = read_config(args.weights)
+    if config.get("world") != "toyworld" or config.get("image_size") != toyworld.SIZE:
+        raise ValueError(f"--weights {args.weights} is not of the small world, the only one whose people "
+                         "are known: give its weights, or the folder of a train.py moa run")
+    judge_here = args.weights / "judge.safetensors"
+    files = {part: args.weights / f"{part}.safetensors"
+             for part in ("unet", "vae", "text_encoder", "image_encoder")}
+    files["moa"] = args.moa or args.weights / "moa.safetensors"
+    files["judge"] = args.judge or (judge_here if judge_here.is_file() else SHIPPED / judge_here.name)
+    for name, path in files.items():
+        if not path.is_file():
+            raise ValueError(f"{path} not found: the evaluation needs {name.replace('_', ' ')} weights")
+    pipeline = Pipeline.load(args.weights, files["moa"], pick_device(args.device))
+    judge = Judge()
+    state = {k: v.float() for k, v in read_tensors(files["judge"]).items()}
+    check_exact(state, judge.state_dict(), files["judge"])
+    judge.load_state_dict(state)
+    scale = args.guidance_scale
+    if scale is None:
+        sampling = config.get("sampling")
+        scale = sampling.get("guidance_scale") if isinstance(sampling, dict) else None
+    if not isinstance(scale, (int, float)):
+        raise ValueError(f"config.json of {args.weights} names no guidance scale: give --guidance-scale")
+    return pipeline, judge.eval().to(pipeline.device), scale, files
+
+
+def checksum(path: Path) -> str:
+    """The first 16 digits of a file's SHA-256."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def device_name(device) -> str:
+    """cpu, or the name of the GPU."""
+    import torch
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+# --- cases ---
 
 
 @dataclass
@@ -94,27 +188,24 @@ class Reading:
     activity: int
     context: int
     count: int  # people
-    attributes: dict  # name -> class index per person, from left to right
-    people: "object"  # (S, S) bool, where the people are
+    attributes: dict[str, list[int]]  # name -> class index per person, from left to right
+    people: np.ndarray  # (S, S) bool, where the people are
 
 
 @dataclass
 class Case:
-    """One prompt and seed: subjects, pictures and readings of the prior and of two castings."""
+    """One prompt and seed: pictures and readings of the prior and of two castings."""
 
-    scene: "object"  # data.toyworld.Scene of the first casting
-    other: "object"  # of the second
-    references: "object"  # (people, S, S, 3) uint8, the first casting's
-    pictures: "object"  # (3, S, S, 3) uint8: prior, first, second casting
-    readings: list  # three Readings
-    routing: "object"  # (h, w) mean weight of the personalized experts, first casting
+    number: int
+    scene: toyworld.Scene  # of the first casting
+    other: toyworld.Scene  # of the second
+    pictures: np.ndarray  # (3, S, S, 3) uint8: prior, first, second casting
+    readings: list[Reading]  # three
+    routing: np.ndarray  # (2, L, T, h, w) weight of the personalized expert by kind, layer and timestep
 
 
-def cast(number: int):
+def cast(number: int) -> list[toyworld.Scene]:
     """The two castings of a case: test identities and a prompt that training never saw with them."""
-    import numpy as np
-
-    from data import toyworld
     plan = toyworld.sample_scene(1_000_000 + number, "test")
     rng = np.random.default_rng([number, 20240416])
     castings = [[toyworld.sample_identity(rng, "test", subject.identity.noun) for subject in plan.subjects]
@@ -122,51 +213,160 @@ def cast(number: int):
     return [toyworld.compose_scene(number, people, plan.activity, plan.context) for people in castings]
 
 
-def draw(pipeline, judge, numbers, steps: int, scale: float, prior_above: int) -> list[Case]:
-    """Draw a batch of cases and have them read."""
-    import numpy as np
+def draw(pipeline, judge, numbers, **options) -> tuple[list[Case], dict[str, float]]:
+    """Draw a batch of cases and have them read; options are those of `Pipeline.generate`.
+
+    Returns the cases and the seconds per picture of the prior and of MoA, taken in turns. MoA's is
+    the second casting's: recording slows down the first.
+    """
+    import torch
 
     from moa import record_routing
     from pictures import to_uint8
     castings = [cast(number) for number in numbers]
     prompts = [first.caption for first, _ in castings]
     seeds = [7_000_000 + number for number in numbers]
-    pictures, readings, references, maps = [], [], [], []
-    for casting in (None, 0, 1):
-        people = None
-        if casting is not None:
-            photos = [references_of(scenes[casting], number, casting)
-                      for number, scenes in zip(numbers, castings, strict=True)]
-            people = [subjects_of(pipeline, scenes[casting], p)
-                      for scenes, p in zip(castings, photos, strict=True)]
-            references = references or photos
-        with record_routing(pipeline.models.unet) as routing:
-            collect = collector(routing, maps) if casting == 0 else None
-            images = pipeline.generate(prompts, seeds, people, steps=steps, guidance_scale=scale,
-                                       prior_only=casting is None, prior_above=prior_above,
-                                       progress=collect)
+    pictures, readings, seconds, maps = [], [], [], []
+
+    def generate(people, progress=None):
+        start = time.perf_counter()
+        images = pipeline.generate(prompts, seeds, people, prior_only=people is None, progress=progress,
+                                   **options)
+        seconds.append((time.perf_counter() - start) / len(prompts))
+        if not torch.isfinite(images).all():
+            raise ValueError("a picture came out as NaN: the weights are broken")
         pictures.append(to_uint8(images))
         readings.append(read(judge, images.to(pipeline.device)))
-    routing = sum(maps) / len(maps)  # mean over layers and steps
-    return [Case(*castings[i], references[i], np.stack([p[i] for p in pictures]),
-                 [r[i] for r in readings], routing[i]) for i in range(len(numbers))]
+
+    people = [[subjects_of(pipeline, scenes[k], references_of(scenes[k], number, k))
+               for number, scenes in zip(numbers, castings, strict=True)] for k in range(2)]
+    generate(None)
+    with record_routing(pipeline.models.unet) as routing:
+        generate(people[0], collector(routing, maps))
+    generate(people[1])
+    routing = np.stack(maps, axis=3)  # (B, 2, L, T, h, w)
+    cases = [Case(number, *castings[i], np.stack([p[i] for p in pictures]), [r[i] for r in readings],
+                  routing[i]) for i, number in enumerate(numbers)]
+    return cases, {"prior": seconds[0], "moa": seconds[2]}
 
 
-def references_of(scene, number: int, casting: int):
+def references_of(scene: toyworld.Scene, number: int, casting: int) -> np.ndarray:
     """(people, S, S, 3) uint8: pictures of a scene's subjects, in another pose."""
-    import numpy as np
-
-    from data import toyworld
     return np.stack([toyworld.render_reference(s.identity, 10 * number + casting) for s in scene.subjects])
 
 
-def subjects_of(pipeline, scene, photos) -> list:
+def subjects_of(pipeline, scene: toyworld.Scene, photos: np.ndarray) -> list:
     """The subjects of a scene for `Pipeline.generate`."""
     from pictures import to_picture
     from pipeline import Subject
     features = pipeline.encode_subjects(to_picture(photos) / 2 + 0.5)
     places = [len(pipeline.models.tokenize.encode(scene.caption[:s.end])) for s in scene.subjects]
     return [Subject(p, f) for p, f in zip(places, features, strict=True)]
+
+
+def collector(routing: dict, maps: list):
+    """A progress callback that keeps each step's routing, brought to the latents' grid as in Eq. 10:
+    (B, 2, L, h, w). Steps that the prior draws alone have none."""
+    from moa.loss import mean_routing
+
+    def collect(step, steps, t, x0):
+        if routing:
+            layers = range(len(routing) // len(KINDS))
+            maps.append(np.stack([np.stack([
+                mean_routing([routing[layer, kind][-len(x0):, :, 1]], *x0.shape[-2:]).cpu().numpy()
+                for layer in layers], axis=1) for kind in KINDS], axis=1))
+            routing.clear()
+    return collect
+
+
+def read(judge, images) -> list[Reading]:
+    """Have the judge read (B, 3, S, S) pictures."""
+    import torch.nn.functional as F
+    verdict = judge(images)
+    people = F.interpolate(verdict.people.softmax(1), images.shape[-2:], mode="bilinear")[:, 0] < 0.5
+    attributes = {name: logits.argmax(-1).tolist() for name, logits in verdict.attributes.items()}
+    return [Reading(int(verdict.activity[i].argmax()), int(verdict.context[i].argmax()),
+                    int(verdict.count[i].argmax()) + 1, {k: v[i] for k, v in attributes.items()},
+                    people[i].cpu().numpy()) for i in range(len(images))]
+
+
+# --- scores: each has its paragraph in docs/benchmark.md ---
+
+
+def context_right(scene: toyworld.Scene, reading: Reading) -> bool:
+    """Was the prompt's place read?"""
+    return toyworld.CONTEXTS[reading.context] == scene.context
+
+
+def activity_right(scene: toyworld.Scene, reading: Reading) -> bool:
+    """Was the prompt's activity read?"""
+    return toyworld.ACTIVITIES[reading.activity] == scene.activity
+
+
+def count_right(scene: toyworld.Scene, reading: Reading) -> bool:
+    """Were as many people read as the prompt names?"""
+    return reading.count == len(scene.subjects)
+
+
+def attribute_hits(scene: toyworld.Scene, reading: Reading) -> list[tuple[int, str, bool]]:
+    """(place from the left, attribute, read right) of what is visible of every subject."""
+    labels = [toyworld.attribute_labels(subject.identity) for subject in scene.subjects]
+    return [(place, name, reading.attributes[name][place] == labels[place][name])
+            for place, subject in enumerate(scene.subjects) for name in subject.visible]
+
+
+def identity(scene: toyworld.Scene, reading: Reading) -> float:
+    """Share of the subjects' visible attributes that was read right."""
+    return float(np.mean([right for _, _, right in attribute_hits(scene, reading)]))
+
+
+def mixup(scene: toyworld.Scene, reading: Reading) -> float:
+    """Of the attributes in which two subjects differ, the share that was read as the other one's."""
+    if len(scene.subjects) < 2:
+        return float("nan")
+    labels = [toyworld.attribute_labels(subject.identity) for subject in scene.subjects]
+    mixed = [reading.attributes[name][place] == labels[1 - place][name]
+             for place, subject in enumerate(scene.subjects) for name in subject.visible
+             if labels[0][name] != labels[1][name]]
+    return float(np.mean(mixed)) if mixed else float("nan")
+
+
+# What can be read off one picture.
+READ_OFF = {"context": context_right, "activity": activity_right, "count": count_right, "identity": identity,
+            "mixup": mixup}
+
+
+def locality(case: Case) -> float:
+    """Mean change of pixels outside the people over that inside, between the two castings."""
+    change = np.abs(case.pictures[1].astype(int) - case.pictures[2]).mean(-1)
+    people = case.readings[1].people | case.readings[2].people
+    outside = ~widened(people)
+    if not people.any() or not outside.any():
+        return float("nan")
+    return float(change[outside].mean() / max(change[people].mean(), 1e-6))
+
+
+def prior_agreement(case: Case) -> float:
+    """IoU of the people's masks in the prior's picture and in the personalized one."""
+    return iou(case.readings[0].people, case.readings[1].people)
+
+
+def background_distance(case: Case) -> float:
+    """Mean absolute difference to the prior's picture outside both pictures' people, in 0..1."""
+    outside = ~(widened(case.readings[0].people) | widened(case.readings[1].people))
+    change = np.abs(case.pictures[1].astype(int) - case.pictures[0]).mean(-1) / 255
+    return float(change[outside].mean()) if outside.any() else float("nan")
+
+
+def router_gap(case: Case) -> float:
+    """The prior's mean weight outside the people minus that inside, over all layers and timesteps."""
+    people, background = router_weights(case)
+    return float((people - background).mean())
+
+
+def router_iou(case: Case) -> float:
+    """Overlap of the people with the mean routing map, thresholded halfway between its extremes."""
+    return float(map_iou(case.routing.mean((0, 1, 2)), coverage(case)))
 
 
 def variety(pipeline, count: int, **options) -> list[float]:
@@ -188,184 +388,173 @@ def variety(pipeline, count: int, **options) -> list[float]:
     return ratios
 
 
-def background_distance(case: Case) -> float:
-    """Mean absolute difference to the prior's picture outside both pictures' people, in 0..1."""
-    import numpy as np
-    outside = ~(widened(case.readings[0].people) | widened(case.readings[1].people))
-    change = np.abs(case.pictures[1].astype(int) - case.pictures[0]).mean(-1) / 255
-    return float(change[outside].mean()) if outside.any() else float("nan")
+def speed(seconds: list[dict[str, float]]) -> dict[str, dict]:
+    """Medians over batches of the seconds per picture, and of their ratio batch by batch."""
+    return {"seconds_prior": interval([s["prior"] for s in seconds], "median"),
+            "seconds_moa": interval([s["moa"] for s in seconds], "median"),
+            "seconds_ratio": interval([s["moa"] / s["prior"] for s in seconds], "median")}
 
 
-def widened(people):
-    """(S, S) bool mask of people and of `DILATION` pixels around them."""
-    import numpy as np
-    from PIL import Image, ImageFilter
+def widened(people: np.ndarray) -> np.ndarray:
+    """(S, S) bool mask of people and of `DILATION` // 2 pixels around them."""
     return np.array(Image.fromarray(people).convert("L").filter(ImageFilter.MaxFilter(DILATION))) > 0
 
 
-def collector(routing: dict, maps: list):
-    """A progress callback that keeps the layers' mean routing map of each step: (B, h, w)."""
-    from moa.loss import mean_routing
-
-    def collect(step, steps, t, x0):
-        if routing:
-            prior = mean_routing([r[-len(x0):, :, 0] for r in routing.values()], *x0.shape[-2:])
-            maps.append(1 - prior.cpu().numpy())
-            routing.clear()
-    return collect
-
-
-def read(judge, images) -> list[Reading]:
-    """Have the judge read (B, 3, S, S) pictures."""
-    import torch.nn.functional as F
-    verdict = judge(images)
-    people = F.interpolate(verdict.people.softmax(1), images.shape[-2:], mode="bilinear")[:, 0] < 0.5
-    attributes = {name: logits.argmax(-1).tolist() for name, logits in verdict.attributes.items()}
-    return [Reading(int(verdict.activity[i].argmax()), int(verdict.context[i].argmax()),
-                    int(verdict.count[i].argmax()) + 1, {k: v[i] for k, v in attributes.items()},
-                    people[i].cpu().numpy()) for i in range(len(images))]
-
-
-def judge_accuracy(judge, device, count: int = 400) -> dict[str, float]:
-    """The judge's accuracy on held-out renders, the ceiling of every score that it gives."""
-    import numpy as np
-
-    from data import toyworld
-    from pictures import to_picture
-    hits = {"activity": [], "context": [], "identity": []}
-    for first in range(0, count, 50):
-        scenes = [toyworld.sample_scene(2_000_000 + k, "test") for k in range(first, first + 50)]
-        images = np.stack([toyworld.render_scene(scene)[0] for scene in scenes])
-        for scene, reading in zip(scenes, read(judge, to_picture(images).to(device)), strict=True):
-            hits["activity"].append(toyworld.ACTIVITIES[reading.activity] == scene.activity)
-            hits["context"].append(toyworld.CONTEXTS[reading.context] == scene.context)
-            hits["identity"] += [right for _, right in attribute_hits(scene, reading)]
-    return {name: float(np.mean(values)) for name, values in hits.items()}
-
-
-def attribute_hits(scene, reading: Reading) -> list[tuple[str, bool]]:
-    """(attribute, read right) of every visible attribute of every subject of a scene."""
-    from data import toyworld
-    hits = []
-    for place, subject in enumerate(scene.subjects):
-        labels = toyworld.attribute_labels(subject.identity)
-        hits += [(name, reading.attributes[name][place] == labels[name]) for name in subject.visible]
-    return hits
-
-
-def mixups(scene, reading: Reading) -> list[bool]:
-    """Of the attributes in which two subjects differ: was the other one's value read?"""
-    from data import toyworld
-    if len(scene.subjects) < 2:
-        return []
-    labels = [toyworld.attribute_labels(subject.identity) for subject in scene.subjects]
-    return [reading.attributes[name][place] == labels[1 - place][name]
-            for place, subject in enumerate(scene.subjects) for name in subject.visible
-            if labels[0][name] != labels[1][name]]
-
-
-def locality(case: Case) -> float:
-    """Mean change of pixels outside the people over that inside, between the two castings."""
-    import numpy as np
-    change = np.abs(case.pictures[1].astype(int) - case.pictures[2]).mean(-1)
-    people = case.readings[1].people | case.readings[2].people
-    wide = widened(people)
-    if not people.any() or wide.all():
-        return float("nan")
-    return float(change[~wide].mean() / max(change[people].mean(), 1e-6))
-
-
-def router_iou(case: Case) -> float:
-    """Overlap of the people with the mean routing map, thresholded halfway between its extremes."""
-    import numpy as np
-    from PIL import Image
-    people = np.array(Image.fromarray(case.readings[1].people).convert("L").resize(
-        case.routing.shape[::-1], Image.Resampling.BOX)) > 127
-    found = case.routing > (case.routing.min() + case.routing.max()) / 2
-    return float((found & people).sum() / max((found | people).sum(), 1))
-
-
-def overlap(case: Case) -> float:
-    """IoU of the people's masks in the prior's picture and in the personalized one."""
-    a, b = case.readings[0].people, case.readings[1].people
+def iou(a: np.ndarray, b: np.ndarray) -> float:
+    """Intersection over union of two bool masks; 0 when both are empty."""
     return float((a & b).sum() / max((a | b).sum(), 1))
 
 
-def scores(cases: list[Case], ceiling: dict[str, float]) -> dict:
-    """All scores, each with its mean, 95 % bootstrap interval and number of cases."""
-    import numpy as np
-
-    from data import toyworld
-
-    def right(field, names, which):
-        return [names[getattr(c.readings[which], field)] == getattr(c.scene, field) for c in cases]
-
-    def identity(which):
-        return [np.mean([hit for _, hit in attribute_hits(c.scene, c.readings[which])]) for c in cases]
-
-    values = {
-        "prior_context": right("context", toyworld.CONTEXTS, 0),
-        "prior_activity": right("activity", toyworld.ACTIVITIES, 0),
-        "prior_count": [c.readings[0].count == len(c.scene.subjects) for c in cases],
-        "prior_identity": identity(0),  # what chance gives: the prior never saw the subjects
-        "context": right("context", toyworld.CONTEXTS, 1),
-        "activity": right("activity", toyworld.ACTIVITIES, 1),
-        "count": [c.readings[1].count == len(c.scene.subjects) for c in cases],
-        "identity": identity(1),
-        "locality": [locality(c) for c in cases],
-        "mixup": [np.mean(m) for c in cases if (m := mixups(c.scene, c.readings[1]))],
-        "router_iou": [router_iou(c) for c in cases],
-        "prior_agreement": [overlap(c) for c in cases],
-        "background_distance": [background_distance(c) for c in cases]}
-    results = {name: interval(value) for name, value in values.items()}
-    hits = [hit for c in cases for hit in attribute_hits(c.scene, c.readings[1])]
-    results["attributes"] = {name: interval([right for n, right in hits if n == name])
-                             for name in toyworld.ATTRIBUTES}
-    results["judge"] = ceiling
-    return results
+def coverage(case: Case) -> np.ndarray:
+    """(h, w) in [0, 1]: how much of each cell of the routing maps the people of the first casting cover."""
+    mask = Image.fromarray(case.readings[1].people).convert("L")
+    return np.array(mask.resize(case.routing.shape[:-3:-1], Image.Resampling.BOX)) / 255
 
 
-def interval(values: list) -> dict[str, float | None]:
-    """Mean and 95 % bootstrap interval of the values that are not NaN."""
-    import numpy as np
+def map_iou(routing: np.ndarray, cover: np.ndarray) -> np.ndarray:
+    """IoUs (...) of the people with maps (..., h, w), each thresholded halfway between its extremes."""
+    extremes = routing.min((-1, -2), keepdims=True) + routing.max((-1, -2), keepdims=True)
+    found, people = routing > extremes / 2, cover > 127 / 255
+    return (found & people).sum((-1, -2)) / np.maximum((found | people).sum((-1, -2)), 1)
+
+
+def router_weights(case: Case) -> tuple[np.ndarray, np.ndarray]:
+    """Mean weight of the personalized expert on people and in the background: (2, L, T) each, NaN
+    where there are none."""
+    cover = coverage(case)
+    with np.errstate(invalid="ignore"):
+        return tuple(np.divide((case.routing * share).sum((-1, -2)), share.sum()) for share in
+                     (cover, 1 - cover))
+
+
+def router_arrays(cases: list[Case], timesteps: list[int]) -> dict:
+    """The routers layer by layer and timestep by timestep.
+
+    Weights are those of the personalized expert, IoUs those of each map alone. "grid" has arrays of
+    axes kind, layer, timestep; "per_layer" (kind, layer) and "per_timestep" (timestep) are its means.
+    """
+    people, background = np.swapaxes([router_weights(case) for case in cases], 0, 1)  # (n, 2, L, T) each
+    ious = np.array([map_iou(case.routing, coverage(case)) for case in cases])
+    values = {"people": people, "background": background, "gap": people - background, "iou": ious}
+    views = {"per_layer": (-1,), "per_timestep": (1, 2), "grid": ()}
+    return {"kinds": list(KINDS), "layers": list(range(people.shape[2])), "timesteps": timesteps,
+            **{view: {name: interval(value.mean(axes) if axes else value, digits=4)
+                      for name, value in values.items()} for view, axes in views.items()}}
+
+
+def judge_accuracy(judge, device, count: int = 400) -> dict[str, dict]:
+    """The same scores of held-out renders, and the IoU of the people that the judge finds in them: what
+    the judge gives where everything is right."""
+    from pictures import to_picture
+    values, hits = {name: [] for name in (*READ_OFF, "people_iou")}, []
+    for first in range(0, count, 50):
+        scenes = [toyworld.sample_scene(2_000_000 + k, "test") for k in range(first, first + 50)]
+        images, masks = zip(*map(toyworld.render_scene, scenes), strict=True)
+        readings = read(judge, to_picture(np.stack(images)).to(device))
+        for scene, mask, reading in zip(scenes, masks, readings, strict=True):
+            hits += attribute_hits(scene, reading)
+            values["people_iou"].append(iou(mask.any(0), reading.people))
+            for name, score in READ_OFF.items():
+                values[name].append(score(scene, reading))
+    return {**{name: interval(value) for name, value in values.items()}, "attributes": per_attribute(hits)}
+
+
+def per_attribute(hits: list[tuple[int, str, bool]]) -> dict[str, dict]:
+    """Attribute -> its share of hits."""
+    return {name: interval([right for _, n, right in hits if n == name]) for name in toyworld.ATTRIBUTES}
+
+
+def scores(cases: list[Case], ratios: list[float], seconds: list[dict], ceiling: dict) -> dict:
+    """All scores, each with its mean or median, 95 % bootstrap interval, number of cases and, where
+    the judge has a part in it, the judge's own number."""
+    results = {}
+    for prefix, which in (("", 1), ("prior_", 0)):
+        results |= {prefix + name: interval([score(case.scene, case.readings[which]) for case in cases])
+                    for name, score in READ_OFF.items()}
+    results |= {score.__name__: interval([score(case) for case in cases]) for score in
+                (locality, prior_agreement, background_distance, router_gap, router_iou)}
+    results |= {"variety": interval(ratios), **speed(seconds)}
+    for name, (_, judged) in SCORES.items():
+        if judged:
+            results[name]["judge"] = ceiling[judged]["mean"]
+    attributes = per_attribute([hit for c in cases for hit in attribute_hits(c.scene, c.readings[1])])
+    for name, value in attributes.items():
+        value["judge"] = ceiling["attributes"][name]["mean"]
+    return {**results, "attributes": attributes}
+
+
+def interval(values, center: str = "mean", digits: int | None = None) -> dict:
+    """Mean or median and 95 % bootstrap interval of the cases that are not NaN.
+
+    values: (n,), or (n, ...) for arrays in place of numbers. digits: round to so many.
+    """
     values = np.array(values, dtype=float)
-    values = values[~np.isnan(values)]
+    values = values[~np.isnan(values).any(tuple(range(1, values.ndim)))]
     if not len(values):  # no two-person case, say
-        return {"mean": None, "low": None, "high": None, "n": 0}
-    draws = values[np.random.default_rng(0).integers(len(values), size=(1000, len(values)))].mean(1)
-    low, high = np.percentile(draws, [2.5, 97.5])
-    return {"mean": float(values.mean()), "low": float(low), "high": float(high), "n": len(values)}
+        return {center: None, "low": None, "high": None, "n": 0}
+    middle = getattr(np, center)
+    rng = np.random.default_rng(0)
+    draws = [middle(values[rows], 0) for rows in rng.integers(len(values), size=(1000, len(values)))]
+    low, high = np.percentile(draws, [2.5, 97.5], axis=0)
+    found = {center: middle(values, 0), "low": low, "high": high}
+    return {**{k: (v if digits is None else np.round(v, digits)).tolist() for k, v in found.items()},
+            "n": len(values)}
+
+
+# --- what is written ---
 
 
 def markdown(results: dict) -> str:
     """The scores as a table."""
-    lines = ["| score | mean | 95 % | n |", "|---|---|---|---|"]
-    rows = {k: v for k, v in results.items() if "mean" in v}
-    rows |= {f"identity: {k}": v for k, v in results["attributes"].items()}
-    for name, value in rows.items():
-        cells = ["-", "-"] if value["n"] == 0 else [
-            f"{value['mean']:.3f}", f"{value['low']:.3f} to {value['high']:.3f}"]
-        lines.append(f"| {name} | {' | '.join(cells)} | {value['n']} |")
-    ceiling = ", ".join(f"{k} {v:.3f}" for k, v in results["judge"].items())
-    return "\n".join([*lines, "", f"The judge itself, on held-out renders: {ceiling}.", ""])
+    lines = ["| score | good is | value | 95 % | n | the judge itself |", "|---|---|---|---|---|---|"]
+    rows = [(name, good, results[name]) for name, (good, _) in SCORES.items()]
+    at = 1 + [name for name, _, _ in rows].index("identity")
+    rows[at:at] = [(f"identity: {name}", "high", value) for name, value in results["attributes"].items()]
+    for name, good, value in rows:
+        cells = ["-", "-"] if value["n"] == 0 else [f"{value.get('mean', value.get('median')):.3f}",
+                                                    f"{value['low']:.3f} to {value['high']:.3f}"]
+        judged = f"{value['judge']:.3f}" if value.get("judge") is not None else ""
+        lines.append(f"| {name} | {good} | {' | '.join(cells)} | {value['n']} | {judged} |")
+    return "\n".join([*lines, "", "The last column is what the judge reaches on held-out renders: its "
+                      "accuracy, the mix-ups that it sees where there are none, the IoU of the people that "
+                      "it finds. Seconds are medians. See docs/benchmark.md.", ""])
 
 
-def sheets(cases: list[Case], folder: Path) -> None:
-    """The first cases, not picked: subjects, prior, first casting, second casting, routing."""
-    import numpy as np
-    from PIL import Image
-    size = cases[0].pictures.shape[1]
-    blank = np.full((size, size, 3), 255, np.uint8)
-    rows = []
-    for case in cases[:32]:
-        subjects = list(case.references) + [blank] * (2 - len(case.references))
-        low, high = case.routing.min(), case.routing.max()  # they lie close: show where, not how much
-        routing = Image.fromarray(((case.routing - low) / max(high - low, 1e-6) * 255).astype(np.uint8))
-        routing = routing.resize((size, size), Image.Resampling.NEAREST).convert("RGB")
-        rows.append(np.concatenate([*subjects, *case.pictures, np.array(routing)], axis=1))
-    columns = [np.concatenate(rows[i::2]) for i in range(2)]
-    height = min(len(c) for c in columns)
-    Image.fromarray(np.concatenate([c[:height] for c in columns], axis=1)).save(folder / "cases.png")
+def worst(cases: list[Case]) -> dict[str, list[Case]]:
+    """The cases of lowest identity and of highest locality, the worst first."""
+    measured = {"identity": [-identity(case.scene, case.readings[1]) for case in cases],
+                "locality": [locality(case) for case in cases]}
+    return {name: [cases[i] for i in np.argsort([-v for v in values], kind="stable")[:SHOWN]
+                   if not np.isnan(values[i])] for name, values in measured.items()}
+
+
+def describe(case: Case) -> dict:
+    """What tells a case apart, and its numbers; `wrong` has one list per person, from the left."""
+    reading, local = case.readings[1], locality(case)
+    wrong = [[name for place, name, right in attribute_hits(case.scene, reading) if place == k and not right]
+             for k in range(len(case.scene.subjects))]
+    return {"case": case.number, "prompt": case.scene.caption,
+            "identity": identity(case.scene, reading), "locality": None if np.isnan(local) else local,
+            "router_iou": router_iou(case), "wrong": wrong}
+
+
+def draw_sheets(cases: list[Case], router: dict, folder: Path) -> None:
+    """Contact sheets and routing maps of the first cases, which are not picked, and of the worst.
+
+    Where no case has a number to be worst by there is no sheet, and an older one is removed.
+    """
+    from sheets import case_sheet, plot_router, routing_sheet
+    chosen = {"cases": cases[:SHOWN], **{f"worst_{name}": found for name, found in worst(cases).items()}}
+    for name, found in chosen.items():
+        entries = [(case, *(references_of(scene, case.number, k) for k, scene in
+                            enumerate((case.scene, case.other))), describe(case)) for case in found]
+        for suffix, sheet in (("", case_sheet), ("_routing", routing_sheet)):
+            path = folder / f"{name}{suffix}.png"
+            if entries:
+                sheet(entries).save(path)
+            else:
+                path.unlink(missing_ok=True)
+    plot_router(router, folder / "router.png")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,33 @@
-"""The scores of evaluate.py on cases whose answers are known."""
+"""evaluate.py: its scores on cases whose answers are known, its files, and what it refuses."""
+import hashlib
+import json
 import math
+import re
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import evaluate
+import sheets
 from data import toyworld
 from evaluate import Case, Reading
+from moa import MultimodalPrompt, PromptConfig, add_moa, save_moa
+from models.load import read_config, write_json
+from models.unet import UNet, UNetConfig
 
 SIZE = 64
+EMPTY = np.zeros((SIZE, SIZE), bool)
+NAMES = ("context", "activity", "count", "identity", "mixup", "people_iou")
+CEILING = {**{name: {"mean": 0.9} for name in NAMES},
+           "attributes": {name: {"mean": 0.8} for name in toyworld.ATTRIBUTES}}
+SECONDS = [{"prior": 1.0, "moa": 1.5}, {"prior": 2.0, "moa": 3.5}, {"prior": 9.0, "moa": 9.0}]
 
 
 def labels_of(scene, places=(0, 1)) -> dict:
@@ -20,18 +37,28 @@ def labels_of(scene, places=(0, 1)) -> dict:
     return {name: [labels[place][name] for place in places] for name in toyworld.ATTRIBUTES}
 
 
+def first_with(people: int) -> int:
+    """The first case of so many people."""
+    return next(n for n in range(50) if len(evaluate.cast(n)[0].subjects) == people)
+
+
 @pytest.fixture
 def case() -> Case:
-    """Two people in the left half; all three pictures black; everything read right."""
-    scene, other = next(pair for n in range(50) if len((pair := evaluate.cast(n))[0].subjects) == 2)
-    people = np.zeros((SIZE, SIZE), bool)
+    """Two people in the left half; all three pictures black; everything read right; routers right in
+    two layers at two timesteps."""
+    number = first_with(2)
+    scene, other = evaluate.cast(number)
+    people = EMPTY.copy()
     people[16:48, 8:24] = True
     reading = Reading(toyworld.ACTIVITIES.index(scene.activity), toyworld.CONTEXTS.index(scene.context), 2,
                       labels_of(scene), people)
-    routing = np.zeros((16, 16))
-    routing[4:12, 2:6] = 1
-    return Case(scene, other, np.zeros((2, SIZE, SIZE, 3), np.uint8), np.zeros((3, SIZE, SIZE, 3), np.uint8),
-                [reading] * 3, routing)
+    routing = np.zeros((2, 2, 2, 16, 16), np.float32)
+    routing[..., 4:12, 2:6] = 1
+    return Case(number, scene, other, np.zeros((3, SIZE, SIZE, 3), np.uint8), [reading] * 3, routing)
+
+
+def score(cases, seconds=SECONDS) -> dict:
+    return evaluate.scores(cases, [0.9], seconds, CEILING)
 
 
 def test_cases_are_fixed_and_held_out():
@@ -42,13 +69,33 @@ def test_cases_are_fixed_and_held_out():
         assert all(toyworld.identity_split(s.identity) == "test" for s in scene.subjects)
 
 
-def test_identity_and_mixups(case):
-    assert all(right for _, right in evaluate.attribute_hits(case.scene, case.readings[1]))
-    assert not any(evaluate.mixups(case.scene, case.readings[1]))
+def test_context_activity_and_count(case):
+    for right, field in ((evaluate.context_right, "context"), (evaluate.activity_right, "activity"),
+                         (evaluate.count_right, "count")):
+        assert right(case.scene, case.readings[1])
+        other = replace(case.readings[1], **{field: getattr(case.readings[1], field) - 1})
+        assert not right(case.scene, other)
+
+
+def test_identity_and_mixup(case):
+    assert evaluate.identity(case.scene, case.readings[1]) == 1
+    assert evaluate.mixup(case.scene, case.readings[1]) == 0
     swapped = replace(case.readings[1], attributes=labels_of(case.scene, (1, 0)))
-    assert all(evaluate.mixups(case.scene, swapped))
-    alone = next(pair[0] for n in range(50) if len((pair := evaluate.cast(n))[0].subjects) == 1)
-    assert evaluate.mixups(alone, case.readings[1]) == []
+    assert evaluate.mixup(case.scene, swapped) == 1
+    alone = evaluate.cast(first_with(1))[0]
+    assert math.isnan(evaluate.mixup(alone, case.readings[1]))
+    twins = replace(case.scene, subjects=(case.scene.subjects[0],) * 2)
+    assert math.isnan(evaluate.mixup(twins, case.readings[1]))
+
+
+def test_identity_is_the_share_of_visible_attributes(case):
+    visible = case.scene.subjects[1].visible
+    labels = labels_of(case.scene)
+    labels[visible[0]][1] += 1
+    found = replace(case.readings[1], attributes=labels)
+    total = sum(len(subject.visible) for subject in case.scene.subjects)
+    assert evaluate.identity(case.scene, found) == pytest.approx(1 - 1 / total)
+    assert [hit[:2] for hit in evaluate.attribute_hits(case.scene, found) if not hit[2]] == [(1, visible[0])]
 
 
 def test_locality_is_the_change_outside_over_that_inside(case):
@@ -56,7 +103,7 @@ def test_locality_is_the_change_outside_over_that_inside(case):
     assert evaluate.locality(case) == 0
     case.pictures[2][:] = 100
     assert evaluate.locality(case) == pytest.approx(1)
-    case.readings[1] = case.readings[2] = replace(case.readings[1], people=np.zeros((SIZE, SIZE), bool))
+    case.readings[1] = case.readings[2] = replace(case.readings[1], people=EMPTY)
     assert math.isnan(evaluate.locality(case))
 
 
@@ -67,13 +114,85 @@ def test_background_distance_looks_outside_only(case):
     assert evaluate.background_distance(case) == pytest.approx(0.2)
 
 
-def test_overlaps(case):
-    assert evaluate.router_iou(case) == 1
-    assert evaluate.overlap(case) == 1
+def test_outside_begins_four_pixels_from_the_people():
+    people = EMPTY.copy()
+    people[20, 20] = True
+    wide = evaluate.widened(people)
+    assert wide[16:25, 16:25].all() and wide.sum() == 81
+
+
+def test_prior_agreement(case):
+    assert evaluate.prior_agreement(case) == 1
     case.readings[0] = replace(case.readings[0], people=np.roll(case.readings[0].people, 8, axis=1))
-    assert evaluate.overlap(case) == pytest.approx(1 / 3)
-    case.routing[:] = np.roll(case.routing, 8, axis=1)
+    assert evaluate.prior_agreement(case) == pytest.approx(1 / 3)
+
+
+def test_router_iou_and_gap(case):
+    assert evaluate.router_iou(case) == 1
+    assert evaluate.router_gap(case) == 1
+    case.routing[:] = np.roll(case.routing, 8, axis=-1)
     assert evaluate.router_iou(case) == 0
+    assert evaluate.router_gap(case) == pytest.approx(-32 / 224)
+    case.routing[:] = 0.5
+    assert evaluate.router_iou(case) == evaluate.router_gap(case) == 0
+
+
+def test_cells_that_people_half_cover_count_by_half(case):
+    people = EMPTY.copy()
+    people[:, :6] = True  # one and a half cells of four pixels
+    case.readings[1] = replace(case.readings[1], people=people)
+    case.routing[:] = 0
+    case.routing[..., 1] = 1
+    on_people, background = evaluate.router_weights(case)
+    assert on_people == pytest.approx(1 / 3, abs=2e-3)  # cover is in 256 steps
+    assert background == pytest.approx(0.5 / 14.5, abs=2e-3)
+
+
+def test_router_arrays_are_per_kind_layer_and_timestep(case):
+    """Self-attention: right in layer 0, 0.2 everywhere in layer 1 but 0.4 on people at the second timestep.
+    Cross-attention: all in the background."""
+    case.routing[0, 1] = 0.2
+    case.routing[0, 1, 1, 4:12, 2:6] = 0.4
+    case.routing[1] = 1 - case.routing[1]
+    found = evaluate.router_arrays([case, case], [500, 100])
+    assert found["kinds"] == ["self", "cross"]
+    assert found["layers"] == [0, 1]
+    assert found["timesteps"] == [500, 100]
+    grid = {name: np.array(value["mean"]) for name, value in found["grid"].items()}
+    assert grid["people"].tolist() == [[[1, 1], [0.2, 0.4]], [[0, 0], [0, 0]]]
+    assert grid["background"].tolist() == [[[0, 0], [0.2, 0.2]], [[1, 1], [1, 1]]]
+    assert grid["gap"].tolist() == [[[1, 1], [0, 0.2]], [[-1, -1], [-1, -1]]]
+    assert grid["iou"].tolist() == [[[1, 1], [0, 1]], [[0, 0], [0, 0]]]
+    layers, steps = found["per_layer"], found["per_timestep"]
+    assert layers["gap"]["mean"] == [[1, 0.1], [-1, -1]]
+    assert layers["iou"]["mean"] == [[1, 0.5], [0, 0]]
+    assert steps["gap"]["mean"] == [-0.25, -0.2]
+    assert steps["people"]["mean"] == pytest.approx([0.3, 0.35])
+    assert steps["iou"]["mean"] == [0.25, 0.5]
+    assert layers["gap"]["low"] == layers["gap"]["high"] == layers["gap"]["mean"]
+    assert layers["gap"]["n"] == 2
+    assert np.mean(steps["gap"]["mean"]) == pytest.approx(evaluate.router_gap(case), abs=1e-4)
+
+
+def test_the_collector_keeps_what_the_prompt_got_and_only_where_moa_drew():
+    """Of a guided batch the second half is the prompt's; layers of other sizes come to one grid."""
+    routing, maps = {}, []
+    collect = evaluate.collector(routing, maps)
+    x0 = torch.zeros(2, 4, 4, 4)
+    collect(1, 2, 900, x0)
+    assert not maps
+    for layer, pixels in enumerate((16, 4)):
+        for k, kind in enumerate(evaluate.KINDS):
+            weight = torch.full((4, pixels), 0.9)  # the first half: without the prompt
+            weight[2:] = 0.1 + 0.2 * layer + 0.4 * k
+            routing[layer, kind] = torch.stack([1 - weight, weight], -1)
+    routing[0, "self"][2, 0, 1] = 0.8
+    collect(2, 2, 400, x0)
+    assert not routing
+    (found,) = maps
+    assert found.shape == (2, 2, 2, 4, 4)
+    assert found[1].mean((-1, -2)) == pytest.approx(np.array([[0.1, 0.3], [0.5, 0.7]]))
+    assert found[0, 0, 0, 0, 0] == pytest.approx(0.8)
 
 
 @pytest.mark.parametrize(("spread", "ratio"), [(1.0, 1.0), (0.5, 0.5), (0.0, 0.0)])
@@ -88,6 +207,12 @@ def test_variety_compares_the_spread_over_seeds(spread, ratio, monkeypatch):
     assert evaluate.variety(Fake(), 2, steps=2) == pytest.approx([ratio, ratio])
 
 
+def test_speed_has_medians_and_the_ratio_of_neighbours():
+    prior, moa, ratio = evaluate.speed(SECONDS).values()
+    assert (prior["median"], moa["median"], ratio["median"]) == (2, 3.5, 1.5)
+    assert (ratio["low"], ratio["high"], ratio["n"]) == (1, 1.75, 3)
+
+
 def test_intervals():
     known = evaluate.interval([0.0, 1.0] * 200 + [float("nan")])
     assert known["mean"] == 0.5
@@ -96,9 +221,222 @@ def test_intervals():
     assert evaluate.interval([float("nan")]) == {"mean": None, "low": None, "high": None, "n": 0}
 
 
+def test_intervals_of_arrays_are_those_of_their_elements():
+    values = np.random.default_rng(1).random((30, 2, 3))
+    values[4, 1, 1] = float("nan")  # leaves the whole case out
+    found = evaluate.interval(values)
+    alone = evaluate.interval(np.delete(values, 4, axis=0)[:, 1, 2])
+    assert found["n"] == alone["n"] == 29
+    for key in ("mean", "low", "high"):
+        assert found[key][1][2] == pytest.approx(alone[key])
+
+
+def test_scores_have_the_judge_beside_them(case):
+    found = score([case, case])
+    assert set(evaluate.SCORES) | {"attributes"} == set(found)
+    assert found["identity"] == {"mean": 1, "low": 1, "high": 1, "n": 2, "judge": 0.9}
+    assert found["attributes"]["skin"]["judge"] == 0.8
+    assert "judge" not in found["variety"] and "judge" not in found["seconds_moa"]
+
+
 def test_the_table_shows_every_score(case):
-    table = evaluate.markdown({**evaluate.scores([case, case], {"activity": 0.99}),
-                               "variety": evaluate.interval([0.9])})
-    for name in ("context", "identity", "locality", "mixup", "router_iou", "variety", "identity: skin"):
+    table = evaluate.markdown(score([case, case]))
+    for name in (*evaluate.SCORES, *(f"identity: {name}" for name in toyworld.ATTRIBUTES)):
         assert f"| {name} |" in table
-    assert "| mixup | 0.000 |" in table
+    assert "| mixup | low | 0.000 | 0.000 to 0.000 | 2 | 0.900 |" in table
+    assert "| seconds_ratio | low | 1.500 |" in table
+    assert {line.count("|") for line in table.splitlines() if line.startswith("|")} == {7}
+
+
+def test_every_score_has_its_paragraph():
+    text = (Path(evaluate.__file__).parent / "docs" / "benchmark.md").read_text(encoding="utf-8")
+    for name in evaluate.SCORES:
+        assert f"`{name}`" in text, name
+
+
+def test_the_worst_are_chosen_by_their_numbers(case, monkeypatch):
+    identities = [0.5, 0.2, 0.9, 0.2, 0.7]
+    localities = [0.1, float("nan"), 0.4, 0.3, 0.2]
+    counted = [replace(case.readings[1], count=n) for n in range(5)]
+    cases = [replace(case, number=n, readings=[reading] * 3) for n, reading in enumerate(counted)]
+    monkeypatch.setattr(evaluate, "SHOWN", 3)
+    monkeypatch.setattr(evaluate, "locality", lambda c: localities[c.number])
+    monkeypatch.setattr(evaluate, "identity", lambda scene, reading: identities[reading.count])
+    chosen = {name: [c.number for c in found] for name, found in evaluate.worst(cases).items()}
+    assert chosen == {"identity": [1, 3, 0], "locality": [2, 3, 4]}
+    assert evaluate.describe(cases[1])["locality"] is None
+
+
+def test_a_case_is_described_by_what_was_read_wrong(case):
+    labels = labels_of(case.scene)
+    name = case.scene.subjects[1].visible[0]
+    labels[name][1] += 1
+    case.readings[1] = replace(case.readings[1], attributes=labels)
+    found = evaluate.describe(case)
+    assert found["wrong"] == [[], [name]]
+    assert found["case"] == case.number
+    assert found["prompt"] == case.scene.caption
+    assert found["router_iou"] == 1
+
+
+def test_sheets_of_cases_without_people(case, tmp_path, capsys):
+    """Weights that draw nobody are evaluated, too."""
+    stale = [tmp_path / f"{name}.png" for name in ("worst_locality", "worst_locality_routing", "router")]
+    for file in stale:
+        file.touch()
+    case.readings[:] = [replace(case.readings[1], people=EMPTY)] * 3
+    router = evaluate.router_arrays([case, case], [500, 100])
+    evaluate.draw_sheets([case, case], router, tmp_path)
+    assert (tmp_path / "cases.png").exists()
+    assert not any(file.exists() for file in stale)
+    assert "router.png was not drawn: the judge sees no people" in capsys.readouterr().err
+    assert score([case, case])["locality"]["n"] == 0
+
+
+def test_without_matplotlib_one_line_says_so(case, tmp_path, monkeypatch, capsys):
+    for name in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)
+    stale = tmp_path / "router.png"
+    stale.touch()
+    sheets.plot_router(evaluate.router_arrays([case, case], [500, 100]), stale)
+    assert capsys.readouterr().err.splitlines() == [
+        "router.png was not drawn: matplotlib is not installed (requirements-dev.txt names it)"]
+    assert not stale.exists()
+
+
+def test_a_picture_of_nan_is_an_error(monkeypatch):
+    class Broken:
+        def generate(self, prompts, seeds, people, **options):
+            return torch.full((len(prompts), 3, 8, 8), float("nan"))
+
+    monkeypatch.setattr(evaluate, "subjects_of", lambda *args: [])
+    with pytest.raises(ValueError, match="NaN"):
+        evaluate.draw(Broken(), None, [0, 1])
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory) -> Path:
+    """The files of a small evaluation of the shipped weights."""
+    folder = tmp_path_factory.mktemp("evaluation") / "new" / "folder"
+    evaluate.main(["--output", str(folder), "--count", "2", "--steps", "3"])
+    return folder
+
+
+def test_results_hold_scores_and_where_they_come_from(output):
+    results = json.loads((output / "results.json").read_text())
+    for name in ("identity", "context", "locality", "mixup", "router_iou", "variety", "prior_agreement"):
+        assert {"mean", "low", "high", "n"} <= results[name].keys()
+    assert {*evaluate.SCORES, "attributes", "judge", "router", "worst", "run", "settings"} == results.keys()
+    run = results["run"]
+    weights = evaluate.SHIPPED / "moa.safetensors"
+    assert hashlib.sha256(weights.read_bytes()).hexdigest().startswith(run["sha256"]["moa"])
+    assert run["sha256"].keys() == {"unet", "vae", "text_encoder", "image_encoder", "moa", "judge"}
+    assert run["torch"] == torch.__version__
+    assert run["threads"] == torch.get_num_threads()
+    assert run["code"] and run["device"] and run["seconds"] > 0
+    assert results["settings"] == {"count": 2, "steps": 3, "guidance_scale": 4.0, "prior_above": 800,
+                                   "weights": "toyworld", "moa": "moa.safetensors"}
+    router = results["router"]
+    assert router["timesteps"] == [666, 333]
+    assert np.shape(router["grid"]["people"]["mean"]) == (2, 16, 2)
+    assert np.shape(router["per_layer"]["iou"]["low"]) == (2, 16)
+    assert np.mean(router["per_timestep"]["gap"]["mean"]) == pytest.approx(
+        results["router_gap"]["mean"], abs=1e-3)
+    assert [len(found) for found in results["worst"].values()] == [2, 2]
+    assert (output / "results.md").read_text().startswith("| score |")
+
+
+@pytest.mark.parametrize("name", ["cases", "worst_identity", "worst_locality"])
+def test_sheets_are_written(output, name):
+    for file in (f"{name}.png", f"{name}_routing.png"):
+        with Image.open(output / file) as sheet:
+            assert min(sheet.size) > 128
+    pytest.importorskip("matplotlib")
+    assert (output / "router.png").exists()
+
+
+@pytest.fixture
+def refuse(capsys, tmp_path):
+    """Run with flags that are no good; returns the one line that says so."""
+    def run(*flags):
+        with pytest.raises(SystemExit) as error:
+            evaluate.main(["--output", str(tmp_path / "out"), *map(str, flags)])
+        assert error.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ")
+        return line
+    return run
+
+
+@pytest.fixture
+def weights(tmp_path) -> Path:
+    """A copy of the shipped weights folder, to be broken."""
+    return shutil.copytree(evaluate.SHIPPED, tmp_path / "weights", ignore=lambda *_: ["training"])
+
+
+@pytest.mark.parametrize(("flags", "words"), [
+    (["--count", 0], "--count must be at least 2, not 0"),
+    (["--steps", 0], "steps must be in 1..1000, got 0"),
+    (["--guidance-scale", "nan"], "--guidance-scale must be in 0..100"),
+    (["--guidance-scale", -1], "--guidance-scale must be in 0..100"),
+    (["--prior-above", 0], "leaves nothing to MoA"),
+    (["--steps", 1], "leaves nothing to MoA"),
+    (["--device", "tpu"], "--device 'tpu' is unknown")])
+def test_refuses_settings(refuse, flags, words):
+    assert words in refuse(*flags)
+
+
+def test_refuses_missing_weights(refuse, weights, tmp_path):
+    assert "is not a weights folder" in refuse("--weights", tmp_path / "nowhere")
+    assert "nowhere.safetensors not found: the evaluation needs moa weights" in refuse(
+        "--moa", tmp_path / "nowhere.safetensors")
+    assert "nowhere.safetensors not found: the evaluation needs judge weights" in refuse(
+        "--judge", tmp_path / "nowhere.safetensors")
+    for part in ("unet", "image_encoder", "moa"):
+        file = weights / f"{part}.safetensors"
+        whole = file.read_bytes()
+        file.write_bytes(whole[:1000])
+        assert file.name in refuse("--weights", weights)
+        file.unlink()
+        assert f"{file.name} not found" in refuse("--weights", weights)
+        file.write_bytes(whole)
+
+
+@pytest.mark.parametrize("change", [{"world": None}, {"image_size": 512}])
+def test_refuses_weights_of_another_world(refuse, weights, change):
+    write_json({**read_config(weights), **change}, weights / "config.json")
+    assert "is not of the small world" in refuse("--weights", weights)
+
+
+@pytest.mark.parametrize("sampling", [None, {}, {"guidance_scale": "x"}])
+def test_refuses_a_config_without_guidance(refuse, weights, sampling):
+    write_json({**read_config(weights), "sampling": sampling}, weights / "config.json")
+    assert "give --guidance-scale" in refuse("--weights", weights)
+
+
+def test_refuses_moa_and_judges_of_other_sizes(refuse, tmp_path):
+    unet = add_moa(UNet(UNetConfig(channels=(8, 16, 16, 16), heads=2, context_dim=16, groups=4)))
+    path = tmp_path / "other.safetensors"
+    save_moa(unet, MultimodalPrompt(PromptConfig(16, 16, 32, 16)), path)
+    assert "other.safetensors does not fit" in refuse("--moa", path)
+    assert "other.safetensors does not fit" in refuse("--judge", path)
+    assert "is not a MoA file" in refuse("--moa", evaluate.SHIPPED / "unet.safetensors")
+
+
+def test_refuses_an_output_that_cannot_be_written(refuse, tmp_path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert re.search(rf"--output {path} cannot be written: .+", refuse("--output", path))
+
+
+def test_a_folder_without_a_judge_gets_the_shipped_one(weights, monkeypatch):
+    (weights / "judge.safetensors").unlink()
+    args = evaluate.parse_args(["--output", "x", "--weights", str(weights)])
+    assert evaluate.load(args)[-1]["judge"] == evaluate.SHIPPED / "judge.safetensors"
+
+
+def test_help_needs_no_torch():
+    command = [sys.executable, "-X", "importtime", evaluate.__file__, "--help"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "docs/benchmark.md" in shown.stdout
+    assert not re.search(r"\| +torch$", shown.stderr, re.M)

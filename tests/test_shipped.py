@@ -43,7 +43,7 @@ def test_readme_evaluate_command(tmp_path, monkeypatch):
     evaluate.main()
     results = json.loads((tmp_path / arguments[-1] / "results.json").read_text())
     assert {"identity", "context", "locality", "mixup", "router_iou", "prior_agreement"} <= results.keys()
-    assert results["judge"]["identity"] > 0.95
+    assert results["judge"]["identity"]["mean"] > 0.95
 
 
 def test_a_subject_changes_the_person_and_not_the_place(tmp_path):
