@@ -104,14 +104,16 @@ class MoAStage(PriorStage):
             eps_hat = self.unet(x, t, context).float()
         self.watched = ({key: r.detach() for key, r in routing.items()},
                         {layer: a.detach() for layer, a in maps.items()}, masks, present)
-        prior_weights = [r[..., 0].float() for key, r in routing.items()
-                         if key.layer in self.config.router_layers]
+        groups = [("self",), ("cross",)] if self.config.router_by_kind else [("self", "cross")]
+        prior_weights = [mean_routing([r[..., 0].float() for key, r in routing.items()
+                                       if key.layer in self.config.router_layers and key.kind in kinds],
+                                      *people.shape[-2:]) for kinds in groups]  # R, for each group
         attention = [a.float() for layer, a in maps.items() if layer in self.config.object_layers]
-        mean_prior = mean_routing(prior_weights, *people.shape[-2:])
         masked = masked_loss(eps_hat, eps, people, snr_weight(t, self.config.min_snr))
-        router = router_loss(mean_prior, people)
+        router = sum(router_loss(weights, people) for weights in prior_weights)
         balance = object_loss(attention, masks, present)
         loss = masked + self.config.lambda_router * router + self.config.lambda_object * balance
+        mean_prior = torch.stack(prior_weights).mean(0)
         return loss, {
             "masked": masked, "router": router, "object": balance,
             "prior_weight_people": (mean_prior * people).sum() / people.sum().clamp(min=1),
