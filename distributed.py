@@ -4,15 +4,17 @@ Every process draws the data of the whole batch, which is a function of the step
 share, in one turn or in several to save memory. So a run is the same run for any number of processes
 and turns, up to the order of sums.
 
-A process that dies ends the others: `torchrun` ends those of its machine, their closed connections
-those of all others. One that hangs, or whose machine is gone, ends them after `PATIENCE`.
+A process that dies ends the others: `torchrun` ends those of its machine, closed connections those of
+all others. One that hangs, or whose machine is gone, ends them after `PATIENCE`.
 """
 import os
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from threading import Thread
 from typing import TypeVar
 
 import torch
@@ -39,6 +41,7 @@ def start(device: torch.device) -> torch.device:
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
+    Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
     with together():
         store, rank, size = next(dist.rendezvous("env://"))
         _launch = os.environ.get("TORCHELASTIC_RUN_ID")
@@ -48,6 +51,15 @@ def start(device: torch.device) -> torch.device:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=_store, rank=rank,
                                 world_size=size, timeout=PATIENCE)
     return device
+
+
+def end_with(torchrun: int) -> None:
+    """End this process when `torchrun` was killed: it would train on beside the run's next start."""
+    while os.getppid() == torchrun:
+        time.sleep(1)
+    print("error: torchrun was killed; the last checkpoint stands, go on with --resume", file=sys.stderr,
+          flush=True)
+    os._exit(2)
 
 
 def meet(store: dist.Store, rank: int, size: int) -> str:
@@ -124,7 +136,7 @@ def together() -> Iterator[None]:
         yield
     except RuntimeError as error:
         cause = (f"did not answer for {PATIENCE}" if "timed out" in str(error).lower()
-                 else "has ended, its own message says why")
+                 else "has ended, its own message or torchrun's says why")
         raise ConnectionError(f"another process of this run {cause}; the last checkpoint stands, "
                               "go on with --resume") from error
 

@@ -132,9 +132,8 @@ def prepare_output(args: argparse.Namespace) -> None:
     import distributed
     from models.load import read_config
     held = list_checkpoints(args.output)
-    if held and not args.resume:
-        training = read_config(args.output).get("training", {})
-        args.resume = distributed.launch() is not None and training.get("launch") == distributed.launch()
+    if held and not args.resume and distributed.launch():
+        args.resume = read_config(args.output).get("training", {}).get("launch") == distributed.launch()
     if args.resume and not held:
         raise ValueError(f"--resume: there is no checkpoint in {args.output / 'checkpoints'}")
     if not args.resume and held:

@@ -1,6 +1,7 @@
 """Read and write a weights folder: `config.json` and one safetensors file per model."""
 import json
 import os
+import pickle
 import shutil
 import warnings
 from collections.abc import Callable
@@ -115,7 +116,9 @@ def read_checkpoint(path: Path) -> dict:
             state = torch.load(path, map_location="cpu", weights_only=True)
         wrong = [name for name, kind in CHECKPOINT.items() if not isinstance(state.get(name), kind)]
     except Exception as error:  # a broken file raises whatever its bytes lead to
-        raise WeightsError(f"{path} is not a checkpoint that can be read: {str(error)[:100]}") from error
+        why = ("it is damaged, no file of torch, or a pickle that could run code"
+               if isinstance(error, pickle.UnpicklingError) else str(error)[:100])
+        raise WeightsError(f"{path} is not a checkpoint that can be read: {why}") from error
     if wrong:
         raise WeightsError(f"{path} is not a checkpoint that can be read: no {', no '.join(wrong)} in it")
     return state

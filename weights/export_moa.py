@@ -1,0 +1,52 @@
+"""Make the MoA file of any checkpoint of a moa run, while the run goes on or after it was stopped.
+
+    python weights/export_moa.py runs/moa/checkpoints/020000.pt --output moa-20000.safetensors
+    python sample.py --weights runs/prior --moa moa-20000.safetensors --subject ...
+
+The tensors are those that the run would write if it ended there: the moving average, where the run
+keeps one. Exit status: 0 written, 2 an error (one line on stderr).
+"""
+import argparse
+import signal
+import sys
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+# A script has only its own folder on the path.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from models.load import WeightsError, read_checkpoint
+from moa import write_moa
+
+
+def export(checkpoint: Path, output: Path) -> None:
+    """Write the MoA file `output`, whole or not at all. Raises WeightsError, ValueError and OSError."""
+    state = read_checkpoint(checkpoint)
+    if state["moa"] is None:
+        raise ValueError(f"{checkpoint} is of the stage {state['run'].get('stage')}: only moa has a MoA file")
+    if output.exists() and not output.is_file():
+        raise ValueError(f"--output {output} is no file: give the name of one")
+    if output.resolve() == checkpoint.resolve():
+        raise ValueError(f"--output {output} is the checkpoint itself: give another name")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_moa({name.removeprefix("unet."): value for name, value in state["average"].items()},
+              state["moa"], output)
+    print(f"{output}: step {state['step']} of {state['run'].get('steps')}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint of train.py moa")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the MoA file to write")
+    args = parser.parse_args(argv)
+    try:
+        export(args.checkpoint, args.output)
+    except (WeightsError, ValueError, OSError, SafetensorError) as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the temporary file goes
+    main()
