@@ -15,7 +15,7 @@ PANELS = {
     "prior_weight_people": "prior's weight on people",
     "prior_weight_background": "prior's weight on the background",
     "gradient_norm_experts": "gradient of the experts",
-    "skipped": "steps skipped",
+    "subject_attention_by_layer": "attention to the subject's token",
 }
 
 
@@ -53,10 +53,10 @@ def main() -> None:
     figure, axes = plt.subplots(2, 3, figsize=(11, 5.6), layout="constrained")
     for axis, (key, title) in zip(axes.flat, PANELS.items(), strict=True):
         for name, run in zip(args.names, runs, strict=True):
-            points = [(line["step"], line[key]) for line in run if key in line]
+            points = [(line["step"], np.mean(line[key])) for line in run if key in line]
             if points:
                 steps, values = np.array(points).T
-                axis.plot(steps, values if key == "skipped" else smooth(values), label=name, linewidth=1.4)
+                axis.plot(steps, smooth(values), label=name, linewidth=1.4)
         axis.set_title(title, fontsize=10)
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.25)
