@@ -117,7 +117,7 @@ def read_checkpoint(path: Path) -> dict:
         wrong = [name for name, kind in CHECKPOINT.items() if not isinstance(state.get(name), kind)]
     except Exception as error:  # a broken file raises whatever its bytes lead to
         why = ("it is damaged, no file of torch, or a pickle that could run code"
-               if isinstance(error, pickle.UnpicklingError) else str(error)[:100])
+               if isinstance(error, (pickle.UnpicklingError, EOFError)) else str(error)[:100])
         raise WeightsError(f"{path} is not a checkpoint that can be read: {why}") from error
     if wrong:
         raise WeightsError(f"{path} is not a checkpoint that can be read: no {', no '.join(wrong)} in it")

@@ -489,6 +489,11 @@ def test_two_processes_are_the_same_run_as_one(stage, runs, tmp_path):
     assert done.returncode == 0, done.stderr
     assert_close_runs(tmp_path / "run", runs / stage, stage)
     assert json.loads((tmp_path / "run" / "config.json").read_text())["training"]["processes"] == 2
+    for a, b in zip(metrics_of(tmp_path / "run"), metrics_of(runs / stage), strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            if name.endswith("_by_layer"):
+                assert a[name] == pytest.approx(b[name], rel=1e-3), name
 
 
 def test_a_stopped_run_goes_on_with_another_number_of_processes(runs, tmp_path, monkeypatch):

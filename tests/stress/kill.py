@@ -1,0 +1,207 @@
+"""Kill a training run again and again, resume it each time, and compare it with an undisturbed one.
+
+    python tests/stress/kill.py --kills 10 --seed 0
+
+Two processes under torchrun train MoA on small random models and on pictures in FastComposer's layout,
+which `data.toyworld` writes and `data.build` checks. SIGKILL comes at random moments to
+
+    one process   either of the two: torchrun has to end the other
+    torchrun      the two have to notice
+    everything    torchrun and both processes, as when a machine fails
+    a checkpoint  everything, while a checkpoint is being written
+    a start       everything, before the first step of this start
+
+Exit status: 0 the weights, averages, optimizer states and logs are equal bit for bit, 1 they are not,
+2 something else went wrong.
+"""
+import argparse
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+import torch
+
+from models.load import PARTS, save_part
+from tests.test_train import SMALL, assert_same_run
+from train import list_checkpoints
+
+KINDS = ("one process", "torchrun", "everything", "a checkpoint", "a start")
+PROCESSES, KEEP = 2, 2
+LIMIT = 300  # seconds until something has to happen
+
+
+class Unexpected(Exception):
+    """What happened is no matter of equal weights; the message says what."""
+
+
+def write_base(folder: Path) -> None:
+    """Small base models of random weights."""
+    torch.manual_seed(0)
+    for part, (cls, _) in PARTS.items():
+        save_part(cls(SMALL[part]), folder, part)
+
+
+def write_data(folder: Path) -> None:
+    """A dataset in FastComposer's layout, checked."""
+    for command in (["data.toyworld", "--output", folder, "--count", 16], ["data.build", "--check", folder]):
+        done = subprocess.run([sys.executable, "-m", *map(str, command)], cwd=ROOT, capture_output=True,
+                              text=True, check=False)
+        if done.returncode:
+            raise Unexpected(f"{command[0]}: {done.stderr[-500:]}")
+
+
+def start(folder: Path, name: str, steps: int, *options: str, torchrun: tuple = (),
+          program: Path = ROOT / "tests" / "test_train.py") -> subprocess.Popen:
+    """The run `folder`/`name`/run, in a directory with a cache of its own; the output goes to log.txt."""
+    place = folder / name
+    place.mkdir(exist_ok=True)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", PROCESSES,
+               *torchrun, program, "moa", "--weights", folder / "base", "--data", folder / "world", "--steps",
+               steps, "--batch-size", 4, "--log-every", 1, "--checkpoint-every", 3, "--keep", KEEP,
+               "--device", "cpu", "--output", place / "run", *options]
+    with open(place / "log.txt", "a") as log:
+        return subprocess.Popen([str(c) for c in command], cwd=place, stdout=log, stderr=log,
+                                env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def steps_logged(run: Path) -> int:
+    log = run / "metrics.jsonl"
+    return log.read_bytes().count(b"\n") if log.exists() else 0
+
+
+def find_workers(torchrun: subprocess.Popen) -> dict[int, int]:
+    """Rank -> process id of the processes that torchrun has started."""
+    found = {}
+    for place in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((place / "stat").read_text().rpartition(")")[2].split()[1])
+            environment = (place / "environ").read_bytes() if parent == torchrun.pid else b""
+        except OSError:  # it has ended meanwhile
+            continue
+        ranks = [entry[5:] for entry in environment.split(b"\0") if entry.startswith(b"RANK=")]
+        found |= {int(rank): int(place.name) for rank in ranks}
+    return found
+
+
+def wait_until(condition: Callable[[], object], what: str, pause: float = 0.01) -> None:
+    end = time.monotonic() + LIMIT
+    while not condition():
+        if time.monotonic() > end:
+            raise Unexpected(f"{what}: not within {LIMIT} seconds")
+        time.sleep(pause)
+
+
+def kill(pids: list[int]) -> None:
+    for pid in pids:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that only waits to be buried does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def kill_once(process: subprocess.Popen, run: Path, kind: str, step: int, wait: float, rng: random.Random
+              ) -> list[str]:
+    """Kill at `step`, or `wait` seconds after the start; returns a row of the table."""
+    def ended() -> bool:
+        return process.poll() is not None
+
+    def writing() -> list[Path]:
+        return list((run / "checkpoints").glob(".*.tmp"))
+
+    if kind == "a start":
+        time.sleep(wait)
+    else:
+        wait_until(lambda: steps_logged(run) >= step or ended(), f"step {step}")
+        if kind == "a checkpoint":  # or just after it, where writing was too quick to be seen
+            before = list_checkpoints(run)
+            wait_until(lambda: writing() or list_checkpoints(run) != before, "a checkpoint", pause=0.002)
+        else:
+            time.sleep(wait)
+    workers, moment = find_workers(process), time.monotonic()
+    if ended():
+        raise Unexpected(f"the run ended by itself with status {process.returncode} before it was killed")
+    victim = rng.choice(sorted(workers)) if workers else None
+    kill({"one process": [workers.get(victim, process.pid)], "torchrun": [process.pid]}.get(
+        kind, [process.pid, *workers.values()]))
+    logged = steps_logged(run)
+    wait_until(lambda: ended() and not any(map(alive, workers.values())), "the job's end")
+    seconds = time.monotonic() - moment
+    if seconds > 60:
+        raise Unexpected(f"the job ended only {seconds:.0f} seconds after {kind} was killed")
+    stands = [path.stem for path in list_checkpoints(run)]
+    name = f"{kind} (rank {victim})" if kind == "one process" else kind
+    return [name, str(logged), f"{seconds:.1f}", " ".join(stands) or "none", str(len(writing()))]
+
+
+def stress(folder: Path, kills: int, seed: int) -> list[list[str]]:
+    """Both runs. Raises Unexpected, and AssertionError where they differ."""
+    rng, steps = random.Random(seed), 6 + 3 * kills
+    write_base(folder / "base")
+    write_data(folder / "world")
+    begin = time.monotonic()
+    process = start(folder, "whole", steps)
+    wait_until(lambda: steps_logged(folder / "whole" / "run") or process.poll() is not None, "the first step")
+    setup = time.monotonic() - begin
+    if process.wait(LIMIT + 10 * steps):
+        raise Unexpected(f"the undisturbed run failed: see {folder / 'whole' / 'log.txt'}")
+    pace = (time.monotonic() - begin - setup) / steps
+    run, rows = folder / "killed" / "run", []
+    kinds = [KINDS[(seed + k) % len(KINDS)] for k in range(kills)]
+    rng.shuffle(kinds)
+    for kind, step in zip(kinds, sorted(rng.randrange(1, steps - 3) for _ in kinds), strict=True):
+        resume = ["--resume"] if list_checkpoints(run) else []
+        process = start(folder, "killed", steps, *resume)
+        wait = rng.uniform(0, setup) if kind == "a start" else rng.uniform(0, pace)
+        rows.append([str(len(rows) + 1), *kill_once(process, run, kind, step, wait, rng)])
+    resume = ["--resume"] if list_checkpoints(run) else []
+    if start(folder, "killed", steps, *resume).wait(LIMIT + 10 * steps):
+        raise Unexpected(f"the last start failed: see {folder / 'killed' / 'log.txt'}")
+    assert_same_run(run, folder / "whole" / "run")
+    assert len(list_checkpoints(run)) == KEEP, f"{KEEP} checkpoints have to stay"
+    assert not list(run.rglob(".*.tmp")), "temporary files are left"
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=10, help="default 10")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments and kinds (default 0)")
+    parser.add_argument("--output", type=Path, help="keep both runs and their logs in this new folder")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = (args.output or Path(temporary)).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            rows = stress(folder, args.kills, args.seed)
+        except (Unexpected, subprocess.TimeoutExpired) as error:
+            print("error:", error, file=sys.stderr)
+            sys.exit(2)
+        except AssertionError as error:
+            print(f"different from the undisturbed run: {error or 'see --output'}", file=sys.stderr)
+            sys.exit(1)
+    head = ["kill", "what", "after step", "ended in, s", "checkpoints", "torn files"]
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    for row in (head, *rows):
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print(f"{args.kills} kills: weights, averages, optimizer states and logs are equal bit for bit")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,279 @@
+"""Checkpoints: their names, how many stay, what goes on from them, and the MoA files made of them."""
+import os
+import pickle
+import shutil
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import distributed
+import stages
+import train
+from moa import load_moa
+from moa.install import read_moa
+from models import load_models
+from tests.stress.kill import write_base
+from tests.test_train import (Bomb, Killed, assert_refused, assert_same_run, checkpoint_of, run, shrink,
+                              snapshot)
+from weights import export_moa
+
+MOA = ["moa", "--steps", 6, "--checkpoint-every", 2]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def place(tmp_path_factory):
+    """A working directory of its own with a base model; sample sheets are left out."""
+    threads, folder = torch.get_num_threads(), tmp_path_factory.mktemp("checkpoints")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        shrink(patch)
+        patch.setattr(stages.STAGES["moa"], "sheet", lambda self, path: None)
+        write_base(Path("base"))
+        yield folder
+    torch.set_num_threads(threads)
+
+
+def train_moa(output: Path, *options) -> int:
+    return run(*MOA, "--weights", "base", "--output", output, *options)
+
+
+@pytest.fixture(scope="module")
+def whole(place) -> Path:
+    """An undisturbed run that keeps all of its checkpoints."""
+    assert train_moa(place / "whole", "--keep", 9) == 0
+    return place / "whole"
+
+
+def names(output: Path) -> list[str]:
+    return sorted(path.name for path in (output / "checkpoints").iterdir())
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, error: BaseException) -> None:
+    """The run dies when it gets to `step`."""
+    loss = stages.STAGES["moa"].loss
+
+    def dying(self, at):
+        if at == step:
+            raise error
+        return loss(self, at)
+
+    monkeypatch.setattr(stages.STAGES["moa"], "loss", dying)
+
+
+# Which files there are ---------------------------------------------------------------------------
+
+
+def test_checkpoints_are_named_by_step_and_hold_what_is_trained_by_name(whole):
+    assert names(whole) == ["000002.pt", "000004.pt", "000006.pt"]
+    assert [path.name for path in train.list_checkpoints(whole)] == names(whole)
+    state = checkpoint_of(whole)
+    assert state["step"] == 6
+    unet = load_models(whole).unet
+    prompt = load_moa(unet, whole / "moa.safetensors")
+    expected = {f"unet.{k}": v for k, v in unet.named_parameters() if v.requires_grad}
+    expected |= {f"prompt.{k}": v for k, v in prompt.named_parameters()}
+    for part in ("parameters", "average"):
+        assert {k: v.shape for k, v in state[part].items()} == {k: v.shape for k, v in expected.items()}
+    assert all(".personalized." in k or ".router." in k or k.startswith("prompt.") for k in expected)
+
+
+@pytest.mark.parametrize(("options", "kept"), [
+    ([], ["000006.pt"]), (["--keep", 2], ["000004.pt", "000006.pt"])])
+def test_the_newest_stay(options, kept, whole, tmp_path):
+    assert train_moa(tmp_path / "run", *options) == 0
+    assert names(tmp_path / "run") == kept
+    assert_same_run(tmp_path / "run", whole)
+
+
+def test_an_older_checkpoint_goes_only_when_the_next_one_stands(tmp_path, monkeypatch):
+    seen, replace, unlink = [], os.replace, Path.unlink
+
+    def note(event: str, path: Path) -> None:
+        if path.suffix == ".pt":
+            seen.append((event, path.name, sorted(p.name for p in path.parent.glob("*.pt"))))
+
+    monkeypatch.setattr(os, "replace", lambda source, path: (replace(source, path), note("new", Path(path))))
+    monkeypatch.setattr(Path, "unlink", lambda self, **options: (note("old", self), unlink(self, **options)))
+    assert train_moa(tmp_path / "run") == 0
+    assert seen == [("new", "000002.pt", ["000002.pt"]),
+                    ("new", "000004.pt", ["000002.pt", "000004.pt"]),
+                    ("old", "000002.pt", ["000002.pt", "000004.pt"]),
+                    ("new", "000006.pt", ["000004.pt", "000006.pt"]),
+                    ("old", "000004.pt", ["000004.pt", "000006.pt"])]
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(whole, tmp_path, monkeypatch, capsys):
+    save = torch.save
+
+    def full(state, path):
+        if state["step"] == 4:
+            Path(path).write_bytes(b"half")
+            raise OSError("no space left")
+        save(state, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        assert train_moa(tmp_path / "run") == 2
+    assert "no space left" in capsys.readouterr().err.splitlines()[-1]
+    assert names(tmp_path / "run") == ["000002.pt"]
+    assert train_moa(tmp_path / "run", "--resume") == 0
+    assert_same_run(tmp_path / "run", whole)
+
+
+def test_what_a_killed_process_was_writing_is_removed(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    half = tmp_path / "run" / "checkpoints" / ".000008.pt.123.tmp"
+    half.write_bytes(b"half")
+    (tmp_path / "run" / "checkpoints" / "notes.pt").write_bytes(b"of somebody")
+    assert train_moa(tmp_path / "run", "--resume") == 0
+    assert names(tmp_path / "run") == [*names(whole), "notes.pt"]
+
+
+def test_resuming_takes_the_newest_and_no_other(whole, tmp_path, capsys):
+    """One that is broken is named; without it the older one goes on to the same weights."""
+    output = tmp_path / "run"
+    shutil.copytree(whole, output, ignore=shutil.ignore_patterns("*.safetensors"))
+    newest = output / "checkpoints" / "000006.pt"
+    newest.write_bytes(newest.read_bytes()[:1000])
+    assert_refused(capsys, output, *MOA, "--weights", "base", "--output", output, "--resume",
+                   match="000006.pt is not a checkpoint that can be read")
+    newest.unlink()
+    assert train_moa(output, "--resume") == 0
+    assert_same_run(output, whole)
+
+
+def test_keep_must_be_at_least_one(tmp_path, capsys):
+    assert train_moa(tmp_path / "run", "--keep", 0) == 2
+    assert "--keep must be at least 1, not 0" in capsys.readouterr().err
+
+
+# Started again by torchrun -----------------------------------------------------------------------
+
+
+def test_a_run_that_torchrun_starts_again_goes_on(whole, tmp_path, monkeypatch, capsys):
+    """Only its own: another torchrun has to say --resume."""
+    monkeypatch.setattr(distributed, "_launch", "one")
+    for step in (1, 5):  # before there is a checkpoint, and later
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            stop_at(patch, step, Killed())
+            train_moa(tmp_path / "run")
+    assert names(tmp_path / "run") == ["000004.pt"]
+    for other in ("two", None):
+        monkeypatch.setattr(distributed, "_launch", other)
+        assert_refused(capsys, tmp_path, *MOA, "--weights", "base", "--output", tmp_path / "run",
+                       match="holds a run already: give --resume")
+    with monkeypatch.context() as patch, pytest.raises(Killed):  # another one that resumes it owns it then
+        stop_at(patch, 5, Killed())
+        patch.setattr(distributed, "_launch", "two")
+        train_moa(tmp_path / "run", "--resume")
+    monkeypatch.setattr(distributed, "_launch", "two")
+    assert train_moa(tmp_path / "run") == 0
+    assert_same_run(tmp_path / "run", whole)
+
+
+def test_resume_without_a_checkpoint_stays_an_error(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(distributed, "_launch", "one")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        stop_at(patch, 1, Killed())
+        train_moa(tmp_path / "run")
+    assert_refused(capsys, tmp_path, *MOA, "--weights", "base", "--output", tmp_path / "run", "--resume",
+                   match="--resume: there is no checkpoint in")
+
+
+def test_sigterm_before_the_first_step(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(stages.STAGES["moa"], "setup", lambda self: signal.raise_signal(signal.SIGTERM))
+    assert train_moa(tmp_path / "run") == 143
+    assert capsys.readouterr().err == "stopped: before the first step, by SIGTERM\n"
+    assert names(tmp_path / "run") == []
+
+
+# weights/export_moa.py ---------------------------------------------------------------------------
+
+
+def export(*arguments) -> int:
+    try:
+        export_moa.main(list(map(str, arguments)))
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def assert_same_file(one: Path, other: Path) -> None:
+    a, b = load_file(one), load_file(other)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
+    assert read_moa(one)[0] == read_moa(other)[0]
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_an_exported_checkpoint_is_what_the_run_writes(ema, tmp_path, monkeypatch):
+    """With and without a moving average, by tensor, type and metadata."""
+    preset = stages.PRESETS["toyworld"]
+    monkeypatch.setitem(preset, "moa", replace(preset["moa"], ema=ema))
+    output = tmp_path / "run"
+    assert train_moa(output) == 0
+    assert export(output / "checkpoints" / "000006.pt", "--output", tmp_path / "new" / "a.safetensors") == 0
+    assert_same_file(tmp_path / "new" / "a.safetensors", output / "moa.safetensors")
+    state = checkpoint_of(output)
+    assert all(torch.equal(v, state["parameters"][k]) for k, v in state["average"].items()) == (ema == 0)
+
+
+def test_a_file_of_any_step_can_be_loaded(whole, tmp_path, capsys):
+    assert export(whole / "checkpoints" / "000004.pt", "--output", tmp_path / "a.safetensors") == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'a.safetensors'}: step 4 of 6\n"
+    unet = load_models(whole).unet
+    load_moa(unet, tmp_path / "a.safetensors")
+    average = torch.load(whole / "checkpoints" / "000004.pt", weights_only=True)["average"]
+    found = dict(unet.named_parameters())
+    for name, value in average.items():
+        if name.startswith("unet."):
+            assert torch.equal(found[name.removeprefix("unet.")], value.half().float())
+
+
+@pytest.mark.parametrize(("content", "match"), [
+    ("half", "is not a checkpoint that can be read: "), ("empty", "it is damaged"),
+    ("pickle", "or a pickle that could run code"), ("torch pickle", "or a pickle that could run code"),
+    ("other keys", "no run, no parameters, no average, no optimizer in it"), ("none", "No such file"),
+    ("a MoA file", "is not a checkpoint"), ("other stage", "is of the stage vae: only moa has a MoA file")])
+def test_what_cannot_be_exported(content, match, whole, tmp_path, capsys):
+    path = tmp_path / "broken.pt"
+    good = whole / "checkpoints" / "000006.pt"
+    if content in ("half", "empty"):
+        path.write_bytes(good.read_bytes()[:good.stat().st_size // 2 if content == "half" else 0])
+    elif content == "pickle":
+        path.write_bytes(pickle.dumps(Bomb()))
+    elif content == "torch pickle":
+        torch.save({"run": Bomb()}, path)
+    elif content == "other keys":
+        torch.save({"step": 3}, path)
+    elif content == "a MoA file":
+        shutil.copy(whole / "moa.safetensors", path)
+    elif content == "other stage":
+        assert run("vae", "--steps", 1, "--output", tmp_path / "vae") == 0
+        path = tmp_path / "vae" / "checkpoints" / "000001.pt"
+    capsys.readouterr()
+    before = snapshot(tmp_path)
+    assert export(path, "--output", tmp_path / "out.safetensors") == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    assert match in lines[0]
+    assert snapshot(tmp_path) == before
+    assert not Path("exploded").exists()
+
+
+def test_outputs_that_are_left_alone(whole, tmp_path, capsys):
+    checkpoint = tmp_path / "a.pt"
+    shutil.copy(whole / "checkpoints" / "000006.pt", checkpoint)
+    before = snapshot(tmp_path)
+    for output, match in ((checkpoint, "is the checkpoint itself"), (tmp_path, "is no file"),
+                          (checkpoint / "b", "exists")):
+        assert export(checkpoint, "--output", output) == 2
+        assert match in capsys.readouterr().err
+    assert snapshot(tmp_path) == before

@@ -1,0 +1,136 @@
+"""Runs in several processes that die, hang, are started again and resumed."""
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import distributed
+from tests.stress import kill
+from tests.test_train import assert_same_run
+
+KILLS = 2
+STEPS = 6 + 3 * KILLS  # as kill.py takes them
+ENDED = "error: another process of this run has ended, its own message or torchrun's says why"
+
+
+@pytest.fixture(scope="module")
+def stressed(tmp_path_factory) -> Path:
+    """What kill.py leaves: base, world, the undisturbed run in whole/ and the other in killed/."""
+    folder = tmp_path_factory.mktemp("stress") / "new"
+    script = Path(kill.__file__)
+    done = subprocess.run([sys.executable, str(script), "--kills", str(KILLS), "--seed", "2", "--output",
+                           str(folder)], capture_output=True, text=True, timeout=900, check=False)
+    (folder / "table.txt").write_text(f"{done.returncode}\n{done.stdout}\n{done.stderr}")
+    return folder
+
+
+def test_killed_and_resumed_is_the_same_run(stressed):
+    """Data from data.toyworld through data.build --check; torchrun, kill -9, --resume."""
+    lines = (stressed / "table.txt").read_text().splitlines()
+    assert lines[0] == "0", lines
+    assert lines[1].split()[:2] == ["kill", "what"]
+    assert {line[2:].strip().split("  ")[0] for line in lines[2:4]} == {"everything", "a checkpoint"}
+    assert lines[4] == "2 kills: weights, averages, optimizer states and logs are equal bit for bit"
+
+
+def wait_for_text(folder: Path, text: str, seconds: float) -> None:
+    """Until the log holds a text."""
+    end = time.monotonic() + seconds
+    while text not in (log := (folder / "log.txt").read_text()):
+        assert time.monotonic() < end, log[-3000:]
+        time.sleep(0.05)
+
+
+def test_a_run_whose_process_dies_is_started_again(stressed):
+    """And goes on to the same weights. The other process says why it ended."""
+    run = stressed / "restarted" / "run"
+    torchrun = kill.start(stressed, "restarted", STEPS, torchrun=("--max-restarts", 1))
+    kill.wait_until(lambda: kill.steps_logged(run) >= 5, "step 5")
+    kill.kill([kill.find_workers(torchrun)[1]])
+    wait_for_text(run.parent, ENDED, 60)
+    assert torchrun.wait(300) == 0
+    assert_same_run(run, stressed / "whole" / "run")
+
+
+DRIVER = """
+import sys, time
+from datetime import timedelta
+sys.path.insert(0, {root!r})
+import pytest
+import distributed, stages, train
+from tests.test_train import shrink
+shrink(pytest.MonkeyPatch())
+distributed.PATIENCE = timedelta(seconds=5)
+
+def folder_cache(*arguments, **options):
+    print("reading", flush=True)
+    time.sleep(500)
+
+if {slow}:
+    stages.stage.folder_cache = folder_cache
+train.main()
+"""
+
+
+@pytest.fixture
+def start(stressed, tmp_path):
+    """Start a run of 200 steps, whose first process may be slow to read the data."""
+    started = []
+
+    def start(name: str, slow: bool) -> subprocess.Popen:
+        program = tmp_path / "driver.py"
+        program.write_text(DRIVER.format(root=str(kill.ROOT), slow=slow))
+        started.append(kill.start(stressed, name, 200, program=program))
+        return started[0]
+
+    yield start
+    workers = kill.find_workers(started[0])
+    kill.kill([started[0].pid, *workers.values()])
+    started[0].wait()
+
+
+def test_a_process_that_dies_while_data_are_read_ends_the_job(stressed, start):
+    place = stressed / "reading"
+    torchrun = start(place.name, slow=True)
+    wait_for_text(place, "reading", 100)
+    kill.wait_until(lambda: len(kill.find_workers(torchrun)) == 2, "two processes")
+    time.sleep(1)
+    kill.kill([kill.find_workers(torchrun)[1]])
+    assert torchrun.wait(60) != 0
+    assert "as torchrun does when another process has ended" in (place / "log.txt").read_text()
+
+
+def test_a_process_that_hangs_ends_the_job(stressed, start):
+    place = stressed / "hanging"
+    torchrun = start(place.name, slow=False)
+    kill.wait_until(lambda: kill.steps_logged(place / "run") >= 1, "the first step")
+    stopped = kill.find_workers(torchrun)[1]
+    os.kill(stopped, signal.SIGSTOP)
+    wait_for_text(place, "error: another process of this run did not answer for 0:00:05", 60)
+    os.kill(stopped, signal.SIGCONT)  # torchrun would wait for it for another 30 seconds
+    assert torchrun.wait(60) != 0
+
+
+def test_processes_meet_again_after_a_restart():
+    """In a store that still holds what dead processes wrote, one of them only half of it."""
+    store, names = dist.HashStore(), []
+    store.set("hello 1", "of a dead process")
+    store.set("hello 2", "of a dead process, too")
+    for _ in range(3):
+        found = {}
+        threads = [threading.Thread(target=lambda rank=rank: found.__setitem__(
+            rank, distributed.meet(store, rank, 3))) for rank in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        assert len(found) == 3 and len(set(found.values())) == 1
+        names.append(found[0])
+    assert len(set(names)) == 3
