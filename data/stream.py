@@ -4,14 +4,14 @@ import os
 import signal
 import weakref
 from collections.abc import Iterator, Sequence
-from threading import Timer
+from threading import Thread, Timer
 from typing import Protocol
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
 from data.dataset import Sample
-from data.fastcomposer import DataError
+from data.fastcomposer import DataError, end_with
 
 PATIENCE = 20  # broken samples in a row before reading is given up
 Place = tuple[int, int]  # step, and turn within it
@@ -60,6 +60,8 @@ def start_reader(number: int) -> None:
     """A job that is stopped signals all its processes. The training one still wants to finish its step,
     so this one goes on for a moment; usually that one ends it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # It holds copies of the training process's connections, which close only when both have ended.
+    Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
     end = Timer(10, os._exit, (0,))
     end.daemon = True
     signal.signal(signal.SIGTERM, lambda *_: end.start() if end.ident is None else None)

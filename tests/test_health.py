@@ -38,6 +38,7 @@ def moa_stage(**changes) -> stages.Stage:
     """Ready to train, with routers and subject tokens that differ from where they start."""
     config = stages.make_config("toyworld", "moa", batch_size=6, samples=24, **changes)
     stage = stages.STAGES["moa"](config, 0, torch.device("cpu"), Path("base"), None)
+    stage.prepare()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for _, _, layer in moa_layers(stage.unet):
@@ -56,10 +57,10 @@ def shrunk(maps: torch.Tensor, size: int) -> np.ndarray:
 @torch.no_grad()
 def by_hand(stage: stages.Stage, step: int) -> dict[str, list[float]]:
     """The three lists, pixel by pixel, from the inputs of every layer."""
-    indices, x, _, t, tokens, null = stage.noised(step)
-    masks, present = stage.masks[indices].float(), stage.present[indices] & ~null[:, None]
-    positions, features = stage.positions[indices], stage.features[indices]
-    text = stage.text_encoder(tokens)
+    batch = stage.encoded(step)
+    x, _, t, text, null = stage.noised(batch, step)
+    masks, present = batch["masks"], batch["present"] & ~null[:, None]
+    positions, features = batch["positions"], batch["features"]
     inputs, hooks = {}, []
     for layer, kind, moa in moa_layers(stage.unet):
         hooks.append(moa.register_forward_pre_hook(
@@ -128,9 +129,11 @@ def test_forced_routers_are_read_back():
         assert health[name][6] == pytest.approx(0.0)
 
 
-def test_nobody_in_the_batch_is_zero():
+def test_nobody_in_the_batch_is_zero(monkeypatch):
     stage = moa_stage(null_probability=1.0)
-    stage.masks.zero_()
+    encoded = stage.encoded
+    monkeypatch.setattr(stage, "encoded", lambda step: {
+        **(batch := encoded(step)), "masks": torch.zeros_like(batch["masks"])})
     stage.loss(0)[0].backward()
     health = stage.health()
     assert health["prior_weight_people_by_layer"] == [0.0] * 16

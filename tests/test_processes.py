@@ -69,12 +69,12 @@ from tests.test_train import shrink
 shrink(pytest.MonkeyPatch())
 distributed.PATIENCE = timedelta(seconds=5)
 
-def folder_cache(*arguments, **options):
+def slow_folder(*arguments, **options):
     print("reading", flush=True)
     time.sleep(500)
 
 if {slow}:
-    stages.stage.folder_cache = folder_cache
+    stages.stage.Folder = slow_folder
 train.main()
 """
 
