@@ -72,9 +72,10 @@ def start(folder: Path, name: str, steps: int, *options: str, torchrun: tuple = 
                                 env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
-def steps_logged(run: Path) -> int:
+def steps_logged(run: Path, since: int = 0) -> int:
+    """The number of logged steps; 0 as long as the log is the file `since`, of the start before."""
     log = run / "metrics.jsonl"
-    return log.read_bytes().count(b"\n") if log.exists() else 0
+    return log.read_bytes().count(b"\n") if log.exists() and log.stat().st_ino != since else 0
 
 
 def find_workers(torchrun: subprocess.Popen) -> dict[int, int]:
@@ -115,8 +116,8 @@ def alive(pid: int) -> bool:
         return False
 
 
-def kill_once(process: subprocess.Popen, run: Path, kind: str, step: int, wait: float, rng: random.Random
-              ) -> list[str]:
+def kill_once(process: subprocess.Popen, run: Path, since: int, kind: str, step: int, wait: float,
+              rng: random.Random) -> list[str]:
     """Kill at `step`, or `wait` seconds after the start; returns a row of the table."""
     def ended() -> bool:
         return process.poll() is not None
@@ -127,7 +128,7 @@ def kill_once(process: subprocess.Popen, run: Path, kind: str, step: int, wait: 
     if kind == "a start":
         time.sleep(wait)
     else:
-        wait_until(lambda: steps_logged(run) >= step or ended(), f"step {step}")
+        wait_until(lambda: steps_logged(run, since) >= step or ended(), f"step {step}")
         if kind == "a checkpoint":  # or just after it, where writing was too quick to be seen
             before = list_checkpoints(run)
             wait_until(lambda: writing() or list_checkpoints(run) != before, "a checkpoint", pause=0.002)
@@ -136,7 +137,7 @@ def kill_once(process: subprocess.Popen, run: Path, kind: str, step: int, wait: 
     workers, moment = find_workers(process), time.monotonic()
     if ended():
         raise Unexpected(f"the run ended by itself with status {process.returncode} before it was killed")
-    victim = rng.choice(sorted(workers)) if workers else None
+    victim = rng.randrange(PROCESSES)
     kill({"one process": [workers.get(victim, process.pid)], "torchrun": [process.pid]}.get(
         kind, [process.pid, *workers.values()]))
     logged = steps_logged(run)
@@ -166,9 +167,10 @@ def stress(folder: Path, kills: int, seed: int) -> list[list[str]]:
     rng.shuffle(kinds)
     for kind, step in zip(kinds, sorted(rng.randrange(1, steps - 3) for _ in kinds), strict=True):
         resume = ["--resume"] if list_checkpoints(run) else []
+        since = (run / "metrics.jsonl").stat().st_ino if (run / "metrics.jsonl").exists() else 0
         process = start(folder, "killed", steps, *resume)
         wait = rng.uniform(0, setup) if kind == "a start" else rng.uniform(0, pace)
-        rows.append([str(len(rows) + 1), *kill_once(process, run, kind, step, wait, rng)])
+        rows.append([str(len(rows) + 1), *kill_once(process, run, since, kind, step, wait, rng)])
     resume = ["--resume"] if list_checkpoints(run) else []
     if start(folder, "killed", steps, *resume).wait(LIMIT + 10 * steps):
         raise Unexpected(f"the last start failed: see {folder / 'killed' / 'log.txt'}")
