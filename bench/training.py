@@ -6,11 +6,14 @@
 Makes base weights with random values and a few rendered pictures in `--output`, once, and then runs the
 `sd15` preset's own step in one process per row, so that each has its own peak: with and without --cache,
 with and without gradient checkpointing, and with the frozen parts in fp32. Prints a table, writes
-training.json. Times are medians without the first step, which counts operations; a GPU is waited for.
+training.json. Times are medians without the first step, which counts operations (on a CPU without those
+of the fused attention itself, which torch does not count there); a GPU is waited for.
 
 Memory is what the process or the GPU held at most while stepping, without what loading took.
 """
 import argparse
+import ctypes
+import gc
 import json
 import os
 import statistics
@@ -136,9 +139,11 @@ def measure(args: argparse.Namespace) -> dict:
 def reset_peak(device) -> None:
     """Forget what loading took."""
     import torch
+    gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
+        ctypes.CDLL(None).malloc_trim(0)  # give back what loading has freed
         Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak of the resident set starts anew
 
 
