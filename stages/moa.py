@@ -92,6 +92,15 @@ class MoAStage(PriorStage):
         drawn = torch.rand(self.config.batch_size, present.shape[1], generator=generator)
         return present & (share(drawn) < self.config.subject_probability).to(self.device)
 
+    def draw_region(self, step: int, people: Tensor) -> Tensor:
+        """Where the masked loss counts: the `people` (B, h, w), or for some samples the whole picture."""
+        if self.config.masked_probability == 1:
+            return people
+        generator = step_generator(self.seed + 2, step)
+        drawn = torch.rand(self.config.batch_size, generator=generator)
+        whole = share(drawn) >= self.config.masked_probability
+        return people.masked_fill(whole[:, None, None].to(self.device), 1.0)
+
     def loss(self, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Eq. 11. The people's mask is kept on samples without subjects, so that these train too."""
         batch = self.encoded(step)
@@ -109,7 +118,7 @@ class MoAStage(PriorStage):
                                        if key.layer in self.config.router_layers and key.kind in kinds],
                                       *people.shape[-2:]) for kinds in groups]  # R, for each group
         attention = [a.float() for layer, a in maps.items() if layer in self.config.object_layers]
-        masked = masked_loss(eps_hat, eps, people, snr_weight(t, self.config.min_snr))
+        masked = masked_loss(eps_hat, eps, self.draw_region(step, people), snr_weight(t, self.config.min_snr))
         router = sum(router_loss(weights, people) for weights in prior_weights)
         balance = object_loss(attention, masks, present)
         loss = masked + self.config.lambda_router * router + self.config.lambda_object * balance

@@ -38,6 +38,7 @@ class TrainConfig:
     min_snr: float = 5.0  # gamma of min-SNR weighting (arXiv 2303.09556); 0 is the plain eps loss
     null_probability: float = 0.1
     max_timestep: int = 1000
+    masked_probability: float = 1.0  # that only the people of a sample count, else all of it (moa)
     lambda_router: float = 0.0
     lambda_object: float = 0.0
     router_layers: tuple[int, ...] = tuple(range(16))  # L in Eq. 10
@@ -68,6 +69,7 @@ SD15 = {
         null_probability=0.1,  # Table 1
         subject_probability=0.9, max_people=4,  # FastComposer
         max_timestep=800,  # Table 1
+        masked_probability=1.0,  # Table 1; FastComposer's is 0.5
         lambda_router=1e-4, lambda_object=1e-4,  # Table 1
         # Section 3.3: without "first two and last three attention layers", FastComposer's 11 blocks
         router_layers=tuple(range(2, 13)), object_layers=tuple(range(2, 13)),
