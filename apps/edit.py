@@ -34,8 +34,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--keep", type=int, nargs="+", default=[], metavar="N",
         help="these people of the prompt stay; --mask or --box says where they are")
     where = parser.add_mutually_exclusive_group().add_argument
-    where("--mask", type=Path, metavar="FILE",
-          help="a picture of the same size: one colour per person, black for the rest")
+    where("--mask", type=Path, metavar="FILE", help="of the picture's size: a colour per person on black")
     where("--box", action="append", default=[], metavar="X0,Y0,X1,Y1",
           help="a person's pixels in the picture; repeatable. People count from the left; of as many as "
                "are kept, all stay")
@@ -64,7 +63,8 @@ def run(args: argparse.Namespace) -> None:
     kept = [f"{number}={args.image}" for number in args.keep]
     places = bind_subjects(args.source_prompt, [*kept, *args.subject])
     sheet, files = command.plan_sheet(args.output, 3)
-    keep_photos([args.image, *(file for place in places for file in place.files)], [sheet, *files])
+    read = [args.image, args.mask or args.image, *(file for place in places for file in place.files)]
+    keep_photos(read, [sheet, *files])
 
     from tqdm import tqdm
 
@@ -77,15 +77,14 @@ def run(args: argparse.Namespace) -> None:
                 for place, pictures in zip(places, photos, strict=True)]
     people = make_subjects(pipeline, args.source_prompt, places, features)
     source, null = pipeline.encode_text([args.source_prompt, args.negative_prompt], args.clip_skip).split(1)
-
     picture = fit(picture, (args.height, args.width))
     latents, prior = pipeline.encode(picture), pipeline.denoiser(source, [[]], prior_only=True)
     with tqdm(total=3 * args.steps, desc="inverting, drawing twice", unit="step", disable=None) as bar:
         watch = {"steps": args.steps, "progress": lambda *step: bar.update()}
         noise = invert_ddim(prior, latents, iterations=ITERATIONS[args.inversion], **watch)
         untouched = pipeline.decode(sample_ddim(prior, noise, **watch))
-        edited = pipeline.decode(
-            pipeline.sample(noise, source, null, [people], **{**command.drawing(args), **watch}))
+        edited = pipeline.decode(pipeline.sample(noise, source, null, [people],
+                                                 **{**command.drawing(args), **watch}))
 
     print(f"the prior's round trip, PSNR: {psnr(untouched, pipeline.decode(latents)):.2f} dB to what the VAE "
           f"makes of the picture, {psnr(untouched, picture):.2f} dB to the picture itself", flush=True)

@@ -76,6 +76,7 @@ def read_story(path: Path) -> tuple[dict[str, Place], list[dict]]:
         characters[name] = Place(person["word"], 0, [str(path.parent / str(p)) for p in person["photos"]])
     for k, scene in enumerate(story["scenes"]):
         command.check_keys(f"{path}, scene {k}", scene, prompt=str)
+        command.check_prompt(f"{path}, scene {k}: its prompt", scene["prompt"])
         command.check_seed(scene.get("seed", 0))
     return characters, story["scenes"]
 
