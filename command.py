@@ -99,10 +99,10 @@ def check_prompt(flag: str, prompt: str) -> None:
         raise ValueError(f"{flag} is empty: say what to draw")
 
 
-def check_picture(flag: str, path: Path) -> None:
-    """Raise ValueError unless `path` is a .png that can be created or replaced."""
-    if path.suffix.lower() != ".png":
-        raise ValueError(f"{flag} {path} must be a file whose name ends in .png")
+def check_picture(flag: str, path: Path, endings: Sequence[str] = (".png",)) -> None:
+    """Raise ValueError unless `path` has one of these endings and can be created or replaced."""
+    if path.suffix.lower() not in endings:
+        raise ValueError(f"{flag} {path} must be a file whose name ends in {' or '.join(endings)}")
     check_writable(flag, path)
 
 

@@ -18,6 +18,7 @@ from models.load import write_whole
 
 # Formats that Pillow decodes itself; for some others it starts programs.
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
+ANIMATIONS = {".gif": "GIF", ".png": "PNG"}
 MIN_SIDE = 16
 MAX_ASPECT = 10  # a sliver would be scaled up to gigabytes
 THUMBNAIL = 128
@@ -95,11 +96,39 @@ def to_uint8(pictures: Tensor) -> np.ndarray:
 def save_png(image: Image.Image, path: Path, settings: dict) -> None:
     """Write a PNG, whole or not at all, whose metadata say how it was made: `parameters` as the
     field's tools read it, and `moa`, all settings as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    info = png_info(settings)
+    write_whole(path, lambda temporary: image.save(temporary, format="PNG", pnginfo=info))
+
+
+def save_animation(frames: list[Image.Image], path: Path, settings: dict, fps: float = 8) -> None:
+    """Write frames of one size as a .gif (256 colours, times in 1/100 s) or an animated .png (exact),
+    endless, whole or not at all. The settings are kept as `save_png` does, in a .gif as its comment.
+
+    fps: frames per second, in 1..50. Equal frames after each other become one that stays longer.
+    Raises ValueError for another ending, for fps out of range, and unless there are two frames.
+    """
+    if path.suffix.lower() not in ANIMATIONS:
+        raise ValueError(f"{path}: an animation is saved as {' or '.join(ANIMATIONS)}, not as "
+                         f"{path.suffix or 'a file without an ending'}")
+    if not 1 <= fps <= 50:
+        raise ValueError(f"an animation has 1..50 frames per second, not {fps}")
+    if len(frames) < 2:
+        raise ValueError(f"{path}: an animation needs 2 frames or more, not {len(frames)}")
+    kept = ({"comment": json.dumps(settings).encode()} if path.suffix.lower() == ".gif"
+            else {"pnginfo": png_info(settings)})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, lambda temporary: frames[0].save(
+        temporary, format=ANIMATIONS[path.suffix.lower()], save_all=True, append_images=frames[1:],
+        duration=1000 / fps, loop=0, **kept))
+
+
+def png_info(settings: dict) -> PngInfo:
+    """The settings as a PNG keeps them."""
     info = PngInfo()
     info.add_text("parameters", parameters_text(settings))
     info.add_text("moa", json.dumps(settings))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda temporary: image.save(temporary, format="PNG", pnginfo=info))
+    return info
 
 
 def read_settings(path: Path) -> dict | None:

@@ -200,6 +200,20 @@ class Pipeline:
         return pictures.masked_fill(pictures.isinf(), float("nan")).clamp(-1, 1)
 
 
+def slerp(a: Tensor, b: Tensor, amount: float) -> Tensor:
+    """From a (...) at amount 0 to b (...) at 1, along the arc between them as vectors: halfway between
+    two noises there is noise again, where their mean would be too weak. Exactly a and b at the ends; a
+    straight line where there is no one arc, between vectors along one line.
+    """
+    weights = torch.tensor([1 - amount, amount], dtype=torch.float64)
+    cosine = torch.cosine_similarity(a.flatten().double().cpu(), b.flatten().double().cpu(), dim=0)
+    if cosine.abs() < 1 - 1e-9:
+        angle = cosine.acos()
+        weights = (weights * angle).sin() / angle.sin()
+    of_a, of_b = weights.tolist()
+    return (of_a * a.float() + of_b * b.float()).to(a.dtype)
+
+
 def fingerprints(samples: Tensor) -> list[bytes]:
     """The bytes of each sample of a batch: equal where the samples are."""
     return [sample.float().cpu().numpy().tobytes() for sample in samples]
