@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from subjects import Place
+from subjects import Place, cast, keep_photos, read_photos
 
 SHIPPED = Path(__file__).resolve().parent / "weights" / "toyworld"
 BATCH = 8  # pictures drawn at once, fewer where they are large
@@ -19,10 +19,15 @@ LIMITS = {"num": (1, 1000), "seed": (0, 2 ** 63 - 1), "steps": (1, 999), "guidan
           "strength": (0.0, 10.0), "frames": (2, 200)}
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """What every command that draws pictures understands."""
+def add_flags(parser: argparse.ArgumentParser, seeds: Sequence[int] = ()) -> None:
+    """What every command that draws pictures understands. seeds: the default of --seeds, which then
+    takes the place of --seed."""
     add = parser.add_argument_group("drawing").add_argument
-    add("--seed", type=int, help="of the noise (default: random, printed)")
+    if seeds:
+        add("--seeds", type=int, nargs="+", default=list(seeds), metavar="SEED",
+            help=f"of the noises (default {' '.join(map(str, seeds))})")
+    else:
+        add("--seed", type=int, help="of the noise (default: random, printed)")
     add("--steps", type=int, help="sampling steps (default: the weights', or 20)")
     add("--guidance-scale", type=float,
         help="classifier-free guidance; 1 is none (default: the weights', or 5)")
@@ -92,6 +97,19 @@ def check(args: argparse.Namespace) -> None:
         if name in ("width", "height") and value % 8:
             raise ValueError(f"{flag} must be a multiple of 8, not {value}: {value // 8 * 8} or "
                              f"{value // 8 * 8 + 8}")
+    if "seeds" in args:
+        check_seeds(args)
+
+
+def check_seeds(args: argparse.Namespace) -> None:
+    """Raise ValueError unless --seeds are different seeds. The first becomes `args.seed`."""
+    low, high = LIMITS["seed"]
+    for k, seed in enumerate(args.seeds):
+        if not low <= seed <= high:
+            raise ValueError(f"--seeds must be in {low}..{high}, not {seed}")
+        if seed in args.seeds[:k]:
+            raise ValueError(f"--seeds has {seed} twice: give each seed once")
+    args.seed = args.seeds[0]
 
 
 def check_seed(seed) -> None:
@@ -241,35 +259,68 @@ def fill_in(args: argparse.Namespace, config: dict) -> None:
     check(args)
 
 
+def load_cast(args: argparse.Namespace, castings: Sequence[Sequence[Place]], outputs: Sequence[Path | None]):
+    """The pipeline; for each casting of `args.prompt` its photos, a list (3, H, W) per person; and its
+    people for `Pipeline.generate`. Raises ValueError, before loading if an output would replace a photo."""
+    places = [place for casting in castings for place in casting]
+    keep_photos([file for place in places for file in place.files], outputs)
+    photos = [read_photos(casting) for casting in castings]
+    pipeline = load_pipeline(args, True if places else None, people=bool(places))
+    return pipeline, photos, cast(pipeline, args.weights, args.prompt, castings, photos)
+
+
 def drawing(args: argparse.Namespace) -> dict:
     """What the flags mean for `Pipeline.sample`."""
     return {"steps": args.steps, "guidance_scale": args.guidance_scale, "sampler": args.sampler,
             "prior_above": args.prior_above, "strength": args.strength}
 
 
-def draw(args: argparse.Namespace, pipeline, prompts, seeds: Sequence[int],
-         subjects: Sequence[Sequence], watch: Callable | None = None, **more) -> Iterator:
+def draw(args: argparse.Namespace, pipeline, prompts, seeds: Sequence,
+         subjects: Sequence[Sequence | None], watch: Callable | None = None, group: int = 1,
+         **more) -> Iterator:
     """Yield a Pillow image per prompt, drawn in batches, with a progress bar.
 
     prompts: a list, or text states as `Pipeline.generate` takes them.
-    watch: called after each step of the first batch, like `progress` of `Pipeline.generate`. more: for
-    `Pipeline.generate`, besides what the flags say.
+    watch: called after each step of each batch, like `progress` of `Pipeline.generate`. group: so many
+    neighbours stay in one batch, where it has room for them. more: for `Pipeline.generate`, besides what
+    the flags say.
     """
     from tqdm import tqdm
 
     from pictures import to_images
     size = min(BATCH, max(1, BATCH_PIXELS // (args.width * args.height)))
+    size -= size % group if group < size else 0
     starts = range(0, len(prompts), size)
     with tqdm(total=args.steps * len(starts), desc="sampling", unit="step", disable=None) as bar:
         for start in starts:
-            def progress(step, steps, t, x0, first=start == 0):
+            def progress(step, steps, t, x0):
                 bar.update()
-                if watch and first:
+                if watch:
                     watch(step, steps, t, x0)
             batch = slice(start, start + size)
             yield from to_images(pipeline.generate(
                 prompts[batch], seeds[batch], subjects[batch], args.negative_prompt,
                 (args.height, args.width), args.clip_skip, progress=progress, **{**drawing(args), **more}))
+
+
+def draw_rows(args: argparse.Namespace, pipeline, castings: Sequence[Sequence | None], seeds: Sequence,
+              watch: Callable | None = None) -> list[list]:
+    """A row of pictures of `args.prompt` per casting (None: the prior alone), one picture per seed.
+
+    The castings of a seed share a batch, so that the steps which the prior draws are computed once for
+    all of them. Who is cast twice is drawn once: with several threads the samples of a batch come out
+    alike up to rounding only. seeds, watch: as in `draw`.
+    """
+    from pipeline import fingerprints
+    keys = [people if people is None else
+            tuple((one.position, one.start, *fingerprints(one.feature[None])) for one in people)
+            for people in castings]
+    distinct = dict(zip(keys, castings, strict=True))
+    pairs = [(seed, people) for seed in seeds for people in distinct.values()]
+    images = list(draw(args, pipeline, [args.prompt] * len(pairs), [seed for seed, _ in pairs],
+                       [people for _, people in pairs], watch, group=len(distinct)))
+    rows = {key: images[k::len(distinct)] for k, key in enumerate(distinct)}
+    return [rows[key] for key in keys]
 
 
 def describe(args: argparse.Namespace, places: Sequence[Place], **more) -> dict:

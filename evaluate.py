@@ -390,16 +390,16 @@ def variety(pipeline, count: int, start: int = 1000, **options) -> list[float]:
     Mean absolute difference of pixels over all pairs of seeds, with the case's subjects over without;
     1 keeps the prior's variety, 0 draws the same picture again and again. One number per case.
     """
-    import torch
+    from pictures import pairwise_distance
     ratios = []
     for number in range(count):
         scene = cast(number)[0]
         people = [subjects_of(pipeline, scene, references_of(scene, number, 0), start)] * SEEDS
         seeds = [8_000_000 + SEEDS * number + k for k in range(SEEDS)]
-        distances = [torch.pdist(pipeline.generate([scene.caption] * SEEDS, seeds, people, prior_only=prior,
-                                                   **options).flatten(1), p=1).mean()
+        distances = [pairwise_distance(pipeline.generate([scene.caption] * SEEDS, seeds, people,
+                                                         prior_only=prior, **options))
                      for prior in (False, True)]
-        ratios.append(float(distances[0] / distances[1]))
+        ratios.append(distances[0] / distances[1])
     return ratios
 
 

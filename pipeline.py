@@ -113,33 +113,43 @@ class Pipeline:
         return lambda t: ExpertContext(
             text, self.prompt(text, features, positions, t[:, None] < start, t))
 
-    def denoiser(self, text: Tensor, subjects: Sequence[Sequence[Subject]], prior_only: bool = False,
+    def denoiser(self, text: Tensor, subjects: Sequence[Sequence[Subject] | None], prior_only: bool = False,
                  prior_above: int = PRIOR_ABOVE, strength: float = 1.0) -> Callable[[Tensor, Tensor], Tensor]:
         """The network as a sampler calls it: x (B, 4, h, w), t (B,), all alike -> eps (B, 4, h, w).
 
-        text, subjects: as in `context_at`. Raises ValueError for subjects without MoA weights.
+        text, subjects: as in `context_at`, but None in place of a sample's subjects lets the prior draw
+        it alone. Raises ValueError for subjects without MoA weights.
         """
         if self.prompt is None and any(subjects):
             raise ValueError("subjects need MoA weights: load the pipeline with a MoA file")
-        unet, context, texts = self.models.unet, self.context_at(text, subjects), fingerprints(text)
-        prior_only = prior_only or strength == 0
+        alone = self.prompt is None or prior_only or strength == 0
+        mixed = [] if alone else [b for b, people in enumerate(subjects) if people is not None]
+        context = self.context_at(text[mixed], [subjects[b] for b in mixed]) if mixed else None
+        unet, texts = self.models.unet, fingerprints(text)
 
         def denoise(x: Tensor, t: Tensor) -> Tensor:
-            if self.prompt is not None and not prior_only and int(t[0]) < prior_above:
+            eps, rows = torch.empty_like(x), mixed if int(t[0]) < prior_above else []
+            if rows:
                 with scale_personalized(unet, strength):
-                    return unet(x, t, context(t))
+                    eps[rows] = unet(x[rows], t[rows], context(t[rows]))
             # The same for all people: samples with the same text and noise are computed once.
-            keys = list(zip(texts, fingerprints(x), strict=True))
-            first = [keys.index(key) for key in dict.fromkeys(keys)]
-            with force_routing(unet, 1.0) if self.prompt is not None else nullcontext():
-                eps = unet(x[first], t[first], text[first])
-            return eps[[first.index(keys.index(key)) for key in keys]]
+            alike: dict[tuple[bytes, bytes], list[int]] = {}
+            for b, key in enumerate(zip(texts, fingerprints(x), strict=True)):
+                if b not in rows:
+                    alike.setdefault(key, []).append(b)
+            if alike:
+                first = [samples[0] for samples in alike.values()]
+                with force_routing(unet, 1.0) if self.prompt is not None else nullcontext():
+                    found = unet(x[first], t[first], text[first])
+                for samples, one in zip(alike.values(), found, strict=True):
+                    eps[samples] = one
+            return eps
 
         return denoise
 
     @torch.no_grad()
     def sample(self, x: Tensor, text: Tensor, null: Tensor,
-               subjects: Sequence[Sequence[Subject]] | None = None, steps: int = 20,
+               subjects: Sequence[Sequence[Subject] | None] | None = None, steps: int = 20,
                guidance_scale: float = 5.0, sampler: str = "unipc",
                progress: Callable[[int, int, int, Tensor], None] | None = None, **denoising) -> Tensor:
         """From noise x (B, 4, h, w) to latents (B, 4, h, w), guided from the text states null (1 or
@@ -149,19 +159,21 @@ class Pipeline:
             denoise = self.denoiser(text, people, **denoising)
         else:
             both = torch.cat([null.expand_as(text), text])
-            denoise = guided(self.denoiser(both, [[]] * len(text) + people, **denoising), guidance_scale)
+            nobody = [None if found is None else [] for found in people]
+            denoise = guided(self.denoiser(both, nobody + people, **denoising), guidance_scale)
         return SAMPLERS[sampler](denoise, x, steps=steps, progress=progress)
 
     @torch.no_grad()
-    def generate(self, prompts: Sequence[str] | Tensor, seeds: Sequence[int],
-                 subjects: Sequence[Sequence[Subject]] | None = None, negative_prompt: str = "",
+    def generate(self, prompts: Sequence[str] | Tensor, seeds: Sequence[int | Tensor],
+                 subjects: Sequence[Sequence[Subject] | None] | None = None, negative_prompt: str = "",
                  size: tuple[int, int] | None = None, clip_skip: int = 1, **sampling) -> Tensor:
         """Draw one picture per prompt.
 
         Args:
-            prompts, seeds: (B,) each. The noise of a picture depends on its own seed only. In place of
-                the prompts their text states (B, 77, C), if they are not those of any prompt.
-            subjects: per prompt the people to be fused in; none by default.
+            prompts, seeds: (B,) each. The noise of a picture depends on its own seed only, or is given
+                in its place: (4, h, w). In place of the prompts their text states (B, 77, C), if they
+                are not those of any prompt.
+            subjects: per prompt the people to be fused in, or None for the prior alone; none by default.
             negative_prompt: what guidance leads away from. It goes through MoA too, without
                 subjects: it was trained so, and otherwise guidance would multiply every difference
                 between the two branches, in the background as well.
@@ -182,16 +194,21 @@ class Pipeline:
             null, text = self.encode_text([negative_prompt, *prompts], clip_skip).split([1, len(prompts)])
         return self.decode(self.sample(x, text, null, subjects, **sampling))
 
-    def noise(self, seeds: Sequence[int], size: tuple[int, int] | None = None) -> Tensor:
-        """(B, 4, h, w) noise, each picture's drawn on the CPU from its own seed."""
+    def noise(self, seeds: Sequence[int | Tensor], size: tuple[int, int] | None = None) -> Tensor:
+        """(B, 4, h, w) noise, each picture's drawn on the CPU from its own seed, or given (4, h, w)."""
         height, width = size or (self.models.config["image_size"],) * 2
         factor, channels = self.models.vae.cfg.factor, self.models.unet.cfg.latent_channels
         for name, value in (("height", height), ("width", width)):
             if value < factor or value % factor:
                 raise ValueError(f"{name} {value} must be a positive multiple of {factor}")
         shape = (channels, height // factor, width // factor)
-        noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        return torch.stack(noise).to(self.device, self.dtype)
+        noise = [seed if isinstance(seed, Tensor) else
+                 torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        for given in noise:
+            if given.shape != shape:
+                raise ValueError(f"noise must be {shape} for pictures {width} pixels wide and {height} high, "
+                                 f"not {tuple(given.shape)}")
+        return torch.stack([each.to(self.device, self.dtype) for each in noise])
 
     @torch.no_grad()
     def encode(self, pictures: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
 
     settings = {"prompt": args.prompt, **command.describe(args, places, interpolation=args.interpolation)}
     amounts = [round(k / (args.frames - 1), 3) for k in range(args.frames)]
-    first, last = ((portrait(pictures[0], frames[0].size), str(place))
+    first, last = ((portrait(pictures, frames[0].size), str(place))
                    for pictures, place in zip(photos, places, strict=True))
     tiles = [first, *((frame, f"{amount:.2f}") for frame, amount in zip(frames, amounts, strict=True)), last]
     command.save_sheet(strip(args.prompt, tiles), sheet, settings, frames, files,

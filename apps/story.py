@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
     print(f"seed {args.seed}", flush=True)
     images = list(command.draw(args, pipeline, prompts, seeds, people))
 
-    portraits = [(portrait(pictures[0], images[0].size), name)
+    portraits = [(portrait(pictures, images[0].size), name)
                  for name, pictures in zip(characters, photos, strict=True)]
     told = captioned(list(zip(images, prompts, strict=True)))
     command.save_sheet(stack([labelled(portraits, 5), told]), sheet,

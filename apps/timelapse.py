@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
     settings = {"prompt": prompts[0], **command.describe(args, places[:1], words=args.words)}
     amounts = [round(k / (args.frames - 1), 3) for k in range(args.frames)]
     labels = [args.words[0], *(f"{amount:.2f}" for amount in amounts[1:-1]), args.words[1]]
-    photo = portrait(photos[0], frames[0].size), ",".join(Path(file).name for file in places[0].files)
+    photo = portrait(photos, frames[0].size), ",".join(Path(file).name for file in places[0].files)
     command.save_sheet(strip(args.prompt, [photo, *zip(frames, labels, strict=True)]), sheet, settings,
                        frames, files, [{"amount": amount} for amount in amounts])
 

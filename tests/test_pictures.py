@@ -310,5 +310,6 @@ def test_routing_sheet_keeps_at_most_its_columns():
     sheet = RoutingSheet(steps=999)
     for step in range(1, 1000):
         sheet.add(step, 999 - step, {}, torch.zeros(1, 4, 2, 2))
+    sheet.add(1, 5, {}, torch.zeros(1, 4, 2, 2))  # of a second batch
     assert len(sheet.columns) == RoutingSheet.COLUMNS
     assert sheet.columns[0][0] == 998 and sheet.columns[-1][0] == 0

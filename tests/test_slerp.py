@@ -1,10 +1,10 @@
-"""The path between two noises."""
+"""The path between two noises, and pictures that start from given noise."""
 import math
 
 import pytest
 import torch
 
-from pipeline import slerp
+from pipeline import Pipeline, slerp
 
 
 def test_slerp_is_the_arc():
@@ -31,3 +31,24 @@ def test_slerp_without_an_arc_is_a_line():
         assert torch.equal(slerp(a, b, 0), a) and torch.equal(slerp(a, b, 1), b)
     torch.testing.assert_close(slerp(a, 3 * a, 0.5), 2 * a)
     torch.testing.assert_close(slerp(a, -a, 0.25), a / 2)
+
+
+def test_pictures_from_given_noise(world):
+    pipeline = Pipeline.load(world)
+    first, second = pipeline.noise([3, 8])
+    given = pipeline.generate(["a man"] * 2, [second, 3], steps=2)
+    expected = pipeline.generate(["a man"] * 2, [8, 3], steps=2)
+    assert torch.equal(given, expected) and (given[0] - given[1]).abs().max() > 0.01
+    with pytest.raises(ValueError, match=r"must be \(4, 8, 16\) for pictures 128 pixels wide and 64 high"):
+        pipeline.noise([3, second], (64, 128))
+
+
+def test_the_prior_alone_beside_others_in_a_batch(world):
+    """Without a person is not the same as without MoA."""
+    pipeline = Pipeline.load(world, world / "moa.safetensors")
+    prompts, seeds = ["a man on the beach"] * 2, [3, 3]
+    mixed = pipeline.generate(prompts, seeds, [None, []], steps=3)
+    for picture, alone in zip(mixed, (True, False), strict=True):
+        expected, = pipeline.generate(prompts[:1], seeds[:1], prior_only=alone, steps=3)
+        assert (picture - expected).abs().max() < 1e-4
+    assert (mixed[0] - mixed[1]).abs().max() > 0.1
