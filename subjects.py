@@ -48,11 +48,13 @@ def bind_subjects(prompt: str, arguments: Sequence[str]) -> list[Place]:
 
 
 def bind_castings(prompt: str, rows: Sequence[str], keep: Sequence[str] = ()) -> list[list[Place]]:
-    """The castings of one prompt: each row's people, `SUBJECT+SUBJECT...`, besides those kept in all.
+    """The castings of one prompt: each row's people, `SUBJECT+SUBJECT...`, and those kept in all, in the
+    order of their words.
 
     Raises ValueError as `bind_subjects` does.
     """
-    return [bind_subjects(prompt, [*keep, *split_casting(row)]) for row in rows]
+    return [sorted(bind_subjects(prompt, [*keep, *split_casting(row)]), key=lambda place: place.end)
+            for row in rows]
 
 
 def split_casting(argument: str) -> list[str]:

@@ -113,6 +113,8 @@ def test_castings_of_several_people(place):
     assert split_casting("new.png+old.png") == ["new.png", "old.png"]  # neither is there
     (kept, swapped), = bind_castings(PAIR, ["ada.png"], ["woman=bob.png"])
     assert (kept.word, kept.files, swapped.word, swapped.files) == ("woman", ["bob.png"], "man", ["ada.png"])
+    casting, = bind_castings(PAIR, ["ada.png"], ["man=bob.png"])
+    assert [place.word for place in casting] == ["woman", "man"]  # as in the prompt
     for wrong in ("ada.png+", "+ada.png", "ada.png++bob.png"):
         with pytest.raises(ValueError, match="missing before or behind"):
             split_casting(wrong)
