@@ -2,14 +2,17 @@
 import re
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moa import ExpertContext, MultimodalPrompt, force_routing, load_moa
 from models import Models, load_models
+from models.controlnet import ControlNet, add_residuals, guess_ramp
 from samplers import SAMPLERS, guided
 
 PRIOR_ABOVE = 800  # MoA was trained below this timestep; above it the prior draws alone
@@ -33,6 +36,42 @@ class Subject:
 
     position: int  # index of the token among the prompt's 77
     feature: Tensor  # (F,)
+
+
+@dataclass(frozen=True)
+class Control:
+    """A ControlNet at work: the picture that it follows, how strongly, and in which steps."""
+
+    net: ControlNet
+    hint: Tensor  # (1 or B, 3, H, W) in [0, 1], RGB; brought to the size of what is drawn
+    scale: float = 1.0
+    start: float = 0.0  # shares of the sampler's steps
+    end: float = 1.0
+    guess_mode: bool = False  # steer only where the prompt is given, and the finer features less
+
+    def acts(self, step: int, steps: int) -> bool:
+        """Whether it acts in step 0, 1, ... of `steps`."""
+        return self.scale != 0 and self.start <= step / steps and (step + 1) / steps <= self.end
+
+    def residuals(self, x: Tensor, t: Tensor, text: Tensor, prompted: int) -> list[Tensor]:
+        """What it adds to the UNet on x (N, 4, h, w), whose last `prompted` samples have the prompt.
+
+        text: (N, M, C) the plain text, with MoA too: subject tokens are unknown to a ControlNet.
+        """
+        net = self.net
+        rows = prompted if self.guess_mode or net.cfg.global_pool else len(x)
+        found = net(x[-rows:], t[-rows:], text[-rows:], self.hint_for(x, rows))
+        ramp = guess_ramp(len(found)) if self.guess_mode and not net.cfg.global_pool else [1.0] * len(found)
+        unsteered = (0,) * 6 + (len(x) - rows, 0)  # zeros in front, for the samples without the prompt
+        return [F.pad(residual * (self.scale * factor), unsteered)
+                for residual, factor in zip(found, ramp, strict=True)]
+
+    def hint_for(self, x: Tensor, rows: int) -> Tensor:
+        """The hint, as large as what the latents x will be, for `rows` samples."""
+        hint, size = self.hint.to(x.device, torch.float32), [n * self.net.cfg.factor for n in x.shape[-2:]]
+        if list(hint.shape[-2:]) != size:
+            hint = F.interpolate(hint, size, mode="bilinear", antialias=True)
+        return hint.repeat(1 if len(hint) == 1 else rows // len(hint), 1, 1, 1).to(x.dtype)
 
 
 def squared_distance(features: Tensor, mean: Tensor, precision: Tensor) -> Tensor:
@@ -111,7 +150,7 @@ class Pipeline:
                  subjects: Sequence[Sequence[Subject]] | None = None, negative_prompt: str = "",
                  size: tuple[int, int] | None = None, steps: int = 20, guidance_scale: float = 5.0,
                  sampler: str = "unipc", prior_only: bool = False, prior_above: int = PRIOR_ABOVE,
-                 clip_skip: int = 1,
+                 clip_skip: int = 1, controls: Sequence[Control] = (),
                  progress: Callable[[int, int, int, Tensor], None] | None = None) -> Tensor:
         """Draw one picture per prompt.
 
@@ -124,10 +163,14 @@ class Pipeline:
             size: (height, width) in pixels, multiples of the VAE's cell; None is config.json's.
             prior_only: draw with the base model. prior_above: timesteps from here on use it anyway.
             clip_skip: the text encoder's layer that is used, counted from the last, 1.
+            controls: what else steers the pictures; the effects of several are added up.
             progress: called after each step as (step, steps, t, predicted clean latents).
         Returns: (B, 3, H, W) in [-1, 1], float32 on the CPU.
-        Raises ValueError for bad sizes and clip skips and, from the sampler, for bad steps.
+        Raises ValueError for bad sizes and clip skips, ControlNets of other models and, from the
+        sampler, for bad steps.
         """
+        for control in controls:
+            self.check_controlnet(control.net)
         x = self.noise(seeds, size)
         text = self.encode_text([negative_prompt] * len(prompts) + list(prompts), clip_skip)
         people = [[]] * len(prompts) + list(subjects or [[]] * len(prompts))
@@ -137,16 +180,28 @@ class Pipeline:
         if unguided:
             text, people = text[len(prompts):], people[len(prompts):]
         context = self.context_at(text, people)
+        calls = count()  # the samplers call the network once a step
 
         def denoise(x: Tensor, t: Tensor) -> Tensor:
+            step = next(calls)
+            residuals = add_residuals(control.residuals(x, t, text, len(prompts))
+                                      for control in controls if control.acts(step, steps))
             prior = self.prompt is not None and (prior_only or int(t[0]) >= prior_above)
             with force_routing(self.models.unet, 1.0) if prior else nullcontext():
-                return self.models.unet(x, t, text if prior else context(t))
+                return self.models.unet(x, t, text if prior else context(t), residuals)
 
         sample = SAMPLERS[sampler]
         latents = sample(denoise if unguided else guided(denoise, guidance_scale), x, steps=steps,
                          progress=progress)
         return self.decode(latents)
+
+    def check_controlnet(self, net: ControlNet) -> None:
+        """Raise ValueError unless a ControlNet has the sizes of this UNet and of this VAE's cells."""
+        wanted = {**asdict(self.models.unet.cfg), "factor": self.models.vae.cfg.factor}
+        found = {**asdict(net.cfg), "factor": net.cfg.factor}
+        wrong = [f"{name} {found[name]}, not {value}" for name, value in wanted.items() if found[name] != value]
+        if wrong:
+            raise ValueError(f"the ControlNet was made for another base model: it has {'; '.join(wrong)}")
 
     def noise(self, seeds: Sequence[int], size: tuple[int, int] | None = None) -> Tensor:
         """(B, 4, h, w) noise, each picture's drawn on the CPU from its own seed."""
