@@ -34,7 +34,7 @@ from pathlib import Path
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["vae", "clip", "prior", "moa", "judge"])
+    parser.add_argument("stage", choices=["vae", "clip", "prior", "moa", "controlnet", "judge"])
     parser.add_argument("--output", required=True, type=Path, help="folder of the run")
     parser.add_argument("--preset", default="toyworld", choices=["toyworld", "sd15"],
                         help="sizes and hyperparameters (default toyworld)")
