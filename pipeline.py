@@ -199,7 +199,7 @@ class Pipeline:
         """Raise ValueError unless a ControlNet has the sizes of this UNet and of this VAE's cells."""
         wanted = {**asdict(self.models.unet.cfg), "factor": self.models.vae.cfg.factor}
         found = {**asdict(net.cfg), "factor": net.cfg.factor}
-        wrong = [f"{name} {found[name]}, not {value}" for name, value in wanted.items() if found[name] != value]
+        wrong = [f"{k} {found[k]}, not {v}" for k, v in wanted.items() if found[k] != v]
         if wrong:
             raise ValueError(f"the ControlNet was made for another base model: it has {'; '.join(wrong)}")
 

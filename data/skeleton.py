@@ -20,7 +20,7 @@ JOINTS = ("nose", "neck", "right shoulder", "right elbow", "right wrist", "left 
 # Its 17 limbs, as pairs of joints, in the order of their colours.
 LIMBS = ((1, 2), (1, 5), (2, 3), (3, 4), (5, 6), (6, 7), (1, 8), (8, 9), (9, 10), (1, 11), (11, 12), (12, 13),
          (1, 0), (0, 14), (14, 16), (0, 15), (15, 17))
-COLORS = [tuple(round(255 * c) for c in colorsys.hsv_to_rgb(i / len(JOINTS), 1, 1)) for i in range(len(JOINTS))]
+COLORS = [tuple(round(255 * value) for value in colorsys.hsv_to_rgb(i / 18, 1, 1)) for i in range(18)]
 LIMB_SHADE = 0.6  # limbs are darker than joints
 WIDTH, RADIUS = 1 / 48, 1 / 56  # of limbs and joints, in picture sides
 SUPERSAMPLING = 3
