@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import controls
 from subjects import Place
 
 SHIPPED = Path(__file__).resolve().parent / "weights" / "toyworld"
@@ -42,6 +43,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--vae", metavar="FILE", help="decode with this VAE: a file or folder that convert_sd15.py reads")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default auto)")
     add("--dtype", choices=["fp32", "fp16", "bf16"], default="fp32", help="default fp32")
+    controls.add_flags(parser)
 
 
 def execute(run: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
@@ -91,6 +93,7 @@ def check(args: argparse.Namespace) -> None:
         if name in ("width", "height") and value % 8:
             raise ValueError(f"{flag} must be a multiple of 8, not {value}: {value // 8 * 8} or "
                              f"{value // 8 * 8 + 8}")
+    controls.check(args)
 
 
 def check_prompt(flag: str, prompt: str) -> None:
@@ -123,7 +126,8 @@ def load_pipeline(args: argparse.Namespace, moa: bool | None = True, people: boo
     """The models, with seed and sizes that the flags leave open filled in from them.
 
     moa: True where it is needed, None to take it if it is there. people: whether there are photos.
-    `args.moa` becomes the file that was loaded, or None. Raises ValueError.
+    `args.moa` becomes the file that was loaded, or None, `args.controls` what else steers the pictures.
+    Raises ValueError.
     """
     import torch
 
@@ -147,6 +151,7 @@ def load_pipeline(args: argparse.Namespace, moa: bool | None = True, people: boo
     if args.vae is not None:
         replace_vae(pipeline, args.vae)
     fill_in(args, pipeline.models.config)
+    args.controls = controls.load_controls(args, pipeline)
     return pipeline
 
 
@@ -180,7 +185,7 @@ def fill_in(args: argparse.Namespace, config: dict) -> None:
 def drawing(args: argparse.Namespace) -> dict:
     """What the flags mean for `Pipeline.sample`."""
     return {"steps": args.steps, "guidance_scale": args.guidance_scale, "sampler": args.sampler,
-            "prior_above": args.prior_above, "strength": args.strength}
+            "prior_above": args.prior_above, "strength": args.strength, "controls": args.controls}
 
 
 def draw(args: argparse.Namespace, pipeline, prompts: Sequence[str], seeds: Sequence[int],
@@ -214,4 +219,4 @@ def describe(args: argparse.Namespace, places: Sequence[Place], **more) -> dict:
     return {**{name: getattr(args, name) for name in kept},
             "weights": args.weights.resolve().name, "moa": args.moa.name if args.moa else None,
             "vae": Path(args.vae).resolve().name if args.vae else None,
-            "subjects": [str(place) for place in places], **more}
+            "subjects": [str(place) for place in places], "controls": controls.describe(args), **more}

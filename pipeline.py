@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moa import ExpertContext, MultimodalPrompt, force_routing, load_moa, scale_personalized
 from models import Models, load_models
+from models.controlnet import ControlNet, add_residuals, guess_ramp
 from samplers import NUM_TIMESTEPS, SAMPLERS, guided
 
 PRIOR_ABOVE = 800  # MoA was trained below this timestep; above it the prior draws alone

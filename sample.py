@@ -2,6 +2,7 @@
 
     python sample.py --subject examples/ada.png --prompt "a woman riding a bike on the beach"
     python sample.py --subject woman=a.png --subject man=b.png --prompt "a man and a woman dancing" --num 4
+    python sample.py --controlnet weights/toyworld --control-image examples/dance.png --prompt "two girls ..."
     python sample.py --from-file prompts.jsonl --output pictures
 
 Without --weights it uses the small cartoon world that ships with the code; for Stable Diffusion 1.5
@@ -54,7 +55,8 @@ def run(args: argparse.Namespace) -> None:
     check(args)
     files, sheet = plan_files(args)
     places = bind_subjects(args.prompt, args.subject)
-    keep_photos([file for place in places for file in place.files], [*files, sheet, args.save_routing])
+    keep_photos([*(file for place in places for file in place.files), *args.control_image],
+                [*files, sheet, args.save_routing])
     from pictures import RoutingSheet
     photos = read_photos(places)
     pipeline = load(args, people=bool(places))
@@ -175,7 +177,7 @@ def run_file(args: argparse.Namespace) -> None:
     if not args.prior_only:
         cast(args, pipeline, mine.values())
         places = [place for line in mine.values() for place in line.places]
-        keep_photos([file for place in places for file in place.files], list(mine))
+        keep_photos([*(file for place in places for file in place.files), *args.control_image], list(mine))
     from pictures import read_settings, save_png
     settings = {file: {**describe(args, line.prompt, line.places), "seed": line.seed}
                 for file, line in mine.items()}

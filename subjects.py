@@ -84,7 +84,8 @@ def keep_photos(photos: Sequence[str], outputs: Sequence[Path | None]) -> None:
     taken = {Path(photo).resolve() for photo in photos}
     for output in outputs:
         if output and output.resolve() in taken:
-            raise ValueError(f"{output} is a subject's photo and would be replaced: give another --output")
+            raise ValueError(f"{output} is a subject's photo or a control image and would be replaced: give "
+                             "another --output")
 
 
 def read_photos(places: Sequence[Place]) -> list[list]:

@@ -5,17 +5,19 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
+from conftest import small_models
 from layouts import CONTROLNET_LAYOUTS, ldm_controlnet, put, under
 from parity_full import (LIMIT, OUTPUTS, PARAMETERS, SMALL_CONTROLNET, controlled_outputs, count, errors,
                          exact_in_half, pair, public, random, randomize, relative_error)
 from PIL import Image
-from test_sample import PROMPT, small_models, world  # noqa: F401  a fixture
 
+import sample
 from data import skeleton, toyworld
 from models.controlnet import ControlNet, ControlNetConfig, guess_ramp
 from models.load import load_part, read_config, save_part
 from models.unet import UNet, UNetConfig
 from moa import add_moa
+from pictures import read_picture, read_settings, to_uint8
 from pipeline import Control, Pipeline, Subject
 from weights import convert_controlnet, convert_sd15
 from weights.convert_controlnet import load_controlnet
@@ -213,10 +215,11 @@ def test_a_base_model_s_folder_is_not_overwritten(theirs, tmp_path, capsys):
 # While sampling
 
 HINT = (4, 8, 8, 8)
+PROMPT = "a woman on the beach"
 
 
 @pytest.fixture
-def pipeline(world) -> Pipeline:  # noqa: F811
+def pipeline(world) -> Pipeline:
     return Pipeline.load(world, world / "moa.safetensors")
 
 
@@ -271,7 +274,7 @@ def test_it_sees_the_plain_text_whatever_the_subjects(pipeline, net):
     assert all(torch.equal(args[2], text) for args in spy.calls)
 
 
-def test_prior_only_is_the_base_model_with_the_same_control(pipeline, net, world):  # noqa: F811
+def test_prior_only_is_the_base_model_with_the_same_control(pipeline, net, world):
     control = Control(net, hints())
     alone = draw(Pipeline.load(world), control)
     assert torch.equal(draw(pipeline, control, prior_only=True), alone)
@@ -327,6 +330,14 @@ def test_picture_k_of_a_batch_is_picture_k_alone(pipeline, net):
         assert torch.allclose(shared[k:k + 1], alone, atol=1e-4)
 
 
+def test_equal_noise_with_unequal_hints(pipeline, net):
+    """Where the prior draws alone, samples of one noise and text are computed once: not these."""
+    batch = draw(pipeline, Control(net, hints(2)), seeds=(1, 1), prior_only=True)
+    assert (batch[0] - batch[1]).abs().mean() > 0.01
+    shared = draw(pipeline, Control(net, hints()), seeds=(1, 1), prior_only=True)
+    assert torch.allclose(shared[0], shared[1], atol=1e-5)
+
+
 def test_the_hint_is_brought_to_the_picture_s_size(pipeline, net):
     spy = Spy(net)
     draw(pipeline, Control(net, hints(side=96)), Control(net, hints(side=64)), steps=1)
@@ -343,6 +354,125 @@ def test_a_controlnet_of_another_base_model_is_refused(pipeline):
     wrong = ControlNet.of(pipeline.models.unet if pipeline.prompt is None else small_models()["unet"], (4, 4))
     with pytest.raises(ValueError, match="it has factor 2, not 8"):
         draw(pipeline, Control(wrong, hints()))
+
+
+# The command
+
+@pytest.fixture
+def room(place, world, net) -> dict[str, str]:
+    """A working directory with a ControlNet's folder, and what to steer."""
+    save_part(net, place / "control", "controlnet")
+    return {"--weights": str(world), "--prompt": PROMPT, "--seed": "5", "--controlnet": "control",
+            "--control-image": "ada.png", "--width": "64", "--height": "64"}
+
+
+def command(room: dict, *flags: str) -> None:
+    sample.main([word for item in room.items() for word in item] + list(flags))
+
+
+def pixels(path: str) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def test_the_command_draws_what_the_pipeline_does(room, pipeline, net, place, capsys):
+    command(room, "--prior-only", "--output", "steered.png")
+    assert capsys.readouterr().err == ""
+    hint = read_picture(place / "ada.png")[None]
+    wanted = pipeline.generate([PROMPT], [5], size=(64, 64), steps=3, guidance_scale=3.0, prior_only=True,
+                               controls=[Control(load_part(place / "control", "controlnet"), hint)])
+    assert np.abs(pixels("steered.png").astype(int) - to_uint8(wanted)[0]).max() <= 1
+    settings = read_settings(place / "steered.png")
+    assert settings["controls"] == [{"controlnet": "control", "image": "ada.png", "scale": 1.0, "start": 0.0,
+                                     "end": 1.0, "guess_mode": False}]
+    with Image.open("steered.png") as image:
+        assert ('ControlNet 0: "Model: control, Weight: 1.0, Guidance Start: 0.0, Guidance End: 1.0"'
+                in image.info["parameters"])
+
+
+def test_the_command_with_scale_0_several_and_a_subject(room, capsys):
+    def draw(*flags: str) -> np.ndarray:
+        command(room, "--subject", "bob.png", "--output", "a.png", *flags)
+        return pixels("a.png")
+
+    steered, nothing = draw(), draw("--control-scale", "0")
+    twice = ["--controlnet", "control/controlnet.safetensors", "--control-image", "bob.png"]
+    both = draw(*twice)
+    assert (draw(*twice, "--control-scale", "1", "--control-scale", "0") == steered).all()
+    assert (draw(*twice, "--control-scale", "0") == nothing).all()
+    assert (both != steered).any() and (steered != nothing).any()
+    assert (draw("--guess-mode") != steered).any()
+    assert (draw("--control-end", "0.5") != steered).any()
+    for flag in ("--controlnet", "--control-image"):
+        room.pop(flag)
+    assert (draw() == nothing).all()
+    assert capsys.readouterr().err == ""
+
+
+def test_lines_of_a_file_share_the_control(room, place):
+    (place / "lines.txt").write_text("a woman\nan old man\n")
+    room.pop("--prompt")
+    command(room, "--from-file", "lines.txt", "--output", "out")
+    room["--prompt"] = "an old man"
+    command({**room, "--seed": "6"}, "--output", "alone.png")
+    assert np.abs(pixels("out/00001.png").astype(int) - pixels("alone.png")).max() <= 1
+
+
+def test_the_command_warns(room, place, capsys):
+    command(room, "--control-start", "0.4", "--control-end", "0.5")
+    assert "leave none of the 3 steps between them" in capsys.readouterr().err
+    Image.new("RGB", (80, 40)).save(place / "wide.png")
+    command({**room, "--control-image": "wide.png"})
+    line, = capsys.readouterr().err.splitlines()
+    assert line == "warning: --control-image wide.png has 80 x 40 pixels and is stretched to 64 x 64"
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--control-image", "bob.png"], "1 --controlnet with 2 --control-image"),
+    (["--controlnet", "control"], "2 --controlnet with 1 --control-image"),
+    (["--control-scale", "-1"], "--control-scale must be in 0..10, not -1"),
+    (["--control-scale", "nan"], "--control-scale must be in"),
+    (["--control-start", "1.5"], "--control-start must be in 0..1"),
+    (["--control-end", "-0.1"], "--control-end must be in 0..1"),
+    (["--control-start", "0.5", "--control-end", "0.5"], "0.5 must be smaller than --control-end 0.5"),
+    (["--control-scale", "1", "--control-scale", "2"], "2 --control-scale for 1 --controlnet"),
+    (["--output", "ada.png"], "is a subject's photo or a control image and would be replaced")])
+def test_the_command_refuses(flags, message, room, place, capsys):
+    check_refusal(room, flags, message, place, capsys)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"--control-image": "missing.png"}, "missing.png does not exist"),
+    ({"--control-image": "control/config.json"}, "cannot be used as a picture"),
+    ({"--controlnet": "missing"}, "--controlnet missing: missing does not exist"),
+    ({"--controlnet": "ada.png"}, "--controlnet ada.png: ada.png is not a model file"),
+    ({"--controlnet": "base.safetensors"}, "is no ControlNet"),
+    ({"--controlnet": "other"}, "it has channels (24, 48, 72), not (8, 16, 16, 16)"),
+    ({"--controlnet": "broken"}, "make no model")])
+def test_the_command_refuses_what_it_is_given(change, message, room, place, capsys):
+    save_part(ControlNet(OTHER), place / "other", "controlnet")
+    put(dict(small_models()["unet"].state_dict()), place / "base.safetensors")
+    save_part(ControlNet(OTHER), place / "broken", "controlnet")
+    (place / "broken" / "config.json").write_text('{"controlnet": {"channels": [7, 9], "groups": 4}}')
+    check_refusal({**room, **change}, [], message, place, capsys)
+
+
+@pytest.mark.parametrize("flags", [["--guess-mode"], ["--control-scale", "1"], ["--control-end", "0"]])
+def test_the_command_refuses_what_means_nothing(flags, room, place, capsys):
+    for flag in ("--controlnet", "--control-image"):
+        room.pop(flag)
+    check_refusal(room, flags, "mean nothing without --controlnet", place, capsys)
+
+
+def check_refusal(room: dict, flags: list[str], message: str, place, capsys) -> None:
+    """Exit status 2, one line, and nothing written."""
+    before = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
+    with pytest.raises(SystemExit) as stop:
+        command(room, *flags)
+    assert stop.value.code == 2
+    line, = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and message in line
+    assert {path: path.read_bytes() for path in place.rglob("*") if path.is_file()} == before
 
 
 # Skeletons
