@@ -133,6 +133,7 @@ def load_pipeline(args: argparse.Namespace, moa: bool | None = True, people: boo
 
     from models import WeightsError
     from pipeline import Pipeline, pick_device
+    hints = controls.read_hints(args)
     file = args.moa or args.weights / "moa.safetensors"
     device = pick_device(args.device)
     dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.dtype]
@@ -151,7 +152,7 @@ def load_pipeline(args: argparse.Namespace, moa: bool | None = True, people: boo
     if args.vae is not None:
         replace_vae(pipeline, args.vae)
     fill_in(args, pipeline.models.config)
-    args.controls = controls.load_controls(args, pipeline)
+    args.controls = controls.load_controls(args, hints, pipeline)
     return pipeline
 
 

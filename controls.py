@@ -49,14 +49,18 @@ def check(args: argparse.Namespace) -> None:
                              f"{setting['end']}")
 
 
-def load_controls(args: argparse.Namespace, pipeline) -> list:
+def read_hints(args: argparse.Namespace) -> list:
+    """The control images, (1, 3, H, W) in [0, 1] each. Raises ValueError naming the file."""
+    from pictures import read_picture
+    return [read_picture(file)[None] for file in args.control_image]
+
+
+def load_controls(args: argparse.Namespace, hints: list, pipeline) -> list:
     """The `Control`s that the flags ask for; each ControlNet is read once. Raises ValueError."""
     from models import WeightsError
-    from pictures import read_picture
     from pipeline import Control
     from weights.convert_controlnet import load_controlnet
     from weights.convert_sd15 import Refusal, SafetensorError
-    hints = [read_picture(file)[None] for file in args.control_image]
     nets = {}
     for source in dict.fromkeys(args.controlnet):
         try:

@@ -5,7 +5,8 @@
 
 It saves the public models with random tensors, writes them in each layout that the converter reads, converts
 each, compares the outputs of every converted model with the public one's, exports to diffusers and compares
-again, and draws a picture with random MoA. The tests use its functions at small sizes.
+again, draws a picture with random MoA, and does the same for a ControlNet and the UNet that it steers. The
+tests use its functions at small sizes.
 """
 import argparse
 import filecmp

@@ -14,7 +14,7 @@ from PIL import Image
 import sample
 from data import skeleton, toyworld
 from models.controlnet import ControlNet, ControlNetConfig, guess_ramp
-from models.load import load_part, read_config, save_part
+from models.load import carry_over, load_part, read_config, save_part
 from models.unet import UNet, UNetConfig
 from moa import add_moa
 from pictures import read_picture, read_settings, to_uint8
@@ -201,6 +201,16 @@ def test_the_base_model_s_converter_says_where_to_go(theirs, tmp_path, capsys):
     with pytest.raises(SystemExit):
         convert_sd15.main([str(tmp_path / "control.pth"), "--output", str(tmp_path / "out")])
     assert "a ControlNet, which weights/convert_controlnet.py reads" in capsys.readouterr().err
+
+
+def test_it_is_carried_over_with_a_base_model(tmp_path):
+    save_part(UNet(base(OTHER)), tmp_path / "one", "unet")
+    save_part(ControlNet(OTHER), tmp_path / "one", "controlnet")
+    (tmp_path / "two").mkdir()
+    carry_over(tmp_path / "one", tmp_path / "two")
+    assert load_part(tmp_path / "two", "controlnet").cfg == OTHER
+    assert {file.name for file in (tmp_path / "two").iterdir()} == {
+        "config.json", "unet.safetensors", "controlnet.safetensors"}
 
 
 def test_a_base_model_s_folder_is_not_overwritten(theirs, tmp_path, capsys):
