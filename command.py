@@ -8,7 +8,8 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from subjects import Place, cast, keep_photos, read_photos
+import controls
+from subjects import Place, cast, read_photos
 
 SHIPPED = Path(__file__).resolve().parent / "weights" / "toyworld"
 BATCH = 8  # pictures drawn at once, fewer where they are large
@@ -48,6 +49,7 @@ def add_flags(parser: argparse.ArgumentParser, seeds: Sequence[int] = ()) -> Non
     add("--vae", metavar="FILE", help="decode with this VAE: a file or folder that convert_sd15.py reads")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default auto)")
     add("--dtype", choices=["fp32", "fp16", "bf16"], default="fp32", help="default fp32")
+    controls.add_flags(parser)
 
 
 def execute(run: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
@@ -97,6 +99,7 @@ def check(args: argparse.Namespace) -> None:
         if name in ("width", "height") and value % 8:
             raise ValueError(f"{flag} must be a multiple of 8, not {value}: {value // 8 * 8} or "
                              f"{value // 8 * 8 + 8}")
+    controls.check(args)
     if "seeds" in args:
         check_seeds(args)
 
@@ -173,6 +176,17 @@ def check_writable(flag: str, path: Path) -> None:
                          "Give another place") from error
 
 
+def keep_photos(args: argparse.Namespace, places: Sequence[Place], outputs: Sequence[Path | None],
+                others: Sequence[Path] = ()) -> None:
+    """Raise ValueError if an output would replace a picture that is read: a subject's or another."""
+    read = [*(file for place in places for file in place.files), *args.control_image, *others]
+    taken = {Path(file).resolve() for file in read}
+    for output in outputs:
+        if output and output.resolve() in taken:
+            raise ValueError(f"{output} is a subject's photo or a control image and would be replaced: give "
+                             "another --output")
+
+
 def plan_sheet(output: Path, count: int) -> tuple[Path, list[Path]]:
     """The file of a sheet and, where --output is a folder, those of its `count` pictures. Raises ValueError
     where they cannot be written."""
@@ -205,12 +219,14 @@ def load_pipeline(args: argparse.Namespace, moa: bool | None = True, people: boo
     """The models, with seed and sizes that the flags leave open filled in from them.
 
     moa: True where it is needed, None to take it if it is there. people: whether there are photos.
-    `args.moa` becomes the file that was loaded, or None. Raises ValueError.
+    `args.moa` becomes the file that was loaded, or None, `args.controls` what else steers the pictures.
+    Raises ValueError.
     """
     import torch
 
     from models import WeightsError
     from pipeline import Pipeline, pick_device
+    hints = controls.read_hints(args)
     file = args.moa or args.weights / "moa.safetensors"
     device = pick_device(args.device)
     dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.dtype]
@@ -229,6 +245,7 @@ def load_pipeline(args: argparse.Namespace, moa: bool | None = True, people: boo
     if args.vae is not None:
         replace_vae(pipeline, args.vae)
     fill_in(args, pipeline.models.config)
+    args.controls = controls.load_controls(args, hints, pipeline)
     return pipeline
 
 
@@ -263,7 +280,7 @@ def load_cast(args: argparse.Namespace, castings: Sequence[Sequence[Place]], out
     """The pipeline; for each casting of `args.prompt` its photos, a list (3, H, W) per person; and its
     people for `Pipeline.generate`. Raises ValueError, before loading if an output would replace a photo."""
     places = [place for casting in castings for place in casting]
-    keep_photos([file for place in places for file in place.files], outputs)
+    keep_photos(args, places, outputs)
     photos = [read_photos(casting) for casting in castings]
     pipeline = load_pipeline(args, True if places else None, people=bool(places))
     return pipeline, photos, cast(pipeline, args.weights, args.prompt, castings, photos)
@@ -272,7 +289,7 @@ def load_cast(args: argparse.Namespace, castings: Sequence[Sequence[Place]], out
 def drawing(args: argparse.Namespace) -> dict:
     """What the flags mean for `Pipeline.sample`."""
     return {"steps": args.steps, "guidance_scale": args.guidance_scale, "sampler": args.sampler,
-            "prior_above": args.prior_above, "strength": args.strength}
+            "prior_above": args.prior_above, "strength": args.strength, "controls": args.controls}
 
 
 def draw(args: argparse.Namespace, pipeline, prompts, seeds: Sequence,
@@ -330,4 +347,4 @@ def describe(args: argparse.Namespace, places: Sequence[Place], **more) -> dict:
     return {**{name: getattr(args, name) for name in kept},
             "weights": args.weights.resolve().name, "moa": args.moa.name if args.moa else None,
             "vae": Path(args.vae).resolve().name if args.vae else None,
-            "subjects": [str(place) for place in places], **more}
+            "subjects": [str(place) for place in places], "controls": controls.describe(args), **more}

@@ -3,14 +3,17 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moa import ExpertContext, MultimodalPrompt, force_routing, load_moa, scale_personalized
 from models import Models, load_models
+from models.controlnet import ControlNet, add_residuals, guess_ramp
 from samplers import NUM_TIMESTEPS, SAMPLERS, guided
 
 PRIOR_ABOVE = 800  # MoA was trained below this timestep; above it the prior draws alone
@@ -38,6 +41,56 @@ class Subject:
     position: int  # index of the token among the prompt's 77
     feature: Tensor  # (F,)
     start: int = NUM_TIMESTEPS  # the person is there at timesteps below this one
+
+
+@dataclass(frozen=True)
+class Control:
+    """A ControlNet at work: the picture that it follows, how strongly, and in which steps."""
+
+    net: ControlNet
+    hint: Tensor  # (1 or B, 3, H, W) in [0, 1], RGB; brought to the size of what is drawn
+    scale: float = 1.0
+    start: float = 0.0  # shares of the sampler's steps
+    end: float = 1.0
+    guess_mode: bool = False  # steer only where the prompt is given, and the finer features less
+
+    def acts(self, step: int, steps: int) -> bool:
+        """Whether it acts in step 0, 1, ... of `steps`."""
+        return self.scale != 0 and self.start <= step / steps and (step + 1) / steps <= self.end
+
+    def residuals(self, x: Tensor, t: Tensor, text: Tensor, prompted: int) -> list[Tensor]:
+        """What it adds to the UNet on x (N, 4, h, w), whose last `prompted` samples have the prompt.
+
+        text: (N, M, C) the plain text, with MoA too: subject tokens are unknown to a ControlNet.
+        """
+        net = self.net
+        rows = prompted if self.guess_mode or net.cfg.global_pool else len(x)
+        found = net(x[-rows:], t[-rows:], text[-rows:], self.hint_for(x, rows))
+        ramp = guess_ramp(len(found)) if self.guess_mode and not net.cfg.global_pool else [1.0] * len(found)
+        unsteered = (0,) * 6 + (len(x) - rows, 0)  # zeros in front, for the samples without the prompt
+        return [F.pad(residual * (self.scale * factor), unsteered)
+                for residual, factor in zip(found, ramp, strict=True)]
+
+    def hint_for(self, x: Tensor, rows: int) -> Tensor:
+        """The hint, as large as what the latents x will be, for `rows` samples."""
+        hint, size = self.hint.to(x.device, torch.float32), [n * self.net.cfg.factor for n in x.shape[-2:]]
+        if list(hint.shape[-2:]) != size:
+            hint = F.interpolate(hint, size, mode="bilinear", antialias=True)
+        return hint.repeat(1 if len(hint) == 1 else rows // len(hint), 1, 1, 1).to(x.dtype)
+
+
+def steering(controls: Sequence[Control], text: Tensor, prompted: int, steps: int
+             ) -> Callable[[Tensor, Tensor], list[Tensor]]:
+    """What ControlNets add to the UNet at x, t: the sum of those that act, [] of none. It counts its
+    calls, since samplers call the network once a step. text, prompted: as in `Control.residuals`."""
+    calls = count()
+
+    def steer(x: Tensor, t: Tensor) -> list[Tensor]:
+        step = next(calls)
+        return add_residuals(control.residuals(x, t, text, prompted)
+                             for control in controls if control.acts(step, steps))
+
+    return steer
 
 
 def squared_distance(features: Tensor, mean: Tensor, precision: Tensor) -> Tensor:
@@ -114,11 +167,14 @@ class Pipeline:
             text, self.prompt(text, features, positions, t[:, None] < start, t))
 
     def denoiser(self, text: Tensor, subjects: Sequence[Sequence[Subject] | None], prior_only: bool = False,
-                 prior_above: int = PRIOR_ABOVE, strength: float = 1.0) -> Callable[[Tensor, Tensor], Tensor]:
+                 prior_above: int = PRIOR_ABOVE, strength: float = 1.0,
+                 steer: Callable[[Tensor, Tensor], list[Tensor]] = lambda x, t: []
+                 ) -> Callable[[Tensor, Tensor], Tensor]:
         """The network as a sampler calls it: x (B, 4, h, w), t (B,), all alike -> eps (B, 4, h, w).
 
         text, subjects: as in `context_at`, but None in place of a sample's subjects lets the prior draw
-        it alone. Raises ValueError for subjects without MoA weights.
+        it alone. steer: x, t -> what ControlNets add to the UNet. Raises ValueError for subjects without
+        MoA weights.
         """
         if self.prompt is None and any(subjects):
             raise ValueError("subjects need MoA weights: load the pipeline with a MoA file")
@@ -128,19 +184,21 @@ class Pipeline:
         unet, texts = self.models.unet, fingerprints(text)
 
         def denoise(x: Tensor, t: Tensor) -> Tensor:
-            eps, rows = torch.empty_like(x), mixed if int(t[0]) < prior_above else []
+            eps, residuals = torch.empty_like(x), steer(x, t)
+            rows = mixed if int(t[0]) < prior_above else []
             if rows:
                 with scale_personalized(unet, strength):
-                    eps[rows] = unet(x[rows], t[rows], context(t[rows]))
-            # The same for all people: samples with the same text and noise are computed once.
-            alike: dict[tuple[bytes, bytes], list[int]] = {}
+                    eps[rows] = unet(x[rows], t[rows], context(t[rows]), [r[rows] for r in residuals])
+            # The same for all people: samples with the same text and noise are computed once, except
+            # that each may be steered to its own hint.
+            alike: dict[object, list[int]] = {}
             for b, key in enumerate(zip(texts, fingerprints(x), strict=True)):
                 if b not in rows:
-                    alike.setdefault(key, []).append(b)
+                    alike.setdefault(b if residuals else key, []).append(b)
             if alike:
                 first = [samples[0] for samples in alike.values()]
                 with force_routing(unet, 1.0) if self.prompt is not None else nullcontext():
-                    found = unet(x[first], t[first], text[first])
+                    found = unet(x[first], t[first], text[first], [r[first] for r in residuals])
                 for samples, one in zip(alike.values(), found, strict=True):
                     eps[samples] = one
             return eps
@@ -150,17 +208,20 @@ class Pipeline:
     @torch.no_grad()
     def sample(self, x: Tensor, text: Tensor, null: Tensor,
                subjects: Sequence[Sequence[Subject] | None] | None = None, steps: int = 20,
-               guidance_scale: float = 5.0, sampler: str = "unipc",
+               guidance_scale: float = 5.0, sampler: str = "unipc", controls: Sequence[Control] = (),
                progress: Callable[[int, int, int, Tensor], None] | None = None, **denoising) -> Tensor:
         """From noise x (B, 4, h, w) to latents (B, 4, h, w), guided from the text states null (1 or
         B, 77, C) to text (B, 77, C). The rest as in `generate` and `denoiser`."""
-        people = list(subjects or [[]] * len(text))
-        if guidance_scale == 1:
-            denoise = self.denoiser(text, people, **denoising)
-        else:
-            both = torch.cat([null.expand_as(text), text])
-            nobody = [None if found is None else [] for found in people]
-            denoise = guided(self.denoiser(both, nobody + people, **denoising), guidance_scale)
+        for control in controls:
+            self.check_controlnet(control.net)
+        states, people = text, list(subjects or [[]] * len(text))
+        if guidance_scale != 1:
+            states = torch.cat([null.expand_as(text), text])
+            people = [None if found is None else [] for found in people] + people
+        steer = steering(controls, states, len(text), steps)
+        denoise = self.denoiser(states, people, steer=steer, **denoising)
+        if guidance_scale != 1:
+            denoise = guided(denoise, guidance_scale)
         return SAMPLERS[sampler](denoise, x, steps=steps, progress=progress)
 
     @torch.no_grad()
@@ -179,13 +240,15 @@ class Pipeline:
                 between the two branches, in the background as well.
             size: (height, width) in pixels, multiples of the VAE's cell; None is config.json's.
             clip_skip: the text encoder's layer that is used, counted from the last, 1.
-            sampling: of `sample`: steps (20), guidance_scale (5.0), sampler ("unipc" or "ddim") and
-                progress, called after each step as (step, steps, t, predicted clean latents);
+            sampling: of `sample`: steps (20), guidance_scale (5.0), sampler ("unipc" or "ddim"),
+                controls, whose effects are added up, and progress, called after each step as
+                (step, steps, t, predicted clean latents);
                 of `denoiser`: prior_only, to draw with the base model; prior_above (800), the
                 timesteps from which on it draws anyway; strength (1.0), a factor of the personalized
                 experts' weight.
         Returns: (B, 3, H, W) in [-1, 1], float32 on the CPU.
-        Raises ValueError for bad sizes and clip skips and, from the sampler, for bad steps.
+        Raises ValueError for bad sizes and clip skips, ControlNets of other models and, from the
+        sampler, for bad steps.
         """
         x = self.noise(seeds, size)
         if isinstance(prompts, Tensor):
@@ -193,6 +256,14 @@ class Pipeline:
         else:
             null, text = self.encode_text([negative_prompt, *prompts], clip_skip).split([1, len(prompts)])
         return self.decode(self.sample(x, text, null, subjects, **sampling))
+
+    def check_controlnet(self, net: ControlNet) -> None:
+        """Raise ValueError unless a ControlNet has the sizes of this UNet and of this VAE's cells."""
+        wanted = {**asdict(self.models.unet.cfg), "factor": self.models.vae.cfg.factor}
+        found = {**asdict(net.cfg), "factor": net.cfg.factor}
+        wrong = [f"{k} {found[k]}, not {v}" for k, v in wanted.items() if found[k] != v]
+        if wrong:
+            raise ValueError(f"the ControlNet was made for another base model: it has {'; '.join(wrong)}")
 
     def noise(self, seeds: Sequence[int | Tensor], size: tuple[int, int] | None = None) -> Tensor:
         """(B, 4, h, w) noise, each picture's drawn on the CPU from its own seed, or given (4, h, w)."""

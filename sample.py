@@ -2,6 +2,7 @@
 
     python sample.py --subject examples/ada.png --prompt "a woman riding a bike on the beach"
     python sample.py --subject woman=a.png --subject man=b.png --prompt "a man and a woman dancing" --num 4
+    python sample.py --controlnet weights/toyworld --control-image examples/dance.png --prompt "two girls ..."
     python sample.py --from-file prompts.jsonl --output pictures
 
 Without --weights it uses the small cartoon world that ships with the code; for Stable Diffusion 1.5
@@ -20,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import command
-from subjects import (SUBJECT, Place, bind_subjects, encode_person, keep_photos, make_subjects,
+from subjects import (SUBJECT, Place, bind_subjects, encode_person, make_subjects,
                       read_photos)
 
 
@@ -55,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
     check(args)
     files, sheet = plan_files(args)
     places = bind_subjects(args.prompt, args.subject)
-    keep_photos([file for place in places for file in place.files], [*files, sheet, args.save_routing])
+    command.keep_photos(args, places, [*files, sheet, args.save_routing])
     from pictures import RoutingSheet
     photos = read_photos(places)
     pipeline = load(args, people=bool(places))
@@ -171,7 +172,7 @@ def run_file(args: argparse.Namespace) -> None:
     if not args.prior_only:
         cast(args, pipeline, mine.values())
         places = [place for line in mine.values() for place in line.places]
-        keep_photos([file for place in places for file in place.files], list(mine))
+        command.keep_photos(args, places, list(mine))
     from pictures import read_settings
     settings = {file: {**describe(args, line.prompt, line.places), "seed": line.seed}
                 for file, line in mine.items()}

@@ -4,6 +4,7 @@
     python train.py clip  --output runs/clip  --weights runs/vae
     python train.py prior --output runs/prior --weights runs/clip
     python train.py moa   --output runs/moa   --weights runs/prior
+    python train.py controlnet --output runs/controlnet --weights runs/prior
     python train.py judge --output runs/judge
 
     torchrun --nproc-per-node 4 train.py moa --output runs/moa --weights runs/prior
@@ -34,12 +35,12 @@ from pathlib import Path
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["vae", "clip", "prior", "moa", "judge"])
+    parser.add_argument("stage", choices=["vae", "clip", "prior", "moa", "controlnet", "judge"])
     parser.add_argument("--output", required=True, type=Path, help="folder of the run")
     parser.add_argument("--preset", default="toyworld", choices=["toyworld", "sd15"],
                         help="sizes and hyperparameters (default toyworld)")
     parser.add_argument("--weights", type=Path,
-                        help="folder with the models that the stage builds on (clip, prior, moa)")
+                        help="folder with the models that the stage builds on (clip, prior, moa, controlnet)")
     parser.add_argument("--moa", type=Path, help="MoA file to go on from (moa; default: from the base model)")
     parser.add_argument("--data", type=Path,
                         help="dataset in FastComposer's layout (default: the small world, rendered)")

@@ -17,16 +17,19 @@ from torch import Tensor
 
 from models.clip_image import CLIPImageConfig, CLIPImageEncoder
 from models.clip_text import CLIPTextConfig, CLIPTextEncoder, Tokenizer
+from models.controlnet import ControlNet, ControlNetConfig
 from models.unet import UNet, UNetConfig
 from models.vae import AutoencoderKL, VAEConfig
 
-# Part of a weights folder -> (its class, the class of its sizes).
+# Part of a base model -> (its class, the class of its sizes).
 PARTS: dict[str, tuple[type[nn.Module], type]] = {
     "unet": (UNet, UNetConfig),
     "vae": (AutoencoderKL, VAEConfig),
     "text_encoder": (CLIPTextEncoder, CLIPTextConfig),
     "image_encoder": (CLIPImageEncoder, CLIPImageConfig),
 }
+# The same with what may lie beside it, or in a folder of its own.
+ALL_PARTS = {**PARTS, "controlnet": (ControlNet, ControlNetConfig)}
 # What a checkpoint of train.py holds. `moa` is the config of the MoA file that can be made of it.
 CHECKPOINT = {"run": dict, "step": int, "parameters": dict, "average": dict, "optimizer": dict,
               "moa": dict | None}
@@ -76,7 +79,7 @@ def read_config(folder: Path) -> dict:
 
 def build_config(config: dict, part: str):
     """The sizes of one part, as its dataclass. Raises WeightsError."""
-    cls = PARTS[part][1]
+    cls = ALL_PARTS[part][1]
     try:
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in config[part].items()})
     except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
@@ -89,7 +92,7 @@ def load_part(folder: Path, part: str, device="cpu", dtype: torch.dtype = torch.
     cfg = build_config(read_config(folder), part)
     try:
         with torch.device("meta"):
-            module = PARTS[part][0](cfg)
+            module = ALL_PARTS[part][0](cfg)
     except (ArithmeticError, AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
         raise WeightsError(f"the sizes of {part!r} in config.json do not make a model: {error}") from error
     path = folder / f"{part}.safetensors"
@@ -152,7 +155,7 @@ def carry_over(source: Path, folder: Path) -> None:
     """Copy all models of the weights folder `source`, with their sizes, into `folder`."""
     source, folder = Path(source), Path(folder)
     config = read_config(source)
-    names = [name for name in PARTS if (source / f"{name}.safetensors").exists()]
+    names = [name for name in ALL_PARTS if (source / f"{name}.safetensors").exists()]
     for name in names:
         write_whole(folder / f"{name}.safetensors", partial(shutil.copyfile, source / f"{name}.safetensors"))
     kept = {k: v for k, v in config.items() if k != "training"}

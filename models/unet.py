@@ -3,7 +3,7 @@
 Module names are those of the ecosystem's files, so a converted checkpoint, a LoRA or a ControlNet
 finds its layers by name. With the default config: 686 tensors, 859,520,964 parameters.
 """
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -116,37 +116,56 @@ class TimestepEmbedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(features)))
 
 
-class UNet(nn.Module):
-    """Noise predictor: `unet(x, t, context) -> eps`."""
+class UNetEncoder(nn.Module):
+    """The UNet's first half, down to its middle: what a ControlNet is a copy of."""
 
     def __init__(self, cfg: UNetConfig):
         super().__init__()
         self.cfg = cfg
-        levels = range(len(cfg.channels))
         self.conv_in = nn.Conv2d(cfg.latent_channels, cfg.channels[0], 3, padding=1)
         self.time_embedding = TimestepEmbedding(cfg.channels[0])
-        self.down_blocks = nn.ModuleList(DownBlock(cfg, level) for level in levels)
+        self.down_blocks = nn.ModuleList(DownBlock(cfg, level) for level in range(len(cfg.channels)))
         self.mid_block = MidBlock(cfg)
-        self.up_blocks = nn.ModuleList(UpBlock(cfg, level) for level in reversed(levels))
+
+    def encode(self, x: Tensor, t: Tensor, context, hint: Tensor | None = None
+               ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Noisy latents (B, 4, h, w) -> the time embedding, the coarsest feature map, and all skips from
+        the finest on, 12 in SD1.5. `hint` (B, D, h, w) is added behind the first convolution."""
+        emb = self.time_embedding(t)
+        x = self.conv_in(x)
+        if hint is not None:
+            x = x + hint
+        skips = [x]
+        for block in self.down_blocks:
+            x, block_skips = block(x, emb, context)
+            skips += block_skips
+        return emb, self.mid_block(x, emb, context), skips
+
+
+class UNet(UNetEncoder):
+    """Noise predictor: `unet(x, t, context) -> eps`."""
+
+    def __init__(self, cfg: UNetConfig):
+        super().__init__(cfg)
+        self.up_blocks = nn.ModuleList(UpBlock(cfg, level) for level in reversed(range(len(cfg.channels))))
         self.conv_norm_out = nn.GroupNorm(cfg.groups, cfg.channels[0], RESNET_EPS)
         self.conv_out = nn.Conv2d(cfg.channels[0], cfg.latent_channels, 3, padding=1)
 
-    def forward(self, x: Tensor, t: Tensor, context) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, context, residuals: Sequence[Tensor] = ()) -> Tensor:
         """Predict the noise.
 
         Args:
             x: (B, 4, h, w) noisy latents.
             t: (B,) int64 timesteps in 0..999.
             context: (B, M, C) prompt tokens; after `add_moa` also an `ExpertContext`.
-        Returns: eps (B, 4, h, w).
+            residuals: what a ControlNet adds to the skips and, the last one, to the middle.
+        Returns: eps (B, 4, h, w). Raises ValueError for another number of residuals.
         """
-        emb = self.time_embedding(t)
-        x = self.conv_in(x)
-        skips = [x]
-        for block in self.down_blocks:
-            x, block_skips = block(x, emb, context)
-            skips += block_skips
-        x = self.mid_block(x, emb, context)
+        emb, x, skips = self.encode(x, t, context)
+        if residuals:
+            *beside, middle = residuals
+            skips = [skip + residual for skip, residual in zip(skips, beside, strict=True)]
+            x = x + middle
         for block in self.up_blocks:
             x = block(x, emb, context, skips)
         return self.conv_out(F.silu(self.conv_norm_out(x)))

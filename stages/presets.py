@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from data import toyworld
 from models.clip_image import CLIPImageConfig
 from models.clip_text import BOS, EOS, CLIPTextConfig
+from models.controlnet import ControlNetConfig
 from models.open_clip_import import open_clip
 from models.unet import UNetConfig
 from models.vae import VAEConfig
@@ -56,6 +57,8 @@ TOYWORLD = {
                        lambda_router=3e-5, lambda_object=3e-3, masked_probability=0.5,
                        # Cells of the 2 x 2 and 4 x 4 layers hold people and background at once.
                        router_layers=(0, 1, 2, 3, 10, 11, 12, 13, 14, 15)),
+    # Half of the prompts empty, as in the paper, so that the skeleton has to tell what is to be seen.
+    "controlnet": TrainConfig(steps=1500, batch_size=16, lr=1e-3, ema=0.995, null_probability=0.5),
     "judge": TrainConfig(steps=4500, batch_size=32, lr=2e-3, ema=0.998, bf16=True),
 }
 # The paper's Table 1 and section 4.1; where it is silent FastComposer's released code and script, whose
@@ -91,8 +94,10 @@ def make_config(preset: str, stage: str, **changes) -> TrainConfig:
 
 # Sizes of the small world's models. The UNet has SD1.5's four levels and two layers, so 686 tensors
 # and 32 attention layers.
+SIZES = {"channels": (32, 64, 96, 96), "heads": 4, "context_dim": 128, "groups": 8}
 SMALL = {
-    "unet": UNetConfig(channels=(32, 64, 96, 96), heads=4, context_dim=128, groups=8),
+    "unet": UNetConfig(**SIZES),
+    "controlnet": ControlNetConfig(**SIZES, hint_channels=(8, 16, 32, 64)),
     "vae": VAEConfig(channels=(16, 32, 64, 96), layers=1, groups=8),
     "text_encoder": CLIPTextConfig(dim=128, layers=3, heads=4),
     "image_encoder": CLIPImageConfig(image_size=64, patch_size=8, dim=128, layers=4, heads=4, output_dim=128),

@@ -45,6 +45,21 @@ def ldm_unet(state: dict) -> dict:
     return out
 
 
+def ldm_controlnet(state: dict) -> dict:
+    """lllyasviel's names of a ControlNet with 12 + 1 zero convolutions, without their prefix."""
+    hint = "controlnet_cond_embedding."
+    places = {f"controlnet_down_blocks.{i}.": f"zero_convs.{i}.0." for i in range(12)}
+    places |= {"controlnet_mid_block.": "middle_block_out.0.", f"{hint}conv_in.": "input_hint_block.0.",
+               f"{hint}conv_out.": "input_hint_block.14."}
+    places |= {f"{hint}blocks.{i}.": f"input_hint_block.{2 * i + 2}." for i in range(6)}
+    added = {k: v for k, v in state.items() if k.startswith("controlnet_")}
+    out = ldm_unet({k: v for k, v in state.items() if k not in added})
+    for key, value in added.items():
+        place = next(p for p in places if key.startswith(p))
+        out[places[place] + key.removeprefix(place)] = value
+    return out
+
+
 def ldm_vae(state: dict, dimensions: int = 4) -> dict:
     places = {f"{side}.mid_block.{theirs}": f"{side}.mid.{name}" for side in ("encoder", "decoder")
               for theirs, name in (("resnets.0", "block_1"), ("resnets.1", "block_2"),
@@ -212,4 +227,20 @@ LAYOUTS: dict[str, Callable[[dict, Path], list]] = {
         "--vae", put(old_vae(states["vae"]), folder / "vae.safetensors"), put(
             {k: v for k, v in ldm(states).items() if "first_stage" not in k}, folder / "model.safetensors"),
         "--image-encoder", put(openai_names(states), folder / "clip.safetensors")],
+}
+
+
+# The same for a ControlNet: (its state, the base model's UNet, folder) -> the converter's argument.
+CONTROLNET_LAYOUTS: dict[str, Callable[[dict, dict, Path], Path]] = {
+    "ControlNet v1.1, fp32 `.pth`": lambda state, unet, folder: put(
+        under("control_model.", ldm_controlnet(state)), folder / "control_v11p_sd15_openpose.pth"),
+    "ControlNet v1.0, `.pth` with the whole model": lambda state, unet, folder: put(
+        {"state_dict": extras() | under("model.diffusion_model.", ldm_unet(unet))
+         | under("control_model.", ldm_controlnet(state))}, folder / "control_sd15_openpose.pth"),
+    "ControlNet, fp16 `.safetensors`, names without prefix": lambda state, unet, folder: put(
+        half(ldm_controlnet(state)), folder / "control.safetensors"),
+    "ControlNet, diffusers' `.safetensors`, bf16": lambda state, unet, folder: put(
+        half(state, torch.bfloat16), folder / "diffusion_pytorch_model.safetensors"),
+    "ControlNet, diffusers' folder, fp16 `.bin`": lambda state, unet, folder: put(
+        half(state), folder / "bins" / "diffusion_pytorch_model.fp16.bin").parent,
 }

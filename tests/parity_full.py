@@ -5,7 +5,8 @@
 
 It saves the public models with random tensors, writes them in each layout that the converter reads, converts
 each, compares the outputs of every converted model with the public one's, exports to diffusers and compares
-again, and draws a picture with random MoA. The tests use its functions at small sizes.
+again, draws a picture with random MoA, and does the same for a ControlNet and the UNet that it steers. The
+tests use its functions at small sizes.
 """
 import argparse
 import filecmp
@@ -27,17 +28,18 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 import conftest  # noqa: F401  mends torchvision
 
-from layouts import LAYOUTS, WEIGHTS, open_clip_names, read_states
+from layouts import CONTROLNET_LAYOUTS, LAYOUTS, WEIGHTS, open_clip_names, read_states
 from models.clip_image import CLIPImageConfig
 from models.clip_text import BOS, EOS, CLIPTextConfig, CLIPTextEncoder
-from models.load import PARTS, load_part
+from models.controlnet import ControlNet, ControlNetConfig
+from models.load import ALL_PARTS, load_part
 from models.unet import UNetConfig
 from models.vae import AutoencoderKL, VAEConfig
 from moa import MultimodalPrompt, PromptConfig, add_moa, moa_layers, save_moa
 
 LIMIT = 2e-5  # of relative errors
 PARAMETERS = {"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480,
-              "image_encoder": 303_966_208}
+              "image_encoder": 303_966_208, "controlnet": 361_279_120}
 
 
 @torch.no_grad()
@@ -93,6 +95,15 @@ def public_unet(cfg: UNetConfig) -> nn.Module:
         attention_head_dim=cfg.heads, cross_attention_dim=cfg.context_dim, norm_num_groups=cfg.groups)
 
 
+def public_controlnet(cfg: ControlNetConfig) -> nn.Module:
+    from diffusers import ControlNetModel
+    return ControlNetModel(
+        in_channels=cfg.latent_channels, block_out_channels=cfg.channels, layers_per_block=cfg.layers,
+        down_block_types=("CrossAttnDownBlock2D",) * (len(cfg.channels) - 1) + ("DownBlock2D",),
+        attention_head_dim=cfg.heads, cross_attention_dim=cfg.context_dim, norm_num_groups=cfg.groups,
+        conditioning_embedding_out_channels=cfg.hint_channels, global_pool_conditions=cfg.global_pool)
+
+
 def public_vae(cfg: VAEConfig) -> nn.Module:
     from diffusers import AutoencoderKL as Theirs
     levels = len(cfg.channels)
@@ -120,7 +131,7 @@ def public_image_encoder(cfg: CLIPImageConfig) -> nn.Module:
 
 
 PUBLIC = {"unet": public_unet, "vae": public_vae, "text_encoder": public_text_encoder,
-          "image_encoder": public_image_encoder}
+          "image_encoder": public_image_encoder, "controlnet": public_controlnet}
 
 
 def public(part: str, cfg) -> nn.Module:
@@ -136,7 +147,7 @@ def pair(part: str, cfg) -> tuple[nn.Module, nn.Module]:
         state = {f"text_model.{k.removeprefix('text_model.')}": v for k, v in state.items()}
     if part == "image_encoder":
         state = open_clip_names(state)
-    return adopt(PARTS[part][0], cfg, state), theirs
+    return adopt(ALL_PARTS[part][0], cfg, state), theirs
 
 
 # Part -> what it computes, whether it is ours or the public one, from its sizes and fixed inputs.
@@ -147,6 +158,32 @@ def unet_outputs(model, cfg: UNetConfig, height: int = 10, width: int = 14, batc
     x = random(batch, cfg.latent_channels, height, width)
     out = model(x, torch.tensor([7, 981])[:batch], random(batch, tokens, cfg.context_dim, seed=2))
     return {"eps": out if isinstance(out, Tensor) else out.sample}
+
+
+@torch.no_grad()
+def controlnet_outputs(model, cfg: ControlNetConfig, height: int = 10, width: int = 14) -> dict[str, Tensor]:
+    hint = random(2, 3, height * cfg.factor, width * cfg.factor, seed=3).sigmoid()
+    inputs = (random(2, cfg.latent_channels, height, width), torch.tensor([7, 981]),
+              random(2, 77, cfg.context_dim, seed=2), hint)
+    if isinstance(model, ControlNet):
+        residuals = model(*inputs)
+    else:
+        out = model(*inputs)
+        residuals = [*out.down_block_res_samples, out.mid_block_res_sample]
+    return {f"residual {i}": residual for i, residual in enumerate(residuals)}
+
+
+@torch.no_grad()
+def controlled_outputs(unet, residuals: dict[str, Tensor], cfg: ControlNetConfig, height: int = 10,
+                       width: int = 14) -> dict[str, Tensor]:
+    """Of a UNet with a ControlNet's residuals."""
+    inputs = (random(2, cfg.latent_channels, height, width), torch.tensor([7, 981]),
+              random(2, 77, cfg.context_dim, seed=2))
+    *skips, middle = residuals.values()
+    if type(unet).__module__ == "models.unet":
+        return {"eps": unet(*inputs, [*skips, middle])}
+    return {"eps": unet(*inputs, down_block_additional_residuals=skips,
+                        mid_block_additional_residual=middle).sample}
 
 
 @torch.no_grad()
@@ -183,7 +220,7 @@ def image_outputs(model, cfg: CLIPImageConfig) -> dict[str, Tensor]:
 
 
 OUTPUTS = {"unet": unet_outputs, "vae": vae_outputs, "text_encoder": text_outputs,
-           "image_encoder": image_outputs}
+           "image_encoder": image_outputs, "controlnet": controlnet_outputs}
 
 
 def errors(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str, float]:
@@ -202,6 +239,9 @@ SMALL = {"unet": UNetConfig(channels=(32, 64, 96, 96), context_dim=32),  # 686 t
          "text_encoder": CLIPTextConfig(dim=32, layers=3, heads=1),
          "image_encoder": CLIPImageConfig(image_size=32, patch_size=8, dim=128, layers=2, heads=2,
                                           output_dim=24)}
+# Beside them, so that the layouts of a base model stay what they are.
+FULL_CONTROLNET = ControlNetConfig()
+SMALL_CONTROLNET = ControlNetConfig(channels=(32, 64, 96, 96), context_dim=32, hint_channels=(8, 16, 24, 32))
 # Runs a script in a fresh process and prints the most memory that it had, in KiB.
 MEASURED = """
 import runpy, sys
@@ -291,6 +331,28 @@ def write_moa(weights: Path, sizes: dict, path: Path) -> None:
     save_moa(unet, prompt, path)
 
 
+def prove_controlnet(cfg: ControlNetConfig, unet_cfg: UNetConfig, folder: Path) -> None:
+    """Layouts and conversion of a ControlNet, and the UNet that it steers. Raises AssertionError."""
+    theirs, out, layout = exact_in_half(public("controlnet", cfg)), folder / "out", folder / "layout"
+    expected, state = OUTPUTS["controlnet"](theirs, cfg), dict(theirs.state_dict())
+    steered, unet = pair("unet", unet_cfg)
+    controlled = controlled_outputs(unet, expected, cfg)
+    plain = OUTPUTS["unet"](unet, unet_cfg)["eps"]
+    assert relative_error(controlled["eps"], plain) > 0.01, "the ControlNet changes nothing"
+    for name, write in CONTROLNET_LAYOUTS.items():
+        layout.mkdir()
+        source = write(state, dict(unet.state_dict()), layout)
+        size = sum(f.stat().st_size for f in layout.rglob("*.*") if f.is_file()) / 1e9
+        seconds, peak = measure("weights/convert_controlnet.py", source, "--output", out)
+        model = load_part(out, "controlnet")
+        assert model.cfg == cfg and (cfg != FULL_CONTROLNET or count(model) == PARAMETERS["controlnet"])
+        found = OUTPUTS["controlnet"](model, cfg)
+        both = errors(found, expected) | errors(controlled_outputs(steered, found, cfg), controlled)
+        report(f"{name}, with its UNet", seconds, peak, max(both.values()), size)
+        shutil.rmtree(layout)
+        shutil.rmtree(out)
+
+
 def prove(sizes: dict, folder: Path, side: int) -> None:
     """Layouts, conversion, comparison, export, and a picture `side` pixels wide. Raises AssertionError."""
     started, saved, out = time.time(), folder / "saved", folder / "out"
@@ -339,6 +401,8 @@ def prove(sizes: dict, folder: Path, side: int) -> None:
         with Image.open(picture) as image:
             assert image.size == (side, side) and ImageStat.Stat(image).stddev[0] > 1
         report(f"a picture of {side}x{side} in 2 steps, with MoA, {dtype}", seconds, peak)
+    shutil.rmtree(out)
+    prove_controlnet(FULL_CONTROLNET if sizes is FULL else SMALL_CONTROLNET, sizes["unet"], folder)
     report("the whole proof, in its own process", time.time() - started, own_peak())
 
 

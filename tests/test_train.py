@@ -22,17 +22,21 @@ import stages
 import train
 from data import build, toyworld
 from data.dataset import render_cache
+from data.skeleton import draw_skeletons, scene_joints
 from models import load_models
 from models.clip_image import CLIPImageConfig
 from models.clip_text import CLIPTextConfig
+from models.controlnet import ControlNetConfig
 from models.load import PARTS, load_part, read_tensors
-from models.unet import UNetConfig
+from models.unet import UNet, UNetConfig
 from models.vae import VAEConfig
 from pipeline import Pipeline
 from tests.test_build import write_scene
 
+SIZES = {"channels": (8, 8, 16, 16), "heads": 2, "context_dim": 16, "groups": 4}
 SMALL = {
-    "unet": UNetConfig(channels=(8, 8, 16, 16), heads=2, context_dim=16, groups=4),
+    "unet": UNetConfig(**SIZES),
+    "controlnet": ControlNetConfig(**SIZES, hint_channels=(4, 4, 8, 8)),
     "vae": VAEConfig(channels=(8, 8, 8, 8), layers=1, groups=4),
     "text_encoder": CLIPTextConfig(dim=16, layers=1, heads=2),
     "image_encoder": CLIPImageConfig(image_size=32, patch_size=8, dim=16, layers=1, heads=2, output_dim=16),
@@ -79,8 +83,8 @@ def place(tmp_path_factory):
 
 
 CODE = "v1-2-gabcdef-dirty"
-STEPS = {"vae": 6, "clip": 3, "prior": 6, "moa": 6, "judge": 3}
-PREVIOUS = {"clip": "vae", "prior": "clip", "moa": "prior"}
+STEPS = {"vae": 6, "clip": 3, "prior": 6, "moa": 6, "controlnet": 6, "judge": 3}
+PREVIOUS = {"clip": "vae", "prior": "clip", "moa": "prior", "controlnet": "prior"}
 
 
 def options_of(stage: str, runs: Path) -> list:
@@ -90,7 +94,7 @@ def options_of(stage: str, runs: Path) -> list:
 
 @pytest.fixture(scope="module")
 def runs(place) -> Path:
-    """All five stages, each on the one before it."""
+    """All stages, each on the one before it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "git_describe", lambda: CODE)
         for stage in STEPS:
@@ -181,12 +185,13 @@ def test_each_folder_is_the_next_stage_s_weights(runs):
     assert held["clip"] == {"vae", "text_encoder", "image_encoder"}
     assert held["prior"] == set(PARTS)
     assert held["moa"] == set(PARTS) | {"moa", "subjects"}
+    assert held["controlnet"] == set(PARTS) | {"controlnet"}
     assert held["judge"] == {"judge"}
     for stage, before in PREVIOUS.items():
         for part in held[before]:
             name = f"{part}.safetensors"
             assert (runs / stage / name).read_bytes() == (runs / before / name).read_bytes()
-    for stage in ("vae", "clip", "prior", "moa"):
+    for stage in ("vae", "clip", "prior", "moa", "controlnet"):
         for part in held[stage] & set(PARTS):
             assert load_part(runs / stage, part).cfg == load_part(runs / "moa", part).cfg
     assert load_models(runs / "prior").image_encoder is not None
@@ -263,6 +268,39 @@ def test_moa_trains_its_own_parameters_and_no_others(runs, tmp_path):
         assert len(changed & of_kind) > 0.9 * len(of_kind), kind
 
 
+def test_a_controlnet_trains_alone_and_learns_at_every_layer(runs, tmp_path):
+    """Its zero convolutions move first, what lies behind them next; the base stays what it was."""
+    stage = make_stage("controlnet", runs, steps=4, warmup=1, ema=0.0)
+    frozen = [stage.unet, stage.encode.vae, stage.encode.text_encoder]
+    before = [{k: v.clone() for k, v in m.state_dict().items()} for m in (stage.module, *frozen)]
+    with torch.no_grad():
+        base = UNet(SMALL["unet"]).requires_grad_(False)
+        base.load_state_dict(read_tensors(runs / "prior" / "unet.safetensors"))
+        x, eps, t, text, _ = stage.noised(stage.encoded(0), 0)
+        plain = (base(x, t, text) - eps).square().mean()
+        assert stage.loss(0)[1]["eps"].item() == pytest.approx(plain.item(), rel=1e-5)  # at the start
+    train_stage(stage, tmp_path / "run")
+    after = [m.state_dict() for m in (stage.module, *frozen)]
+    for was, now in zip(before[1:], after[1:], strict=True):
+        assert all(torch.equal(was[k], now[k]) for k in was)
+    still = {k for k in before[0] if torch.equal(before[0][k], after[0][k])}
+    assert not still
+    net = load_part(tmp_path / "run", "controlnet")
+    assert net.cfg == SMALL["controlnet"]
+    assert all(torch.allclose(v, after[0][k], atol=1e-3) for k, v in net.state_dict().items())
+
+
+def test_a_controlnet_is_given_the_skeleton_of_its_scene(runs, monkeypatch):
+    stage, seen = make_stage("controlnet", runs), []
+    stage.module.register_forward_pre_hook(lambda _, args: seen.append(args[3]))
+    stage.loss(3)
+    for (index, _), hint in zip(stage.order(3), seen[0], strict=True):
+        joints = scene_joints(toyworld.sample_scene(int(index), "train"))
+        assert torch.equal((hint * 255).round().byte().permute(1, 2, 0), torch.tensor(draw_skeletons(joints)))
+        caption = toyworld.sample_scene(int(index), "train").caption
+        assert stage.samples.captions[index] == caption
+
+
 @pytest.mark.parametrize(("name", "factor"), [("vae", 0.8), ("prior", 0.97), ("moa", 0.9)])
 def test_the_loss_goes_down_on_a_few_pictures(name, factor, runs, tmp_path):
     """For moa by its router loss: on this poor base the experts have little to win in so few steps."""
@@ -310,7 +348,7 @@ def test_steps_whose_gradient_is_not_finite(bad, status, runs, tmp_path, monkeyp
         assert "go on from the newest of" in last
 
 
-@pytest.mark.parametrize("stage", ["vae", "prior", "moa"])
+@pytest.mark.parametrize("stage", ["vae", "prior", "moa", "controlnet"])
 def test_accumulation_is_the_same_run(stage, runs, tmp_path):
     assert run(*options_of(stage, runs), "--accumulate", 2, "--output", tmp_path / "run") == 0
     assert_close_runs(tmp_path / "run", runs / stage, stage)
@@ -336,7 +374,7 @@ class Killed(BaseException):
     """What SIGKILL would be."""
 
 
-@pytest.mark.parametrize("stage", ["vae", "moa"])
+@pytest.mark.parametrize("stage", ["vae", "moa", "controlnet"])
 @pytest.mark.parametrize("stop", ["killed", "interrupted"])
 def test_a_stopped_run_goes_on_to_the_same_weights(stage, stop, runs, tmp_path, monkeypatch, capsys):
     options = [*options_of(stage, runs), "--checkpoint-every", 2, "--output", tmp_path / "run"]
@@ -530,6 +568,7 @@ def test_what_cannot_be_shared_between_processes(runs, tmp_path):
     (["prior"], "the prior needs --weights"), (["moa"], "moa needs --weights"),
     (["prior", "--weights", "nowhere"], "nowhere"), (["clip", "--weights", "nowhere"], "nowhere"),
     (["moa", "--weights", "vae"], "unet"), (["vae", "--weights", "clip"], "cannot use --weights"),
+    (["controlnet"], "controlnet needs --weights"), (["controlnet", "--weights", "clip"], "unet"),
     (["vae", "--preset", "sd15"], "preset sd15 has no stage vae"),
     (["clip", "--batch-size", 3], "--batch-size 4"), (["vae", "--device", "tpu0"], "tpu0"),
     (["vae", "--data", "nowhere"], "image_ids_train.txt")])

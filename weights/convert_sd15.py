@@ -39,13 +39,14 @@ from tqdm import tqdm
 
 # A script has only its own folder on the path. Sizes, names and the writer are those of the loader.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from models.load import PARTS, WeightsError, build_config, differences, write_json, write_whole
+from models.load import ALL_PARTS, PARTS, WeightsError, build_config, differences, write_json, write_whole
 
 REQUIRED = ("unet", "vae", "text_encoder")
 DTYPES = {"keep": None, "fp16": torch.float16, "fp32": torch.float32}
 DEFAULTS = {"image_size": 512, "sampling": {"guidance_scale": 5.0, "steps": 20}}
 TAKES = "this project takes Stable Diffusion 1.5 only"
-LABELS = {"unet": "UNet", "vae": "VAE", "text_encoder": "text encoder", "image_encoder": "image encoder"}
+LABELS = {"unet": "UNet", "vae": "VAE", "text_encoder": "text encoder", "image_encoder": "image encoder",
+          "controlnet": "ControlNet"}
 OWN = "weights folder"
 
 
@@ -93,6 +94,12 @@ class Part:
     settings: dict
     cfg: object = None  # its sizes, where the source is a weights folder; otherwise the shapes tell
     ema: str = "none in the source"
+
+    def add(self, name: str, key: str, tensor: Lazy) -> None:
+        """Take a tensor, which the file calls `key`, under its clean name. Raises Refusal."""
+        if name in self.tensors:
+            raise WrongTensors(f"{self.path} has {name} twice, once as {key}: it is a faulty merge")
+        self.tensors[name] = tensor
 
 
 @dataclass
@@ -328,19 +335,18 @@ FOREIGN = {
     r"time_embed(ding)?\.cond_proj\.": "an LCM (latent consistency) checkpoint",
     r"^v_pred$": "a v-prediction checkpoint",
 }
-CONTROLNET = {r"^(control_model|controlnet_cond_embedding|input_hint_block|zero_convs)\.": "a ControlNet"}
+CONTROLNET = {r"^(control_model|controlnet_cond_embedding|input_hint_block|zero_convs)\.":
+              "a ControlNet, which weights/convert_controlnet.py reads"}
 CHANNELS = {9: "an inpainting", 8: "an instruct-pix2pix", 5: "a depth-to-image", 7: "an upscaler"}
 CONTEXTS = {1024: "an SD2", 2048: "an SDXL", 1280: "an SDXL refiner"}
 
 
-def refuse_foreign(state: State, path: Path) -> None:
-    """Raise Refusal for everything that is not a part of Stable Diffusion 1.5."""
+def refuse_foreign(state: State, path: Path, foreign: dict[str, str], wanted: str) -> None:
+    """Raise Refusal for everything that is not a part of Stable Diffusion 1.5; `wanted` is what to give."""
     def refuse(what: str, evidence: str) -> None:
-        raise WrongKind(f"{path} is {what} ({evidence}): {TAKES}; give the base model's file")
+        raise WrongKind(f"{path} is {what} ({evidence}): {TAKES}; give {wanted}")
 
-    # The first ControlNets came in one file with the whole model, which will do.
-    whole = any(key.startswith("model.diffusion_model.") for key in state)
-    for pattern, what in (FOREIGN if whole else FOREIGN | CONTROLNET).items():
+    for pattern, what in foreign.items():
         for key in filter(re.compile(pattern).search, state):
             refuse(what, f"{key} found")
     if len(state) == 1 and re.fullmatch(r"[^.]+", next(iter(state))):
@@ -366,7 +372,9 @@ DROPPED = re.compile(r"(.*\.)?position_ids|loss\..*|logit_(scale|bias)|text_proj
 
 def split(state: State, path: Path, settings: dict, ema: str, notes: Notes) -> dict[str, Part]:
     """Sort tensors into parts, rename them, drop what no part needs. Raises Refusal."""
-    refuse_foreign(state, path)
+    # The first ControlNets came in one file with the whole model, which will do.
+    whole = any(key.startswith("model.diffusion_model.") for key in state)
+    refuse_foreign(state, path, FOREIGN if whole else FOREIGN | CONTROLNET, "the base model's file")
     single = any(key.startswith(tuple(LDM)) for key in state)
     state, choice = take_ema(state, ema, path) if single else (state, Part.ema)
     parts: dict[str, Part] = {}
@@ -378,10 +386,7 @@ def split(state: State, path: Path, settings: dict, ema: str, notes: Notes) -> d
             check_positions(key, tensor, notes)
             continue
         found = parts.setdefault(part, Part({}, path, "LDM" if single else layout(part, state), settings))
-        clean = rename(part, name)
-        if clean in found.tensors:
-            raise WrongTensors(f"{path} has {clean} twice, once as {key}: it is a faulty merge")
-        found.tensors[clean] = tensor
+        found.add(rename(part, name), key, tensor)
     if "image_encoder" in parts:
         join_vision(parts["image_encoder"].tensors)
     if not parts:
@@ -452,17 +457,28 @@ def output_block(match: re.Match) -> str:
     return f"up_blocks.{block}.{'resnets' if match[2] == '0' else 'attentions'}.{layer}."
 
 
+def hint_layer(match: re.Match) -> str:
+    layer = int(match[1]) // 2  # every second one is an activation
+    name = {0: "conv_in", 7: "conv_out"}.get(layer, f"blocks.{layer - 1}")
+    return f"controlnet_cond_embedding.{name}."
+
+
+UNET = (
+    (r"^time_embed\.0\.", "time_embedding.linear_1."), (r"^time_embed\.2\.", "time_embedding.linear_2."),
+    (r"^input_blocks\.0\.0\.", "conv_in."), (r"^out\.0\.", "conv_norm_out."), (r"^out\.2\.", "conv_out."),
+    (r"^middle_block\.1\.", "mid_block.attentions.0."), (r"^middle_block\.0\.", "mid_block.resnets.0."),
+    (r"^middle_block\.2\.", "mid_block.resnets.1."),
+    (r"^input_blocks\.(\d+)\.(0\.op|\d)\.", input_block),
+    (r"^output_blocks\.(\d+)\.(\d\.conv|\d)\.", output_block),
+    (r"\.in_layers\.0\.", ".norm1."), (r"\.in_layers\.2\.", ".conv1."),
+    (r"\.out_layers\.0\.", ".norm2."), (r"\.out_layers\.3\.", ".conv2."),
+    (r"\.emb_layers\.1\.", ".time_emb_proj."), (r"\.skip_connection\.", ".conv_shortcut."))
 RULES = {
-    "unet": (
-        (r"^time_embed\.0\.", "time_embedding.linear_1."), (r"^time_embed\.2\.", "time_embedding.linear_2."),
-        (r"^input_blocks\.0\.0\.", "conv_in."), (r"^out\.0\.", "conv_norm_out."), (r"^out\.2\.", "conv_out."),
-        (r"^middle_block\.1\.", "mid_block.attentions.0."), (r"^middle_block\.0\.", "mid_block.resnets.0."),
-        (r"^middle_block\.2\.", "mid_block.resnets.1."),
-        (r"^input_blocks\.(\d+)\.(0\.op|\d)\.", input_block),
-        (r"^output_blocks\.(\d+)\.(\d\.conv|\d)\.", output_block),
-        (r"\.in_layers\.0\.", ".norm1."), (r"\.in_layers\.2\.", ".conv1."),
-        (r"\.out_layers\.0\.", ".norm2."), (r"\.out_layers\.3\.", ".conv2."),
-        (r"\.emb_layers\.1\.", ".time_emb_proj."), (r"\.skip_connection\.", ".conv_shortcut.")),
+    "unet": UNET,
+    "controlnet": (
+        (r"^zero_convs\.(\d+)\.0\.", r"controlnet_down_blocks.\1."),
+        (r"^middle_block_out\.0\.", "controlnet_mid_block."), (r"^input_hint_block\.(\d+)\.", hint_layer),
+        *UNET),
     "vae": (
         (r"^encoder\.down\.(\d)\.", r"encoder.down_blocks.\1."),
         (r"^decoder\.up\.(\d)\.", lambda match: f"decoder.up_blocks.{3 - int(match[1])}."),  # reversed
@@ -512,15 +528,19 @@ def join_vision(state: State) -> None:
 CONVOLUTIONAL = {"latent_channels": "latent_channels", "channels": "block_out_channels",
                  "layers": "layers_per_block", "groups": "norm_num_groups"}
 CLIP = {"dim": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads"}
+UNET_FIELDS = {**CONVOLUTIONAL, "latent_channels": "in_channels", "context_dim": "cross_attention_dim",
+               "heads": "attention_head_dim"}  # which is their number
 FIELDS = {
-    "unet": {**CONVOLUTIONAL, "latent_channels": "in_channels", "context_dim": "cross_attention_dim",
-             "heads": "attention_head_dim"},  # which is their number
+    "unet": UNET_FIELDS,
+    "controlnet": {**UNET_FIELDS, "hint_channels": "conditioning_embedding_out_channels",
+                   "global_pool": "global_pool_conditions"},
     "vae": CONVOLUTIONAL,
     "text_encoder": {**CLIP, "length": "max_position_embeddings", "vocabulary": "vocab_size"},
     "image_encoder": {**CLIP, "image_size": "image_size", "patch_size": "patch_size"},
 }
 # What the code has built in, so no other value will do.
-FIXED = {"prediction_type": "epsilon", "scaling_factor": 0.18215, "hidden_act": "quick_gelu"}
+FIXED = {"prediction_type": "epsilon", "scaling_factor": 0.18215, "hidden_act": "quick_gelu",
+         "controlnet_conditioning_channel_order": "rgb"}
 
 
 def count(state: State, pattern: str) -> int:
@@ -531,14 +551,15 @@ def count(state: State, pattern: str) -> int:
 def infer(part: str, state: State) -> dict:
     """The sizes that the shapes show. Raises KeyError, IndexError or ValueError where they show none."""
     shape = {name: tensor.shape for name, tensor in state.items()}
-    if part in ("unet", "vae"):
-        side, latent = ("", "conv_in.weight") if part == "unet" else ("encoder.", "decoder.conv_in.weight")
+    if part in ("unet", "controlnet", "vae"):
+        side, latent = ("encoder.", "decoder.conv_in.weight") if part == "vae" else ("", "conv_in.weight")
         levels = range(count(state, rf"{side}down_blocks\.(\d+)\."))
         attention = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"
         return {"latent_channels": shape[latent][1],
                 "channels": tuple(shape[f"{side}down_blocks.{i}.resnets.0.conv1.weight"][0] for i in levels),
                 "layers": count(state, rf"{side}down_blocks\.0\.resnets\.(\d+)\."),
-                **({"context_dim": shape[attention][1]} if part == "unet" else {})}
+                **({"context_dim": shape[attention][1]} if part != "vae" else {}),
+                **({"hint_channels": hint_channels(shape)} if part == "controlnet" else {})}
     if part == "text_encoder":
         rows, dim = shape["text_model.embeddings.token_embedding.weight"]
         sizes = {"vocabulary": rows, "length": shape["text_model.embeddings.position_embedding.weight"][0]}
@@ -549,6 +570,14 @@ def infer(part: str, state: State) -> dict:
     # All of CLIP's heads are 64 wide.
     return {**sizes, "dim": dim, "heads": max(1, round(dim / 64)),
             "layers": count(state, r"[\w.]+\.(?:layers|resblocks)\.(\d+)\.")}
+
+
+def hint_channels(shape: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
+    """Widths of a ControlNet's hint network, of which every second block is wider than the one before."""
+    name = "controlnet_cond_embedding"
+    blocks = range(1, count(shape, rf"{name}\.blocks\.(\d+)\."), 2)
+    layers = "conv_in", *(f"blocks.{i}" for i in blocks)
+    return tuple(shape[f"{name}.{layer}.weight"][0] for layer in layers)
 
 
 def find_sizes(name: str, part: Part):
@@ -568,14 +597,14 @@ def find_sizes(name: str, part: Part):
             raise WrongTensors(f"{part.path}: config.json says {theirs} {value}, the tensors {sizes[key]}")
         if value is not None:
             sizes[key] = value
-    return PARTS[name][1](**sizes)
+    return ALL_PARTS[name][1](**sizes)
 
 
 @cache
 def expected_state(name: str, cfg) -> dict[str, Tensor]:
     """The names and shapes that our module has at these sizes; the tensors have no values."""
     with torch.device("meta"):
-        return PARTS[name][0](cfg).state_dict()
+        return ALL_PARTS[name][0](cfg).state_dict()
 
 
 def fit(name: str, part: Part, notes: Notes) -> None:
@@ -620,12 +649,16 @@ def open_part(source: str, name: str, ema: str, notes: Notes) -> Part:
 
 def load_vae(source: str) -> torch.nn.Module:
     """The VAE of anything that can be converted, for inference in float32. Raises Refusal, WeightsError."""
-    part = open_part(source, "vae", "off", Notes())
-    fit("vae", part, Notes())
+    return build("vae", open_part(source, "vae", "off", Notes()))
+
+
+def build(name: str, part: Part) -> torch.nn.Module:
+    """A part as found, for inference in float32. Raises Refusal."""
+    fit(name, part, Notes())
     with torch.device("meta"):
-        vae = PARTS["vae"][0](part.cfg)
-    vae.load_state_dict({key: read_value(part, key, torch.float32) for key in part.tensors}, assign=True)
-    return vae.eval().requires_grad_(False)
+        module = ALL_PARTS[name][0](part.cfg)
+    module.load_state_dict({key: read_value(part, key, torch.float32) for key in part.tensors}, assign=True)
+    return module.eval().requires_grad_(False)
 
 
 def gather(args: argparse.Namespace, notes: Notes) -> tuple[dict[str, Part], dict]:
@@ -775,8 +808,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("source", nargs="?", metavar="SOURCE", help="checkpoint, folder, repository or earlier output")
     add("--output", type=Path, required=True, metavar="FOLDER", help="the weights folder to write")
-    for name, label in LABELS.items():
-        add(f"--{name.replace('_', '-')}", metavar="FILE", help=f"take the {label} from here")
+    for name in PARTS:
+        add(f"--{name.replace('_', '-')}", metavar="FILE", help=f"take the {LABELS[name]} from here")
     add("--ema", choices=["auto", "on", "off"], default="auto",
         help="the averaged copies of the UNet: where there are any (auto, default), required, never")
     add("--dtype", choices=list(DTYPES), default="keep", help="of the written tensors (default: as they are)")

@@ -1,0 +1,94 @@
+"""Does a pose ControlNet of the small world pose people?
+
+    python bench/poses.py --controlnet runs/controlnet
+
+Held-out scenes are drawn from the same noise without a skeleton, with their own, and with the one of another
+scene, which their prompt contradicts. The people that the judge sees in a picture are compared with the
+rendered people of the scene that the skeleton is of: IoU of the masks, the share of joints that lie on
+people, and of wrists alone, which stick out. Prints a table; its first row is the judge on the renders
+themselves, the most that can be reached.
+"""
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from data import toyworld
+from data.judge import Judge
+from data.skeleton import JOINTS, draw_skeletons, scene_joints
+from evaluate import SHIPPED, iou, read
+from models.load import read_tensors
+from pictures import to_picture
+from pipeline import Control, Pipeline
+from weights.convert_controlnet import load_controlnet
+
+BATCH = 16
+WRISTS = [i for i, name in enumerate(JOINTS) if name.endswith("wrist")]
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--controlnet", default=str(SHIPPED), metavar="FILE", help="default: the shipped one")
+    add("--count", type=int, default=64, help="scenes (default 64)")
+    add("--first", type=int, default=1000, help="seed of the first held-out scene (default 1000)")
+    return parser.parse_args(argv)
+
+
+@torch.no_grad()
+def people(judge: Judge, pictures: torch.Tensor) -> np.ndarray:
+    """(B, 3, S, S) in [-1, 1] -> where the judge sees people, (B, S, S) bool."""
+    return np.stack([reading.people for batch in pictures.split(BATCH) for reading in read(judge, batch)])
+
+
+def score(found: np.ndarray, masks: np.ndarray, joints: list[np.ndarray]) -> list[float]:
+    """Mean IoU, joints and wrists on people."""
+    overlap = [iou(a, b) for a, b in zip(found, masks, strict=True)]
+    on = [mask[y, x] for mask, several in zip(found, joints, strict=True)
+          for x, y in several.round().astype(int).clip(0, toyworld.SIZE - 1).transpose(0, 2, 1)]
+    on = np.stack(on)  # (people, 18)
+    return [float(np.mean(overlap)), float(on.mean()), float(on[:, WRISTS].mean())]
+
+
+def main() -> None:
+    args = parse_args()
+    pipeline, net = Pipeline.load(SHIPPED), load_controlnet(args.controlnet)
+    judge = Judge().eval()
+    judge.load_state_dict({k: v.float() for k, v in read_tensors(SHIPPED / "judge.safetensors").items()})
+    scenes = [toyworld.sample_scene(args.first + i, "test") for i in range(args.count)]
+    images, masks = zip(*(toyworld.render_scene(scene) for scene in scenes), strict=True)
+    masks = np.stack([several.any(0) for several in masks])
+    joints = [scene_joints(scene) for scene in scenes]
+    hints = to_picture(np.stack([draw_skeletons(several) for several in joints])) / 2 + 0.5
+    order = list(range(args.count))
+    shifted = order[1:] + order[:1]  # to each scene the next one's skeleton
+
+    def draw(prompts: list[str], skeletons: list[int] | None) -> np.ndarray:
+        parts = []
+        for start in range(0, args.count, BATCH):
+            batch = order[start:start + BATCH]
+            controls = [Control(net, hints[[skeletons[i] for i in batch]])] if skeletons else []
+            parts.append(pipeline.generate([prompts[i] for i in batch], batch, steps=20, guidance_scale=4.0,
+                                           controls=controls))
+        return people(judge, torch.cat(parts))
+
+    def row(name: str, found: np.ndarray, truth: list[int]) -> None:
+        values = score(found, masks[truth], [joints[i] for i in truth])
+        print(f"| {name} | {' | '.join(f'{value:.3f}' for value in values)} |", flush=True)
+
+    print(f"{args.count} scenes\n| | people IoU | joints on people | wrists on people |\n|---|---|---|---|")
+    row("render", people(judge, to_picture(np.stack(images))), order)
+    for name, prompts in (("caption", [scene.caption for scene in scenes]), ("no prompt", [""] * args.count)):
+        plain = draw(prompts, None)
+        row(f"{name}, no ControlNet", plain, order)
+        row(f"{name}, its skeleton", draw(prompts, order), order)
+        row(f"{name}, no ControlNet, against another scene", plain, shifted)
+        row(f"{name}, another scene's skeleton", draw(prompts, shifted), shifted)
+
+
+if __name__ == "__main__":
+    main()
