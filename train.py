@@ -5,6 +5,7 @@
     python train.py prior --output runs/prior --weights runs/clip
     python train.py moa   --output runs/moa   --weights runs/prior
     python train.py judge --output runs/judge
+    python train.py lora  --output runs/lora  --weights runs/prior
 
     torchrun --nproc-per-node 4 train.py moa --output runs/moa --weights runs/prior
 
@@ -34,18 +35,18 @@ from pathlib import Path
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["vae", "clip", "prior", "moa", "judge"])
+    parser.add_argument("stage", choices=["vae", "clip", "prior", "moa", "judge", "lora"])
     parser.add_argument("--output", required=True, type=Path, help="folder of the run")
     parser.add_argument("--preset", default="toyworld", choices=["toyworld", "sd15"],
                         help="sizes and hyperparameters (default toyworld)")
     parser.add_argument("--weights", type=Path,
-                        help="folder with the models that the stage builds on (clip, prior, moa)")
+                        help="folder with the models that the stage builds on (clip, prior, moa, lora)")
     parser.add_argument("--moa", type=Path, help="MoA file to go on from (moa; default: from the base model)")
     parser.add_argument("--data", type=Path,
                         help="dataset in FastComposer's layout (default: the small world, rendered)")
     parser.add_argument("--cache", type=Path, metavar="FOLDER",
                         help="keep latents, text states and image features of --data there, so that a step "
-                             "is the UNet alone; augmentations are then drawn once (prior, moa)")
+                             "is the UNet alone; augmentations are then drawn once (prior, moa, lora)")
     parser.add_argument("--samples", type=int, help="how many samples to render or read")
     parser.add_argument("--steps", type=int, help="optimizer steps (default: the preset's)")
     parser.add_argument("--batch-size", type=int, help="pictures per step (default: the preset's)")

@@ -1,6 +1,7 @@
 """The stages of `train.py`: what each one trains, on what, with which loss."""
 from stages.clip import CLIPStage
 from stages.judge import JudgeStage
+from stages.lora import LoRAStage
 from stages.moa import MoAStage
 from stages.presets import PRESETS, SMALL, StageError, TrainConfig, make_config
 from stages.prior import PriorStage
@@ -10,4 +11,5 @@ from stages.vae import VAEStage
 __all__ = ["PRESETS", "SMALL", "STAGES", "Stage", "StageError", "TrainConfig", "make_config"]
 
 STAGES: dict[str, type[Stage]] = {
-    "vae": VAEStage, "clip": CLIPStage, "prior": PriorStage, "moa": MoAStage, "judge": JudgeStage}
+    "vae": VAEStage, "clip": CLIPStage, "prior": PriorStage, "moa": MoAStage, "judge": JudgeStage,
+    "lora": LoRAStage}
