@@ -77,10 +77,10 @@ class Pipeline:
         Raises LoRAError, a ValueError, and changes nothing then.
         """
         if self.merged is None:
-            modules = {f"{part}.{name}": module for part, found in (
-                ("unet", base_modules(self.models.unet)),
-                ("text_encoder", dict(self.models.text_encoder.named_modules()))) for name, module in found.items()}
-            self.merged = MergedLoRAs({name: module for name, module in modules.items()
+            modules = {"unet": base_modules(self.models.unet),
+                       "text_encoder": dict(self.models.text_encoder.named_modules())}
+            self.merged = MergedLoRAs({f"{part}.{name}": module for part in modules
+                                       for name, module in modules[part].items()
                                        if isinstance(module, nn.Linear | nn.Conv2d)})
         self.merged.set(loras, scope)
 

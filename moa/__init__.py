@@ -6,5 +6,5 @@ from moa.prompt import MultimodalPrompt, PromptConfig
 from moa.router import Router
 
 __all__ = ["ExpertContext", "MixtureOfAttention", "MultimodalPrompt", "PromptConfig", "Router",
-           "add_moa", "base_modules", "force_routing", "load_moa", "moa_config", "moa_layers", "record_routing",
-           "record_subject_attention", "save_moa", "write_moa"]
+           "add_moa", "base_modules", "force_routing", "load_moa", "moa_config", "moa_layers",
+           "record_routing", "record_subject_attention", "save_moa", "write_moa"]

@@ -196,5 +196,5 @@ def read_moa(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
     return config, state
 
 
-__all__ = ["ExpertContext", "add_moa", "base_modules", "force_routing", "load_moa", "moa_config", "moa_layers",
-           "record_routing", "record_subject_attention", "save_moa", "write_moa"]
+__all__ = ["ExpertContext", "add_moa", "base_modules", "force_routing", "load_moa", "moa_config",
+           "moa_layers", "record_routing", "record_subject_attention", "save_moa", "write_moa"]

@@ -109,8 +109,8 @@ class MergedLoRAs:
         for setting, lora in sorted(loras, key=lambda pair: (pair[1].sha256, *map(str, pair[0][1:]))):
             strengths = {name: setting.strength(name, scope) for name in lora.layers}
             if setting.scale and not any(strengths.values()):
-                raise LoRAError(f"{setting.file} has nothing for the UNet's attention, which is all that scope "
-                                "attn changes: use scope all")
+                raise LoRAError(f"{setting.file} has nothing for the UNet's attention, which is all that "
+                                "scope attn changes: use scope all")
             for name, strength in strengths.items():
                 if strength:
                     changes.setdefault(name, []).append((strength, lora.layers[name]))
@@ -136,8 +136,8 @@ def load_lora(path: str | Path, layers: dict[str, nn.Module]) -> LoRA:
     names = spellings(layers)
     resolved = {spelled: names.get(plain(spelled)) for spelled in [*tensors, *alphas]}
     if unknown := [spelled for spelled, name in resolved.items() if name is None]:
-        raise LoRAError(f"{path}: {len(unknown)} of its {len(resolved)} layers are not in this model, such as "
-                        f"{', '.join(unknown[:5])}: it is of another model, or damaged")
+        raise LoRAError(f"{path}: {len(unknown)} of its {len(resolved)} layers are not in this model, such "
+                        f"as {', '.join(unknown[:5])}: it is of another model, or damaged")
     given = {resolved[spelled]: alpha for spelled, alpha in alphas.items()}
     peft = peft_alpha(path, state, metadata)
     found: dict[str, Factors] = {}
@@ -160,7 +160,7 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise LoRAError(f"{path} not found: give a .safetensors file")
     with path.open("rb") as file:
         head = file.read(9)
-    if head.startswith((b"PK", b"\x80")):
+    if head.startswith((b"PK", b"\x80")) and head[8:] != b"{":  # which is where safetensors begin
         raise LoRAError(f"{path} is a pickle, which could run code: take the LoRA's .safetensors file")
     if head.startswith((b"version", b"<")):
         raise LoRAError(f"{path} is a git-LFS pointer or a web page, not the file: download it again")
@@ -207,7 +207,7 @@ def refuse_widths(tensors: dict[str, dict[str, Tensor]], layers: dict[str, nn.Mo
             if re.search(r"attn2\.to_k$|self_attn\.q_proj$", name)}
     for name, parts in tensors.items():
         width = parts["down"].shape[1:2]
-        if re.search(r"attn2[._]to_[kv]$|self_attn[._][qkv]_proj$", name) and width:
+        if re.search(r"attn2[._](processor\.)?to_[kv]$|self_attn[._][qkv]_proj$", name) and width:
             if width[0] in WIDTHS and width[0] not in ours:
                 raise LoRAError(f"{path} is {WIDTHS[width[0]]} ({name} reads {width[0]} channels): {TAKES}")
 
@@ -238,10 +238,13 @@ def peft_alpha(path: Path, state: dict[str, Tensor],
                         if key.startswith(f"{part}.") or "." not in key} for part in ("unet", "text_encoder")}
         if any(part.get("use_dora") for part in parts.values()):
             raise LoRAError(f"{path} is a DoRA (use_dora in {source}): {TAKES}")
-        numbers = [number for part in parts.values()
-                   for number in [part.get("lora_alpha") or 0, *(part.get("alpha_pattern") or {}).values()]]
-        if not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
-            raise TypeError(f"an alpha is no number: {numbers}")
+        patterns = {part: dict(parts[part].get("alpha_pattern") or {}) for part in parts}
+        for name, number in [*(("lora_alpha", part.get("lora_alpha") or 0) for part in parts.values()),
+                             *(item for part in patterns.values() for item in part.items())]:
+            if not (isinstance(number, int | float) and math.isfinite(number)):
+                raise ValueError(f"{name} is {number!r}, no number")
+            if not re.fullmatch(r"[\w.]+", name):
+                raise ValueError(f"{name!r} in alpha_pattern is no layer's name")
     except (AttributeError, OSError, RecursionError, TypeError, ValueError) as error:
         if isinstance(error, LoRAError):
             raise
@@ -249,11 +252,10 @@ def peft_alpha(path: Path, state: dict[str, Tensor],
 
     def alpha(layer: str, rank: int) -> float | None:
         part, _, name = layer.partition(".")
-        said, patterns = parts[part], parts[part].get("alpha_pattern") or {}
-        value = next((patterns[end] for end in patterns if re.fullmatch(rf"(.*\.)?({end})", name)),
-                     said.get("lora_alpha"))
+        value = next((number for end, number in patterns[part].items() if f".{name}".endswith(f".{end}")),
+                     parts[part].get("lora_alpha"))
         # Rank-stabilised LoRA divides by the root of the rank.
-        return value * math.sqrt(rank) if value and said.get("use_rslora") else value
+        return value * math.sqrt(rank) if value and parts[part].get("use_rslora") else value
     return alpha
 
 
@@ -297,7 +299,8 @@ LDM = (
     (r"^mid_block\.attentions\.0", "middle_block.1"),
     (r"^down_blocks\.(\d)\.(resnets|attentions)\.(\d)", down_block),
     (r"^up_blocks\.(\d)\.(resnets|attentions)\.(\d)", up_block),
-    (r"^down_blocks\.(\d)\.downsamplers\.0\.conv", lambda match: f"input_blocks.{3 * int(match[1]) + 3}.0.op"),
+    (r"^down_blocks\.(\d)\.downsamplers\.0\.conv",
+     lambda match: f"input_blocks.{3 * int(match[1]) + 3}.0.op"),
     (r"^up_blocks\.0\.upsamplers\.0", "output_blocks.2.1"),  # the coarsest level has no attention
     (r"^up_blocks\.(\d)\.upsamplers\.0", lambda match: f"output_blocks.{3 * int(match[1]) + 2}.2"),
     (r"\.conv1$", ".in_layers.2"), (r"\.conv2$", ".out_layers.3"),
@@ -323,8 +326,8 @@ class LoRALayer(nn.Module):
     def __init__(self, layer: nn.Linear | nn.Conv2d, rank: int, alpha: float):
         super().__init__()
         if isinstance(layer, nn.Conv2d):
-            self.lora_down = nn.Conv2d(layer.in_channels, rank, layer.kernel_size, layer.stride, layer.padding,
-                                       bias=False)
+            self.lora_down = nn.Conv2d(layer.in_channels, rank, layer.kernel_size, layer.stride,
+                                       layer.padding, bias=False)
             self.lora_up = nn.Conv2d(rank, layer.out_channels, 1, bias=False)
         else:
             self.lora_down = nn.Linear(layer.in_features, rank, bias=False)

@@ -33,12 +33,12 @@ class LoRAStage(PriorStage):
         self.size = models.config.get("image_size", self.size)
         if self.config.checkpointing:
             checkpoint_blocks(self.unet)
-        chosen = {name: layer for name, layer in self.unet.named_modules()
-                  if isinstance(layer, nn.Linear | nn.Conv2d) and set(self.config.lora_layers) & set(name.split("."))}
-        # kohya's layout: web UIs, diffusers and trainers read it, and each layer has its alpha.
+        cfg = self.config
+        # Kohya's names: web UIs, diffusers and trainers read them, and each layer has its alpha.
         self.module = nn.ModuleDict({
-            f"lora_unet_{name.replace('.', '_')}": LoRALayer(layer, self.config.lora_rank, self.config.lora_alpha)
-            for name, layer in chosen.items()})
+            f"lora_unet_{name.replace('.', '_')}": LoRALayer(layer, cfg.lora_rank, cfg.lora_alpha)
+            for name, layer in self.unet.named_modules()
+            if isinstance(layer, nn.Linear | nn.Conv2d) and set(cfg.lora_layers) & set(name.split("."))})
         self.samples = self.training_samples()
         if self.data is None:
             self.samples = Crayons(self.samples)
@@ -58,7 +58,7 @@ class LoRAStage(PriorStage):
         save_grid(rows, path)
 
     def export(self, folder: Path) -> None:
-        config = self.config
-        metadata = {"ss_network_module": "networks.lora", "ss_network_dim": str(config.lora_rank),
-                    "ss_network_alpha": str(config.lora_alpha), "settings": json.dumps(asdict(config))}
+        metadata = {"ss_network_module": "networks.lora", "ss_network_dim": str(self.config.lora_rank),
+                    "ss_network_alpha": str(self.config.lora_alpha),
+                    "settings": json.dumps(asdict(self.config))}
         save_tensors(self.module.state_dict(), folder / "lora.safetensors", torch.float16, metadata)
