@@ -50,8 +50,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--count", type=int, default=256, help="cases (default 256)")
     add("--steps", type=int, default=20, help="sampling steps (default 20)")
     add("--guidance-scale", type=float, help="default: the weights'")
-    add("--prior-above", type=int, default=800,
-        help="the prior draws alone from this timestep on (default 800)")
+    add("--prior-above", type=int, metavar="T",
+        help="the base model draws alone at timesteps from T on (default: the weights', or 800)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default auto)")
     return parser.parse_args(argv)
 
@@ -75,9 +75,10 @@ def run(args: argparse.Namespace) -> None:
     from models.load import write_json
     from train import git_describe
     start = time.perf_counter()
+    fill_in(args)
     timesteps = check(args)
-    pipeline, judge, scale, files = load(args)
-    options = {"steps": args.steps, "guidance_scale": scale, "prior_above": args.prior_above}
+    pipeline, judge, files = load(args)
+    options = {"steps": args.steps, "guidance_scale": args.guidance_scale, "prior_above": args.prior_above}
     settings = {"count": args.count, **options, "weights": args.weights.resolve().name,
                 "moa": files["moa"].name}
     source = {"code": git_describe(), "torch": torch.__version__, "device": device_name(pipeline.device),
@@ -110,6 +111,26 @@ def progress(batches):
     return tqdm(batches, "drawing", unit="batch", disable=None)
 
 
+def fill_in(args: argparse.Namespace) -> None:
+    """Take what the flags leave open from the weights' config.json.
+
+    Raises ValueError if they are of another world or say nothing about guidance, and WeightsError.
+    """
+    from models.load import read_config
+    config = read_config(args.weights)
+    if config.get("world") != "toyworld" or config.get("image_size") != toyworld.SIZE:
+        raise ValueError(f"--weights {args.weights} is not of the small world, the only one whose people "
+                         "are known: give its weights, or the folder of a train.py moa run")
+    sampling = config.get("sampling")
+    found = {"prior_above": 800, **(sampling if isinstance(sampling, dict) else {})}
+    for name in ("guidance_scale", "prior_above"):
+        if getattr(args, name) is None:
+            setattr(args, name, found.get(name))
+        if not isinstance(getattr(args, name), (int, float)):
+            raise ValueError(f"config.json of {args.weights} names no {name.replace('_', ' ')}: give "
+                             f"--{name.replace('_', '-')}")
+
+
 def check(args: argparse.Namespace) -> list[int]:
     """The timesteps at which MoA draws, falling. Makes the output folder.
 
@@ -118,7 +139,7 @@ def check(args: argparse.Namespace) -> list[int]:
     from samplers import timesteps
     if args.count < 2:
         raise ValueError(f"--count must be at least 2, not {args.count}")
-    if args.guidance_scale is not None and not 0 <= args.guidance_scale <= 100:
+    if not 0 <= args.guidance_scale <= 100:
         raise ValueError(f"--guidance-scale must be in 0..100, not {args.guidance_scale}")
     below = [t for t in timesteps(args.steps, "linspace", end_node=True) if t < args.prior_above]
     if not below:
@@ -134,17 +155,13 @@ def check(args: argparse.Namespace) -> list[int]:
 
 
 def load(args: argparse.Namespace):
-    """The pipeline, the judge, the guidance scale and the files that they come from.
+    """The pipeline, the judge and the files that they come from.
 
-    Raises ValueError or WeightsError when one is missing, broken, or of another world.
+    Raises ValueError or WeightsError when one is missing or broken.
     """
     from data.judge import Judge
-    from models.load import check_exact, read_config, read_tensors
+    from models.load import check_exact, read_tensors
     from pipeline import Pipeline, pick_device
-    config = read_config(args.weights)
-    if config.get("world") != "toyworld" or config.get("image_size") != toyworld.SIZE:
-        raise ValueError(f"--weights {args.weights} is not of the small world, the only one whose people "
-                         "are known: give its weights, or the folder of a train.py moa run")
     judge_here = args.weights / "judge.safetensors"
     files = {part: args.weights / f"{part}.safetensors"
              for part in ("unet", "vae", "text_encoder", "image_encoder")}
@@ -158,13 +175,7 @@ def load(args: argparse.Namespace):
     state = {k: v.float() for k, v in read_tensors(files["judge"]).items()}
     check_exact(state, judge.state_dict(), files["judge"])
     judge.load_state_dict(state)
-    scale = args.guidance_scale
-    if scale is None:
-        sampling = config.get("sampling")
-        scale = sampling.get("guidance_scale") if isinstance(sampling, dict) else None
-    if not isinstance(scale, (int, float)):
-        raise ValueError(f"config.json of {args.weights} names no guidance scale: give --guidance-scale")
-    return pipeline, judge.eval().to(pipeline.device), scale, files
+    return pipeline, judge.eval().to(pipeline.device), files
 
 
 def checksum(path: Path) -> str:

@@ -102,6 +102,16 @@ def save_png(image: Image.Image, path: Path, settings: dict) -> None:
     write_whole(path, lambda temporary: image.save(temporary, format="PNG", pnginfo=info))
 
 
+def read_settings(path: Path) -> dict | None:
+    """What `save_png` kept in a picture; None if it is not there, or no such picture."""
+    try:
+        with Image.open(path, formats=("PNG",)) as image:
+            image.load()
+            return json.loads(image.text["moa"])
+    except (OSError, KeyError, ValueError, SyntaxError):
+        return None
+
+
 def parameters_text(settings: dict) -> str:
     """The settings in the form that web UIs read back: prompt, negative prompt, one line of pairs."""
     lines = [settings["prompt"]]

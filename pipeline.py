@@ -1,4 +1,5 @@
 """From prompts and subjects to pictures: what sample.py, train.py, evaluate.py and the apps share."""
+import os
 import re
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -9,18 +10,21 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from moa import ExpertContext, MultimodalPrompt, base_modules, force_routing, load_moa
+from moa import ExpertContext, MultimodalPrompt, base_modules, force_routing, load_moa, scale_personalized
 from models import Models, load_models
 from models.lora import LoRASetting, MergedLoRAs
-from samplers import SAMPLERS, guided
+from samplers import NUM_TIMESTEPS, SAMPLERS, guided
 
 PRIOR_ABOVE = 800  # MoA was trained below this timestep; above it the prior draws alone
 
 
 def pick_device(name: str) -> torch.device:
-    """A device by name; `auto` is CUDA where there is one. Raises ValueError when it cannot be used."""
+    """A device by name; `auto` is CUDA where there is one, under `torchrun` this process's own.
+
+    Raises ValueError when it cannot be used.
+    """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"(cpu|mps|xpu|cuda(:\d+)?)", name):
         raise ValueError(f"--device {name!r} is unknown: give auto, cpu, cuda, cuda:1, ...")
     try:
@@ -35,6 +39,7 @@ class Subject:
 
     position: int  # index of the token among the prompt's 77
     feature: Tensor  # (F,)
+    start: int = NUM_TIMESTEPS  # the person is there at timesteps below this one
 
 
 def squared_distance(features: Tensor, mean: Tensor, precision: Tensor) -> Tensor:
@@ -119,19 +124,57 @@ class Pipeline:
         slots = max(1, max(len(s) for s in subjects))
         features = text.new_zeros(len(text), slots, self.prompt.cfg.image_dim)
         positions = torch.zeros(len(text), slots, dtype=torch.int64, device=text.device)
-        present = torch.zeros(len(text), slots, dtype=torch.bool, device=text.device)
+        start = torch.zeros(len(text), slots, dtype=torch.int64, device=text.device)
         for b, people in enumerate(subjects):
             for s, subject in enumerate(people):
-                features[b, s], positions[b, s], present[b, s] = subject.feature, subject.position, True
-        return lambda t: ExpertContext(text, self.prompt(text, features, positions, present, t))
+                features[b, s], positions[b, s] = subject.feature, subject.position
+                start[b, s] = subject.start
+        return lambda t: ExpertContext(
+            text, self.prompt(text, features, positions, t[:, None] < start, t))
+
+    def denoiser(self, text: Tensor, subjects: Sequence[Sequence[Subject]], prior_only: bool = False,
+                 prior_above: int = PRIOR_ABOVE, strength: float = 1.0) -> Callable[[Tensor, Tensor], Tensor]:
+        """The network as a sampler calls it: x (B, 4, h, w), t (B,), all alike -> eps (B, 4, h, w).
+
+        text, subjects: as in `context_at`. Raises ValueError for subjects without MoA weights.
+        """
+        if self.prompt is None and any(subjects):
+            raise ValueError("subjects need MoA weights: load the pipeline with a MoA file")
+        unet, context, texts = self.models.unet, self.context_at(text, subjects), fingerprints(text)
+        prior_only = prior_only or strength == 0
+
+        def denoise(x: Tensor, t: Tensor) -> Tensor:
+            if self.prompt is not None and not prior_only and int(t[0]) < prior_above:
+                with scale_personalized(unet, strength):
+                    return unet(x, t, context(t))
+            # The same for all people: samples with the same text and noise are computed once.
+            keys = list(zip(texts, fingerprints(x), strict=True))
+            first = [keys.index(key) for key in dict.fromkeys(keys)]
+            with force_routing(unet, 1.0) if self.prompt is not None else nullcontext():
+                eps = unet(x[first], t[first], text[first])
+            return eps[[first.index(keys.index(key)) for key in keys]]
+
+        return denoise
+
+    @torch.no_grad()
+    def sample(self, x: Tensor, text: Tensor, null: Tensor,
+               subjects: Sequence[Sequence[Subject]] | None = None, steps: int = 20,
+               guidance_scale: float = 5.0, sampler: str = "unipc",
+               progress: Callable[[int, int, int, Tensor], None] | None = None, **denoising) -> Tensor:
+        """From noise x (B, 4, h, w) to latents (B, 4, h, w), guided from the text states null (1 or
+        B, 77, C) to text (B, 77, C). The rest as in `generate` and `denoiser`."""
+        people = list(subjects or [[]] * len(text))
+        if guidance_scale == 1:
+            denoise = self.denoiser(text, people, **denoising)
+        else:
+            both = torch.cat([null.expand_as(text), text])
+            denoise = guided(self.denoiser(both, [[]] * len(text) + people, **denoising), guidance_scale)
+        return SAMPLERS[sampler](denoise, x, steps=steps, progress=progress)
 
     @torch.no_grad()
     def generate(self, prompts: list[str], seeds: Sequence[int],
                  subjects: Sequence[Sequence[Subject]] | None = None, negative_prompt: str = "",
-                 size: tuple[int, int] | None = None, steps: int = 20, guidance_scale: float = 5.0,
-                 sampler: str = "unipc", prior_only: bool = False, prior_above: int = PRIOR_ABOVE,
-                 clip_skip: int = 1,
-                 progress: Callable[[int, int, int, Tensor], None] | None = None) -> Tensor:
+                 size: tuple[int, int] | None = None, clip_skip: int = 1, **sampling) -> Tensor:
         """Draw one picture per prompt.
 
         Args:
@@ -141,31 +184,18 @@ class Pipeline:
                 subjects: it was trained so, and otherwise guidance would multiply every difference
                 between the two branches, in the background as well.
             size: (height, width) in pixels, multiples of the VAE's cell; None is config.json's.
-            prior_only: draw with the base model. prior_above: timesteps from here on use it anyway.
             clip_skip: the text encoder's layer that is used, counted from the last, 1.
-            progress: called after each step as (step, steps, t, predicted clean latents).
+            sampling: of `sample`: steps (20), guidance_scale (5.0), sampler ("unipc" or "ddim") and
+                progress, called after each step as (step, steps, t, predicted clean latents);
+                of `denoiser`: prior_only, to draw with the base model; prior_above (800), the
+                timesteps from which on it draws anyway; strength (1.0), a factor of the personalized
+                experts' weight.
         Returns: (B, 3, H, W) in [-1, 1], float32 on the CPU.
         Raises ValueError for bad sizes and clip skips and, from the sampler, for bad steps.
         """
         x = self.noise(seeds, size)
-        text = self.encode_text([negative_prompt] * len(prompts) + list(prompts), clip_skip)
-        people = [[]] * len(prompts) + list(subjects or [[]] * len(prompts))
-        if self.prompt is None and any(people):
-            raise ValueError("subjects need MoA weights: load the pipeline with a MoA file")
-        unguided = guidance_scale == 1
-        if unguided:
-            text, people = text[len(prompts):], people[len(prompts):]
-        context = self.context_at(text, people)
-
-        def denoise(x: Tensor, t: Tensor) -> Tensor:
-            prior = self.prompt is not None and (prior_only or int(t[0]) >= prior_above)
-            with force_routing(self.models.unet, 1.0) if prior else nullcontext():
-                return self.models.unet(x, t, text if prior else context(t))
-
-        sample = SAMPLERS[sampler]
-        latents = sample(denoise if unguided else guided(denoise, guidance_scale), x, steps=steps,
-                         progress=progress)
-        return self.decode(latents)
+        text = self.encode_text([negative_prompt, *prompts], clip_skip)
+        return self.decode(self.sample(x, text[1:], text[:1], subjects, **sampling))
 
     def noise(self, seeds: Sequence[int], size: tuple[int, int] | None = None) -> Tensor:
         """(B, 4, h, w) noise, each picture's drawn on the CPU from its own seed."""
@@ -187,3 +217,8 @@ class Pipeline:
         vae = self.models.vae
         pictures = vae.decode(latents.to(vae.post_quant_conv.weight.dtype)).float().cpu()
         return pictures.masked_fill(pictures.isinf(), float("nan")).clamp(-1, 1)
+
+
+def fingerprints(samples: Tensor) -> list[bytes]:
+    """The bytes of each sample of a batch: equal where the samples are."""
+    return [sample.float().cpu().numpy().tobytes() for sample in samples]

@@ -112,16 +112,35 @@ def force_routing(unet: nn.Module, prior: float | Tensor) -> Iterator[None]:
     values = torch.as_tensor(prior)
     if not bool(((values >= 0) & (values <= 1)).all()):
         raise ValueError(f"the prior's weight must be in [0, 1], not {prior}")
-    forced = values if values.ndim else float(values)
+    with set_routers(unet, forced=values if values.ndim else float(values)):
+        yield
+
+
+@contextmanager
+def scale_personalized(unet: nn.Module, strength: float) -> Iterator[None]:
+    """Inside, the personalized experts get `strength` times the weight that the routers give them, at
+    most 1, and the prior the rest: 0 is the base model, 1 changes nothing.
+
+    Raises ValueError for a negative or infinite strength.
+    """
+    if not 0 <= strength < float("inf"):
+        raise ValueError(f"the subjects' strength must be 0 or more, not {strength}")
+    with set_routers(unet, strength=float(strength)):
+        yield
+
+
+@contextmanager
+def set_routers(unet: nn.Module, **values) -> Iterator[None]:
+    """Inside, every router has these attributes."""
     routers = [moa.router for _, _, moa in moa_layers(unet)]
-    before = [router.forced for router in routers]
-    for router in routers:
-        router.forced = forced
+    before = [{name: getattr(router, name) for name in values} for router in routers]
     try:
+        for router in routers:
+            vars(router).update(values)
         yield
     finally:
-        for router, value in zip(routers, before, strict=True):
-            router.forced = value
+        for router, old in zip(routers, before, strict=True):
+            vars(router).update(old)
 
 
 def save_moa(unet: nn.Module, prompt: MultimodalPrompt, path: str | Path,
@@ -197,4 +216,5 @@ def read_moa(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
 
 
 __all__ = ["ExpertContext", "add_moa", "base_modules", "force_routing", "load_moa", "moa_config",
-           "moa_layers", "record_routing", "record_subject_attention", "save_moa", "write_moa"]
+           "moa_layers", "record_routing", "record_subject_attention", "save_moa", "scale_personalized",
+           "write_moa"]

@@ -17,14 +17,18 @@ class Router(nn.Module):
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
         self.f = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), last) if hidden else last
-        # The prior's weight when it is not to be computed: see `force_routing` in moa/install.py.
+        # The prior's weight when it is not to be computed, and a factor of the personalized expert's:
+        # see `force_routing` and `scale_personalized` in moa/install.py.
         self.forced: float | Tensor | None = None
+        self.strength = 1.0
 
     def forward(self, z: Tensor) -> Tensor:
         """(B, N, D) hidden states that enter the attention -> (B, N, E) weights that sum to 1."""
-        if self.forced is not None:
-            return self.forced_weights(z)
-        return self.f(z).softmax(dim=-1)
+        weights = self.f(z).softmax(dim=-1) if self.forced is None else self.forced_weights(z)
+        if self.strength == 1:
+            return weights
+        personalized = (self.strength * weights[..., 1:]).clamp(max=1)
+        return F.pad(1 - personalized, (0, 1)) + F.pad(personalized, (1, 0))
 
     def forced_weights(self, z: Tensor) -> Tensor:
         """The given weight of the prior (expert 0), the rest for expert 1: (B, N, D) -> (B, N, 2)."""

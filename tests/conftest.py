@@ -1,8 +1,63 @@
-"""Shared by all tests: the repository root on the path, and a torchvision that can be imported."""
+"""Shared by all tests: the repository root on the path, a torchvision that can be imported, a tiny world."""
 import sys
 from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from models.open_clip_import import mend_torchvision
 
 mend_torchvision()  # diffusers and transformers import torchvision where it is installed
+
+from moa import MultimodalPrompt, PromptConfig, add_moa, moa_layers, save_moa
+from models.clip_image import CLIPImageConfig, CLIPImageEncoder
+from models.clip_text import BOS, EOS, CLIPTextConfig, CLIPTextEncoder
+from models.load import read_config, save_part, write_json
+from models.open_clip_import import open_clip
+from models.unet import UNet, UNetConfig
+from models.vae import AutoencoderKL, VAEConfig
+
+WORDS = "a and woman man girl old on the beach , riding bike"
+
+
+def small_models() -> dict[str, torch.nn.Module]:
+    encode = open_clip().tokenizer.SimpleTokenizer().encode
+    kept = tuple(sorted({*encode(WORDS), BOS, EOS}))
+    image = CLIPImageConfig(image_size=32, patch_size=8, dim=16, layers=1, heads=2, output_dim=16)
+    return {"unet": UNet(UNetConfig(channels=(8, 16, 16, 16), heads=2, context_dim=16, groups=4)),
+            "vae": AutoencoderKL(VAEConfig(channels=(8, 8, 8, 8), layers=1, groups=4)),
+            "text_encoder": CLIPTextEncoder(CLIPTextConfig(dim=16, layers=2, heads=2, kept_tokens=kept)),
+            "image_encoder": CLIPImageEncoder(image)}
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory) -> Path:
+    """A weights folder whose pictures show every difference: routers and subject tokens act strongly."""
+    torch.manual_seed(0)
+    folder, models = tmp_path_factory.mktemp("weights") / "tiny", small_models()
+    for part, module in models.items():
+        save_part(module, folder, part)
+    write_json({**read_config(folder), "image_size": 64, "sampling": {"steps": 3, "guidance_scale": 3.0}},
+               folder / "config.json")
+    unet, prompt = add_moa(models["unet"]), MultimodalPrompt(PromptConfig(16, 16, 32, 16))
+    with torch.no_grad():
+        for _, _, layer in moa_layers(unet):
+            layer.router.f.weight.normal_()
+            for weight in layer.personalized.parameters():
+                weight.add_(0.3 * torch.randn_like(weight))
+        prompt.mlp[-1].weight.normal_(std=5)
+    save_moa(unet, prompt, folder / "moa.safetensors")
+    return folder
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch) -> Path:
+    """An empty folder to work in, but for two photos."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for name in ("ada.png", "bob.png"):
+        Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(name)
+    return tmp_path

@@ -25,14 +25,14 @@ def stressed(tmp_path_factory) -> Path:
     """What kill.py leaves: base, world, the undisturbed run in whole/ and the other in killed/."""
     folder = tmp_path_factory.mktemp("stress") / "new"
     script = Path(kill.__file__)
-    done = subprocess.run([sys.executable, str(script), "--kills", str(KILLS), "--seed", "2", "--output",
-                           str(folder)], capture_output=True, text=True, timeout=900, check=False)
+    done = subprocess.run([sys.executable, str(script), "--kills", str(KILLS), "--seed", "2", "--cache",
+                           "--output", str(folder)], capture_output=True, text=True, timeout=900, check=False)
     (folder / "table.txt").write_text(f"{done.returncode}\n{done.stdout}\n{done.stderr}")
     return folder
 
 
 def test_killed_and_resumed_is_the_same_run(stressed):
-    """Data from data.toyworld through data.build --check; torchrun, kill -9, --resume."""
+    """Data from data.toyworld through data.build --check; a cache, torchrun, kill -9, --resume."""
     lines = (stressed / "table.txt").read_text().splitlines()
     assert lines[0] == "0", lines
     assert lines[1].split()[:2] == ["kill", "what"]
@@ -51,7 +51,7 @@ def wait_for_text(folder: Path, text: str, seconds: float) -> None:
 def test_a_run_whose_process_dies_is_started_again(stressed):
     """And goes on to the same weights. The other process says why it ended."""
     run = stressed / "restarted" / "run"
-    torchrun = kill.start(stressed, "restarted", STEPS, torchrun=("--max-restarts", 1))
+    torchrun = kill.start(stressed, "restarted", STEPS, "--cache", "cache", torchrun=("--max-restarts", 1))
     kill.wait_until(lambda: kill.steps_logged(run) >= 5, "step 5")
     kill.kill([kill.find_workers(torchrun)[1]])
     wait_for_text(run.parent, ENDED, 60)

@@ -16,60 +16,18 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import command
 import sample
-from moa import MultimodalPrompt, PromptConfig, add_moa, moa_layers, save_moa
-from models.clip_image import CLIPImageConfig, CLIPImageEncoder
-from models.clip_text import BOS, EOS, CLIPTextConfig, CLIPTextEncoder
+from moa import MultimodalPrompt, PromptConfig, add_moa, save_moa
 from models.load import read_config, save_part, write_json
-from models.open_clip_import import open_clip
 from models.unet import UNet, UNetConfig
 from models.vae import AutoencoderKL, VAEConfig
-from pictures import to_images
-from pipeline import Pipeline
+from pictures import read_picture, to_images
+from pipeline import Pipeline, Subject
+from subjects import bind_subjects, split_subject
 
 SCRIPT = Path(sample.__file__)
-WORDS = "a and woman man girl old on the beach , riding bike"
 PROMPT = "a woman on the beach"
-
-
-def small_models() -> dict[str, torch.nn.Module]:
-    encode = open_clip().tokenizer.SimpleTokenizer().encode
-    kept = tuple(sorted({*encode(WORDS), BOS, EOS}))
-    image = CLIPImageConfig(image_size=32, patch_size=8, dim=16, layers=1, heads=2, output_dim=16)
-    return {"unet": UNet(UNetConfig(channels=(8, 16, 16, 16), heads=2, context_dim=16, groups=4)),
-            "vae": AutoencoderKL(VAEConfig(channels=(8, 8, 8, 8), layers=1, groups=4)),
-            "text_encoder": CLIPTextEncoder(CLIPTextConfig(dim=16, layers=2, heads=2, kept_tokens=kept)),
-            "image_encoder": CLIPImageEncoder(image)}
-
-
-@pytest.fixture(scope="session")
-def world(tmp_path_factory) -> Path:
-    """A weights folder whose pictures show every difference: routers and subject tokens act strongly."""
-    torch.manual_seed(0)
-    folder, models = tmp_path_factory.mktemp("weights") / "tiny", small_models()
-    for part, module in models.items():
-        save_part(module, folder, part)
-    write_json({**read_config(folder), "image_size": 64, "sampling": {"steps": 3, "guidance_scale": 3.0}},
-               folder / "config.json")
-    unet, prompt = add_moa(models["unet"]), MultimodalPrompt(PromptConfig(16, 16, 32, 16))
-    with torch.no_grad():
-        for _, _, layer in moa_layers(unet):
-            layer.router.f.weight.normal_()
-            for weight in layer.personalized.parameters():
-                weight.add_(0.3 * torch.randn_like(weight))
-        prompt.mlp[-1].weight.normal_(std=5)
-    save_moa(unet, prompt, folder / "moa.safetensors")
-    return folder
-
-
-@pytest.fixture
-def place(tmp_path, monkeypatch) -> Path:
-    """An empty folder to work in, but for two photos."""
-    monkeypatch.chdir(tmp_path)
-    rng = np.random.default_rng(0)
-    for name in ("ada.png", "bob.png"):
-        Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(name)
-    return tmp_path
 
 
 @pytest.fixture
@@ -127,11 +85,12 @@ def test_one_picture(draw, place):
     assert settings("new/folder/x.png") == {
         "prompt": PROMPT, "negative_prompt": "", "steps": 3, "sampler": "unipc", "guidance_scale": 3.0,
         "clip_skip": 1, "vae": None, "width": 64, "height": 64, "prior_only": False, "dtype": "fp32",
-        "weights": "tiny", "moa": "moa.safetensors", "subjects": ["woman=ada.png"], "seed": 5}
+        "prior_above": 800, "strength": 1.0, "weights": "tiny", "moa": "moa.safetensors",
+        "subjects": ["woman=ada.png"], "seed": 5}
 
 
 def test_image_k_of_many_is_seed_plus_k_alone(draw, monkeypatch):
-    monkeypatch.setattr(sample, "BATCH", 2)  # so that three take two batches
+    monkeypatch.setattr(command, "BATCH", 2)  # so that three take two batches
     out, _ = draw("--subject", "ada.png", "--num", 3, "--output", "many.png")
     assert out == ["seed 5", *(f"many/{name}.png" for name in ("000", "001", "002", "sheet"))]
     for k in range(3):
@@ -139,6 +98,64 @@ def test_image_k_of_many_is_seed_plus_k_alone(draw, monkeypatch):
         assert np.abs(pixels("one.png") - pixels(f"many/00{k}.png")).max() <= 1
         assert settings(f"many/00{k}.png") == settings("one.png")
     assert np.abs(pixels("many/000.png") - pixels("many/001.png")).mean() > 1
+
+
+def test_several_pictures_of_one_person_are_one_with_their_mean_feature(draw, world):
+    draw("--subject", "woman=ada.png,bob.png", "--output", "both.png")
+    assert settings("both.png")["subjects"] == ["woman=ada.png,bob.png"]
+    pipeline = Pipeline.load(world, world / "moa.safetensors")
+    photos = [read_picture(name)[None] for name in ("ada.png", "bob.png")]
+    feature = sum(pipeline.encode_subjects(photo)[0] for photo in photos) / 2
+    position, = pipeline.models.tokenize.word_positions(PROMPT, "woman")
+    expected = to_images(pipeline.generate([PROMPT], [5], [[Subject(position, feature)]], steps=3,
+                                           guidance_scale=3.0))[0]
+    assert np.abs(pixels("both.png") - np.array(expected).astype(int)).max() <= 1
+    draw("--subject", "ada.png", "--output", "ada_alone.png")
+    assert np.abs(pixels("both.png") - pixels("ada_alone.png")).mean() > 0.1
+    draw("--subject", "ada.png,ada.png", "--output", "twice.png")
+    assert np.abs(pixels("twice.png") - pixels("ada_alone.png")).max() <= 1
+
+
+def test_strength(draw):
+    draw("--prior-only", "--output", "prior.png")
+    for strength in (0, 0.5, 1):
+        draw("--subject", "ada.png", "--strength", strength, "--output", f"{strength}.png")
+    draw("--subject", "ada.png", "--output", "plain.png")
+    assert np.array_equal(pixels("0.png"), pixels("prior.png"))
+    assert np.array_equal(pixels("1.png"), pixels("plain.png"))
+    half, whole = (np.abs(pixels(name) - pixels("prior.png")).mean() for name in ("0.5.png", "1.png"))
+    assert 0.5 < half < whole
+
+
+def test_where_moa_and_a_person_start(draw):
+    """With --prior-above 0 the prior draws all; a person whom no timestep is below is not there."""
+    draw("--prior-only", "--output", "prior.png")
+    draw("--subject", "ada.png", "--prior-above", "0", "--output", "never.png")
+    assert np.array_equal(pixels("never.png"), pixels("prior.png"))
+    draw("--output", "nobody.png")
+    draw("--subject", "ada.png@1", "--output", "late.png")  # the last timestep is 1
+    assert settings("late.png")["subjects"] == ["woman=ada.png@1"]
+    assert np.array_equal(pixels("late.png"), pixels("nobody.png"))
+    draw("--subject", "ada.png@600", "--output", "600.png")
+    draw("--subject", "ada.png", "--output", "ada_alone.png")
+    assert np.abs(pixels("600.png") - pixels("nobody.png")).mean() > 0.5
+    assert np.abs(pixels("600.png") - pixels("ada_alone.png")).mean() > 0.5
+
+
+def test_steps_of_the_prior_are_computed_once_for_all_people(world, monkeypatch):
+    """And the pictures are those that each person gets alone."""
+    pipeline = Pipeline.load(world, world / "moa.safetensors")
+    position, = pipeline.models.tokenize.word_positions(PROMPT, "woman")
+    people = [[Subject(position, feature)] for feature in torch.randn(3, 16)]
+    sizes = []
+    hook = pipeline.models.unet.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    together = pipeline.generate([PROMPT] * 3, [5] * 3, people, steps=4)
+    hook.remove()
+    assert sizes == [2, 6, 6, 6]  # twice, for guidance; the first timestep is 999
+    for picture, person in zip(together, people, strict=True):
+        alone, = pipeline.generate([PROMPT], [5], [person], steps=4)
+        assert (picture - alone).abs().max() < 1e-4
+    assert (together[0] - together[1]).abs().mean() > 1e-2
 
 
 def test_prior_only_is_the_base_model(draw, other_world):
@@ -166,7 +183,7 @@ def test_subjects_words_and_their_order_matter(draw):
 
 def test_binding_to_words():
     def bind(prompt, *subjects):
-        return [(place.word, place.end, place.file) for place in sample.bind_subjects(prompt, subjects)]
+        return [(place.word, place.end, *place.files) for place in bind_subjects(prompt, subjects)]
     assert bind("A Woman, a MAN", "a", "b") == [("woman", 7, "a"), ("man", 14, "b")]
     assert bind("a woman and a man", "man=a") == [("man", 17, "a")]  # not the one in "woman"
     assert bind("a man, a woman, a man", "a", "man=b", "c") == [
@@ -174,6 +191,18 @@ def test_binding_to_words():
     assert bind("the old man and a man", "old man=a", "b") == [("old man", 11, "a"), ("man", 21, "b")]
     assert bind("a cat (man's) in w.x", "w.x=a", "b") == [("w.x", 20, "a"), ("man", 10, "b")]
     assert bind("a man", "some/a=b.png") == [("man", 5, "some/a=b.png")]
+    assert bind("a man", "man=a,b") == [("man", 5, "a", "b")]
+
+
+def test_a_subject_says_files_word_and_start(place):
+    assert split_subject("Man=a,b@700") == ("man", ["a", "b"], 700)
+    assert split_subject("a@700") == (None, ["a"], 700)
+    assert split_subject("a@b") == (None, ["a@b"], None)
+    for name in ("odd@600", "a,b", "x=y.png"):  # files of these names
+        (place / name).touch()
+        assert split_subject(name) == (None, [name], None)
+    assert split_subject("man=odd@600") == ("man", ["odd@600"], None)
+    assert split_subject("man=a,b@5") == ("man", ["a,b"], 5)
 
 
 def test_file_names_of_every_kind(draw, place):
@@ -332,7 +361,7 @@ def test_says_when_a_subject_is_foreign(draw, refuse, other_world):
     (["--output", "a" * 300 + ".png"], "File name too long"),
     (["--num", "3", "--output", "ada.png/x"], "cannot be written"),
     (["--save-routing", "r"], "--save-routing r must be a file"),
-    (["--save-routing", "r.jpg"], "saved as .png"),
+    (["--save-routing", "r.jpg"], "name ends in .png"),
     (["--save-routing", "sample.png"], "give another name"), (["--save-routing", "."], "--save-routing ."),
     (["--save-routing", "r.png", "--prior-only"], "leave one of them out"),
     (["--moa", "missing.safetensors"], "--moa missing.safetensors is not a file"),

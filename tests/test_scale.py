@@ -162,6 +162,20 @@ def test_some_references_are_not_shown(place):
     assert torch.equal(always.draw_shown(0, present[:4]), present[:4])
 
 
+def test_some_samples_count_as_a_whole(place):
+    """And the others where the people are."""
+    stage = make_stage("moa", place, batch_size=1000, masked_probability=0.7, data=place / "world")
+    people = torch.rand(1000, 2, 2)
+    region = stage.draw_region(0, people)
+    whole = (region == 1).all((1, 2))
+    assert 0.25 < whole.float().mean() < 0.35
+    assert torch.equal(region[~whole], people[~whole])
+    assert torch.equal(region, stage.draw_region(0, people))
+    assert not torch.equal(region, stage.draw_region(1, people))
+    always = make_stage("moa", place, batch_size=4, data=place / "world")
+    assert always.draw_region(0, people) is people
+
+
 @pytest.mark.parametrize("cached", [False, True])
 def test_the_sd15_preset_trains(cached, place, tmp_path):
     """On models of SD1.5's structure."""

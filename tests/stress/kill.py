@@ -1,6 +1,7 @@
 """Kill a training run again and again, resume it each time, and compare it with an undisturbed one.
 
     python tests/stress/kill.py --kills 10 --seed 0
+    python tests/stress/kill.py --kills 10 --cache
 
 Two processes under torchrun train MoA on small random models and on pictures in FastComposer's layout,
 which `data.toyworld` writes and `data.build` checks. SIGKILL comes at random moments to
@@ -150,13 +151,15 @@ def kill_once(process: subprocess.Popen, run: Path, since: int, kind: str, step:
     return [name, str(logged), f"{seconds:.1f}", " ".join(stands) or "none", str(len(writing()))]
 
 
-def stress(folder: Path, kills: int, seed: int) -> list[list[str]]:
-    """Both runs. Raises Unexpected, and AssertionError where they differ."""
+def stress(folder: Path, kills: int, seed: int, cache: bool) -> list[list[str]]:
+    """Both runs, with a cache of its own each or none. Raises Unexpected, and AssertionError where they
+    differ."""
     rng, steps = random.Random(seed), 6 + 3 * kills
     write_base(folder / "base")
     write_data(folder / "world")
     begin = time.monotonic()
-    process = start(folder, "whole", steps)
+    options = ["--cache", "cache"] if cache else []
+    process = start(folder, "whole", steps, *options)
     wait_until(lambda: steps_logged(folder / "whole" / "run") or process.poll() is not None, "the first step")
     setup = time.monotonic() - begin
     if process.wait(LIMIT + 10 * steps):
@@ -168,11 +171,11 @@ def stress(folder: Path, kills: int, seed: int) -> list[list[str]]:
     for kind, step in zip(kinds, sorted(rng.randrange(1, steps - 3) for _ in kinds), strict=True):
         resume = ["--resume"] if list_checkpoints(run) else []
         since = (run / "metrics.jsonl").stat().st_ino if (run / "metrics.jsonl").exists() else 0
-        process = start(folder, "killed", steps, *resume)
+        process = start(folder, "killed", steps, *options, *resume)
         wait = rng.uniform(0, setup) if kind == "a start" else rng.uniform(0, pace)
         rows.append([str(len(rows) + 1), *kill_once(process, run, since, kind, step, wait, rng)])
     resume = ["--resume"] if list_checkpoints(run) else []
-    if start(folder, "killed", steps, *resume).wait(LIMIT + 10 * steps):
+    if start(folder, "killed", steps, *options, *resume).wait(LIMIT + 10 * steps):
         raise Unexpected(f"the last start failed: see {folder / 'killed' / 'log.txt'}")
     assert_same_run(run, folder / "whole" / "run")
     assert len(list_checkpoints(run)) == KEEP, f"{KEEP} checkpoints have to stay"
@@ -185,13 +188,14 @@ def main() -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=10, help="default 10")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and kinds (default 0)")
+    parser.add_argument("--cache", action="store_true", help="train from a cache, which is killed too")
     parser.add_argument("--output", type=Path, help="keep both runs and their logs in this new folder")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = (args.output or Path(temporary)).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            rows = stress(folder, args.kills, args.seed)
+            rows = stress(folder, args.kills, args.seed, args.cache)
         except (Unexpected, subprocess.TimeoutExpired) as error:
             print("error:", error, file=sys.stderr)
             sys.exit(2)

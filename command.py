@@ -1,0 +1,217 @@
+"""The command line that sample.py and the apps share: flags, checks, loading, drawing, settings."""
+import argparse
+import random
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from subjects import Place
+
+SHIPPED = Path(__file__).resolve().parent / "weights" / "toyworld"
+BATCH = 8  # pictures drawn at once, fewer where they are large
+BATCH_PIXELS = 8 * 512 * 512
+# What a flag, or config.json in its place, may say; numbers that may have a fraction are floats here.
+LIMITS = {"num": (1, 1000), "seed": (0, 2 ** 63 - 1), "steps": (1, 999), "guidance_scale": (0.0, 100.0),
+          "width": (8, 2048), "height": (8, 2048), "clip_skip": (1, 12), "prior_above": (0, 1000),
+          "strength": (0.0, 10.0)}
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """What every command that draws pictures understands."""
+    add = parser.add_argument_group("drawing").add_argument
+    add("--seed", type=int, help="of the noise (default: random, printed)")
+    add("--steps", type=int, help="sampling steps (default: the weights', or 20)")
+    add("--guidance-scale", type=float,
+        help="classifier-free guidance; 1 is none (default: the weights', or 5)")
+    add("--negative-prompt", default="", help="what to lead away from")
+    add("--clip-skip", type=int, default=1, metavar="N",
+        help="take the text encoder's N-th layer from the end, as web UIs count: 1 is the last (default), "
+             "which diffusers calls 0")
+    add("--sampler", choices=["unipc", "ddim"], default="unipc", help="default unipc")
+    add("--width", type=int, help="pixels, a multiple of 8 (default: the weights')")
+    add("--height", type=int, help="pixels, a multiple of 8 (default: the weights')")
+    add("--prior-above", type=int, metavar="T",
+        help="the base model draws alone at timesteps from T on (default: the weights', or 800)")
+    add("--strength", type=float, default=1.0,
+        help="times the weight that the routers give to the subjects: 0 is the base model (default 1)")
+    add = parser.add_argument_group("models").add_argument
+    add("--weights", type=Path, default=SHIPPED, metavar="FOLDER", help="default: the small world")
+    add("--moa", type=Path, metavar="FILE", help="default: moa.safetensors in the weights folder")
+    add("--vae", metavar="FILE", help="decode with this VAE: a file or folder that convert_sd15.py reads")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default auto)")
+    add("--dtype", choices=["fp32", "fp16", "bf16"], default="fp32", help="default fp32")
+
+
+def execute(run: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
+    """Run a command. What the user can mend becomes one line on stderr and exit status 2."""
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = WarningPrinter()
+            run(args)
+    except (ValueError, OSError) as error:
+        fail(error)
+    except (MemoryError, RuntimeError) as error:
+        if "allocate" not in str(error):  # on a CPU, torch has no error class for it
+            raise
+        fail("not enough memory: make --width and --height smaller, or take --dtype fp16")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def fail(error: Exception | str) -> None:
+    """Say in one line what is wrong, and leave."""
+    print("error:", " ".join(str(error).split()), file=sys.stderr)
+    sys.exit(2)
+
+
+class WarningPrinter:
+    """Prints each warning once, as one line that does not break the progress bar."""
+
+    def __init__(self):
+        self.said = set()
+
+    def __call__(self, message, *rest, **more) -> None:
+        from tqdm import tqdm
+        if str(message) not in self.said:
+            self.said.add(str(message))
+            tqdm.write("warning: " + " ".join(str(message).split()), file=sys.stderr)
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise ValueError for the first setting that cannot be drawn."""
+    for name, (low, high) in LIMITS.items():
+        value, flag = getattr(args, name, None), "--" + name.replace("_", "-")
+        if value is None:
+            continue
+        right = isinstance(value, (int, type(low)))
+        if not right or not low <= value <= high:
+            raise ValueError(f"{flag} must be in {low:.0f}..{high:.0f}, not {value}")
+        if name in ("width", "height") and value % 8:
+            raise ValueError(f"{flag} must be a multiple of 8, not {value}: {value // 8 * 8} or "
+                             f"{value // 8 * 8 + 8}")
+
+
+def check_prompt(flag: str, prompt: str) -> None:
+    """Raise ValueError if there is nothing to draw."""
+    if not prompt.strip():
+        raise ValueError(f"{flag} is empty: say what to draw")
+
+
+def check_picture(flag: str, path: Path) -> None:
+    """Raise ValueError unless `path` is a .png that can be created or replaced."""
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"{flag} {path} must be a file whose name ends in .png")
+    check_writable(flag, path)
+
+
+def check_writable(flag: str, path: Path) -> None:
+    """Raise ValueError unless `path` can be created or replaced. Leaves nothing behind."""
+    if path.is_dir():
+        raise ValueError(f"{flag} {path} is a folder, give another name")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"{flag} {path} cannot be written, {folder}: {error.strerror}. "
+                         "Give another place") from error
+
+
+def load_pipeline(args: argparse.Namespace, moa: bool | None = True, people: bool = True):
+    """The models, with seed and sizes that the flags leave open filled in from them.
+
+    moa: True where it is needed, None to take it if it is there. people: whether there are photos.
+    `args.moa` becomes the file that was loaded, or None. Raises ValueError.
+    """
+    import torch
+
+    from models import WeightsError
+    from pipeline import Pipeline, pick_device
+    file = args.moa or args.weights / "moa.safetensors"
+    device = pick_device(args.device)
+    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.dtype]
+    if args.moa and not file.is_file():
+        raise ValueError(f"--moa {file} is not a file: give one that train.py moa has written")
+    args.moa = file if moa is not False and file.is_file() else None
+    try:
+        pipeline = Pipeline.load(args.weights, args.moa, device, dtype)
+    except WeightsError as error:
+        raise ValueError(error) from error
+    if moa and args.moa is None:
+        raise ValueError(f"--weights {args.weights} has no moa.safetensors, which subjects and routing maps "
+                         "need: give --moa FILE")
+    if people and args.moa and pipeline.models.image_encoder is None:
+        raise ValueError(f"--weights {args.weights} has no image_encoder.safetensors, which subjects need")
+    if args.vae is not None:
+        replace_vae(pipeline, args.vae)
+    fill_in(args, pipeline.models.config)
+    return pipeline
+
+
+def replace_vae(pipeline, source: str) -> None:
+    """Decode with another VAE. Raises ValueError if it cannot be read, or speaks of other latents."""
+    from models import WeightsError
+    from weights.convert_sd15 import Refusal, SafetensorError, load_vae
+    try:
+        vae = load_vae(source).to(pipeline.device)
+    except (Refusal, WeightsError, SafetensorError) as error:
+        raise ValueError(f"--vae: {error}") from error
+    found, wanted = ((cfg.latent_channels, cfg.factor) for cfg in (vae.cfg, pipeline.models.vae.cfg))
+    if found != wanted:
+        raise ValueError(f"--vae {source} is made for other weights: its latents have {found[0]} channels, "
+                         f"cells of {found[1]} pixels, here they have {wanted[0]} and {wanted[1]}")
+    pipeline.models.vae = vae
+
+
+def fill_in(args: argparse.Namespace, config: dict) -> None:
+    """Take what the flags leave open from config.json, and a random seed."""
+    sampling, size = config.get("sampling"), config.get("image_size")
+    found = {"width": size, "height": size, **(sampling if isinstance(sampling, dict) else {})}
+    defaults = {"steps": 20, "guidance_scale": 5.0, "width": 512, "height": 512, "prior_above": 800,
+                "seed": random.randrange(2 ** 32)}
+    for name, default in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default if found.get(name) is None else found[name])
+    check(args)
+
+
+def drawing(args: argparse.Namespace) -> dict:
+    """What the flags mean for `Pipeline.sample`."""
+    return {"steps": args.steps, "guidance_scale": args.guidance_scale, "sampler": args.sampler,
+            "prior_above": args.prior_above, "strength": args.strength}
+
+
+def draw(args: argparse.Namespace, pipeline, prompts: Sequence[str], seeds: Sequence[int],
+         subjects: Sequence[Sequence], watch: Callable | None = None, **more) -> Iterator:
+    """Yield a Pillow image per prompt, drawn in batches, with a progress bar.
+
+    watch: called after each step of the first batch, like `progress` of `Pipeline.generate`. more: for
+    `Pipeline.generate`, besides what the flags say.
+    """
+    from tqdm import tqdm
+
+    from pictures import to_images
+    size = min(BATCH, max(1, BATCH_PIXELS // (args.width * args.height)))
+    starts = range(0, len(prompts), size)
+    with tqdm(total=args.steps * len(starts), desc="sampling", unit="step", disable=None) as bar:
+        for start in starts:
+            def progress(step, steps, t, x0, first=start == 0):
+                bar.update()
+                if watch and first:
+                    watch(step, steps, t, x0)
+            batch = slice(start, start + size)
+            yield from to_images(pipeline.generate(
+                list(prompts[batch]), seeds[batch], subjects[batch], args.negative_prompt,
+                (args.height, args.width), args.clip_skip, progress=progress, **{**drawing(args), **more}))
+
+
+def describe(args: argparse.Namespace, places: Sequence[Place], **more) -> dict:
+    """The settings that go into a picture's metadata: names of files, never where they lie."""
+    kept = ("negative_prompt", "seed", "steps", "sampler", "guidance_scale", "clip_skip", "width", "height",
+            "prior_above", "strength", "dtype")
+    return {**{name: getattr(args, name) for name in kept},
+            "weights": args.weights.resolve().name, "moa": args.moa.name if args.moa else None,
+            "vae": Path(args.vae).resolve().name if args.vae else None,
+            "subjects": [str(place) for place in places], **more}

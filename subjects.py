@@ -1,0 +1,152 @@
+"""Who is put into a picture: from `--subject` and a prompt to the tokens and features of people."""
+import re
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+# Words that a subject may stand for when it is given without WORD=.
+PEOPLE = ("man", "woman", "boy", "girl", "person", "kid", "child", "baby", "guy", "lady", "gentleman",
+          "father", "mother", "dad", "mom", "son", "daughter", "grandfather", "grandmother", "friend")
+SUBJECT = "[WORD=]FILE[,FILE...][@T]"
+
+
+class Place(NamedTuple):
+    """Where a subject stands in the prompt."""
+
+    word: str
+    end: int  # index of the character behind the word
+    files: list[str]  # pictures of one person
+    start: int | None = None  # the timestep below which the person is there
+
+    def __str__(self) -> str:
+        """As a flag would say it, files by name only."""
+        names = ",".join(Path(file).name for file in self.files)
+        return f"{self.word}={names}" + (f"@{self.start}" if self.start is not None else "")
+
+
+def bind_subjects(prompt: str, arguments: Sequence[str]) -> list[Place]:
+    """Which word of the prompt each subject stands for.
+
+    WORD=FILE takes the next free occurrence of WORD; a bare FILE the next free word for a person.
+    Raises ValueError when there is none.
+    """
+    parsed = [split_subject(argument) for argument in arguments]
+    bound: dict[int, Place] = {}
+    for i, (word, files, start) in sorted(enumerate(parsed), key=lambda item: item[1][0] is None):
+        taken = {place.end for place in bound.values()}
+        free = [match for match in find_words(prompt, [word] if word else PEOPLE) if match.end() not in taken]
+        if not free:
+            raise ValueError(no_place(prompt, word, arguments[i]))
+        bound[i] = Place(free[0][0].lower(), free[0].end(), files, start)
+    return [bound[i] for i in range(len(parsed))]
+
+
+def split_subject(argument: str) -> tuple[str | None, list[str], int | None]:
+    """[WORD=]FILE[,FILE...][@T] -> word or None, files, T or None. A path that has one of these marks
+    itself is told by existing, or by a / before the =. Raises ValueError."""
+    word, equals, rest = argument.partition("=")
+    if not equals or "/" in word or Path(argument).exists():
+        word, rest = None, argument
+    elif not word.strip():
+        raise ValueError(f"--subject {argument}: the word before = is empty")
+    start = None
+    timed = re.fullmatch(r"(.+)@(\d+)", rest)
+    if timed and not Path(rest).exists():
+        rest, start = timed[1], int(timed[2])
+        if not 0 < start <= 1000:
+            raise ValueError(f"--subject {argument}: the timestep behind @ must be in 1..1000, not {start}")
+    files = [rest] if Path(rest).exists() else rest.split(",")
+    return word.strip().lower() if word else None, files, start
+
+
+def find_words(prompt: str, words) -> list[re.Match]:
+    """The whole words of a prompt that are among `words`, in order."""
+    pattern = rf"(?<!\w)(?:{'|'.join(map(re.escape, words))})(?!\w)"
+    return list(re.finditer(pattern, prompt, re.IGNORECASE))
+
+
+def no_place(prompt: str, word: str | None, argument: str) -> str:
+    """Why a subject has no word, and what to do."""
+    if word and find_words(prompt, [word]):
+        return f"--subject {argument}: every {word!r} in the prompt has a subject already: {prompt!r}"
+    if word:
+        return f"--subject {argument}: there is no {word!r} in the prompt: {prompt!r}"
+    if find_words(prompt, PEOPLE):
+        return (f"--subject {argument}: more subjects than words for people in the prompt: {prompt!r}. "
+                f"Add a word, or say WORD={argument}")
+    return (f"--subject {argument}: nobody in the prompt to stand for: {prompt!r}. Write one of "
+            f"{', '.join(PEOPLE[:6])}, ..., or say WORD={argument} with a word of the prompt")
+
+
+def keep_photos(photos: Sequence[str], outputs: Sequence[Path | None]) -> None:
+    """Raise ValueError if an output would replace a picture that is read."""
+    taken = {Path(photo).resolve() for photo in photos}
+    for output in outputs:
+        if output and output.resolve() in taken:
+            raise ValueError(f"{output} is a subject's photo and would be replaced: give another --output")
+
+
+def read_photos(places: Sequence[Place]) -> list[list]:
+    """The pictures of each subject, (3, H, W) in [0, 1]. Raises ValueError naming the file."""
+    from pictures import read_picture
+    return [[read_picture(file) for file in place.files] for place in places]
+
+
+def encode_person(pipeline, weights: Path, files: Sequence[str], photos: Sequence):
+    """The image feature (F,) of a person, for several pictures their mean; a warning for each that is
+    not of the weights' world."""
+    features = [pipeline.encode_subjects(photo[None])[0] for photo in photos]
+    for feature, file in zip(features, files, strict=True):
+        warn_if_foreign(weights, pipeline.models.config, feature, file)
+    return sum(features) / len(features)
+
+
+def make_subjects(pipeline, prompt: str, places: Sequence[Place], features: Sequence) -> list:
+    """The people of a prompt, with the features (F,) of each, for `Pipeline.generate`.
+
+    Raises ValueError for a word that is not known or that lies behind the last token.
+    """
+    from pipeline import Subject
+    return [Subject(find_token(pipeline.models.tokenize, prompt, place), feature,
+                    **({} if place.start is None else {"start": place.start}))
+            for place, feature in zip(places, features, strict=True)]
+
+
+def find_token(tokenize, prompt: str, place: Place) -> int:
+    """Index of the token that a subject is fused into. Raises ValueError if there is none."""
+    word, end, files, _ = place
+    if tokenize.unknown_words(word):
+        known = [person for person in PEOPLE if not tokenize.unknown_words(person)]
+        raise ValueError(f"--subject {files[0]}: these weights do not know the word {word!r}; the people "
+                         f"they know: {', '.join(known)}")
+    before = tokenize.encode(prompt[:end])
+    if len(before) > tokenize.length - 2 or before[-1:] != tokenize.encode(word)[-1:]:
+        raise ValueError(f"--subject {files[0]}: its word {word!r} lies beyond the {tokenize.length} tokens "
+                         "of the prompt: make the prompt shorter")
+    return len(before)
+
+
+def warn_if_foreign(weights: Path, config: dict, feature, file: str) -> None:
+    """Say so when a subject's image feature lies far from those that the weights were trained on.
+
+    A weights folder may tell where these lie, in `subjects.safetensors`. Raises ValueError if it cannot
+    be used.
+    """
+    from models import WeightsError
+    from models.load import read_tensors
+    from pipeline import squared_distance
+    path = weights / "subjects.safetensors"
+    if not path.exists():
+        return
+    try:
+        world = read_tensors(path)
+        distance = squared_distance(feature[None].cpu(), world["mean"], world["precision"])
+        foreign = bool(distance > world["limit"])
+    except (WeightsError, KeyError, RuntimeError) as error:
+        raise ValueError(f"{path} does not fit these weights: {error}") from error
+    if foreign:
+        advice = ("; they know a small cartoon world only, for photos use Stable Diffusion 1.5's"
+                  if config.get("world") == "toyworld" else "")
+        warnings.warn(f"{file} looks like nobody that these weights were trained on, the picture will "
+                      f"hardly resemble it{advice}", stacklevel=2)
