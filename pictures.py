@@ -121,7 +121,8 @@ def parameters_text(settings: dict) -> str:
              "CFG scale": settings["guidance_scale"], "Seed": settings["seed"],
              "Size": f"{settings['width']}x{settings['height']}", "Model": quoted(settings["weights"]),
              **({"Clip skip": settings["clip_skip"]} if settings["clip_skip"] > 1 else {}),
-             **({"VAE": quoted(settings["vae"])} if settings["vae"] else {})}
+             **({"VAE": quoted(settings["vae"])} if settings["vae"] else {}),
+             **({"LoRA": quoted(", ".join(settings["loras"]))} if settings.get("loras") else {})}
     return "\n".join([*lines, ", ".join(f"{k}: {v}" for k, v in pairs.items())])
 
 

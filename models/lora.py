@@ -80,6 +80,11 @@ class LoRASetting(NamedTuple):
     scale: float = 1.0
     text_scale: float | None = None  # of the text encoder; None: `scale` in scope "all", else 0
 
+    def __str__(self) -> str:
+        """As a flag would say it, the file by its name only."""
+        text = "" if self.text_scale is None else f":{self.text_scale:g}"
+        return f"{self.file.name}:{self.scale:g}{text}"
+
     def strength(self, layer: str, scope: str) -> float:
         """Scale of one layer. Scope "attn" is the attention of the UNet alone (with MoA the prior
         expert's, as in the paper's Fig. 21), "all" is all that the file holds."""

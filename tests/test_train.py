@@ -5,6 +5,7 @@
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -26,6 +28,7 @@ from models import load_models
 from models.clip_image import CLIPImageConfig
 from models.clip_text import CLIPTextConfig
 from models.load import PARTS, load_part, read_tensors
+from models.lora import LoRASetting
 from models.unet import UNetConfig
 from models.vae import VAEConfig
 from pipeline import Pipeline
@@ -79,8 +82,8 @@ def place(tmp_path_factory):
 
 
 CODE = "v1-2-gabcdef-dirty"
-STEPS = {"vae": 6, "clip": 3, "prior": 6, "moa": 6, "judge": 3}
-PREVIOUS = {"clip": "vae", "prior": "clip", "moa": "prior"}
+STEPS = {"vae": 6, "clip": 3, "prior": 6, "moa": 6, "judge": 3, "lora": 4}
+PREVIOUS = {"clip": "vae", "prior": "clip", "moa": "prior", "lora": "prior"}
 
 
 def options_of(stage: str, runs: Path) -> list:
@@ -90,7 +93,7 @@ def options_of(stage: str, runs: Path) -> list:
 
 @pytest.fixture(scope="module")
 def runs(place) -> Path:
-    """All five stages, each on the one before it."""
+    """All stages, each on the one before it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "git_describe", lambda: CODE)
         for stage in STEPS:
@@ -182,8 +185,9 @@ def test_each_folder_is_the_next_stage_s_weights(runs):
     assert held["prior"] == set(PARTS)
     assert held["moa"] == set(PARTS) | {"moa", "subjects"}
     assert held["judge"] == {"judge"}
+    assert held["lora"] == {"lora"}
     for stage, before in PREVIOUS.items():
-        for part in held[before]:
+        for part in held[before] if stage != "lora" else ():
             name = f"{part}.safetensors"
             assert (runs / stage / name).read_bytes() == (runs / before / name).read_bytes()
     for stage in ("vae", "clip", "prior", "moa"):
@@ -263,7 +267,43 @@ def test_moa_trains_its_own_parameters_and_no_others(runs, tmp_path):
         assert len(changed & of_kind) > 0.9 * len(of_kind), kind
 
 
-@pytest.mark.parametrize(("name", "factor"), [("vae", 0.8), ("prior", 0.97), ("moa", 0.9)])
+def test_a_lora_is_read_by_the_pipeline_and_does_what_it_was_trained_to(runs, tmp_path):
+    """The file that training wrote, merged: the output that the frozen UNet had with it beside."""
+    stage = make_stage("lora", runs, steps=4, ema=0.0, lr=0.05, warmup=1)
+    frozen = {k: v.clone() for k, v in stage.unet.state_dict().items()}
+    train_stage(stage, tmp_path / "run")
+    assert all(torch.equal(v, frozen[k]) for k, v in stage.unet.state_dict().items())
+    file = tmp_path / "run" / "lora.safetensors"
+    state = read_tensors(file)
+    assert all(re.fullmatch(r"lora_unet_\w+\.(lora_down\.weight|lora_up\.weight|alpha)", k) for k in state)
+    assert all(state[k].abs().sum() > 0 for k in state)
+    inputs = torch.randn(2, 4, 16, 16), torch.tensor([5, 700]), torch.randn(2, 77, 16)
+    pipeline = Pipeline.load(runs / "prior")
+    with torch.no_grad():
+        before, beside = pipeline.models.unet(*inputs), stage.unet(*inputs)
+        pipeline.set_loras([LoRASetting(file)], "all")
+        merged = pipeline.models.unet(*inputs)
+    change = (before - beside).abs().max()
+    assert change > 1e-4
+    assert (merged - beside).abs().max() < 0.01 * change  # the file is in half precision
+
+
+def test_crayons_are_the_plain_scenes_in_another_look(runs):
+    stage = make_stage("lora", runs)
+    assert 0 < len(stage.samples) < 24
+    for i in range(len(stage.samples)):
+        sample = stage.samples.read(i)
+        scene = stage.samples.scenes.read(stage.samples.indices[i])
+        assert (sample.caption, sample.ends) == (scene.caption, scene.ends)
+        assert scene.labels["style"] == 0
+        assert np.array_equal(sample.masks, scene.masks)
+        assert sample.image.shape == scene.image.shape
+        spread = [image.astype(float).std(axis=-1).mean() for image in (sample.image, scene.image)]
+        assert spread[0] < 0.7 * spread[1]  # paler
+        assert sample.image.mean() > scene.image.mean() - 20
+
+
+@pytest.mark.parametrize(("name", "factor"), [("vae", 0.8), ("prior", 0.97), ("moa", 0.9), ("lora", 0.97)])
 def test_the_loss_goes_down_on_a_few_pictures(name, factor, runs, tmp_path):
     """For moa by its router loss: on this poor base the experts have little to win in so few steps."""
     stage = make_stage(name, runs, steps=20, samples=4, lr=3e-3, warmup=1, ema=0.0,
@@ -310,7 +350,7 @@ def test_steps_whose_gradient_is_not_finite(bad, status, runs, tmp_path, monkeyp
         assert "go on from the newest of" in last
 
 
-@pytest.mark.parametrize("stage", ["vae", "prior", "moa"])
+@pytest.mark.parametrize("stage", ["vae", "prior", "moa", "lora"])
 def test_accumulation_is_the_same_run(stage, runs, tmp_path):
     assert run(*options_of(stage, runs), "--accumulate", 2, "--output", tmp_path / "run") == 0
     assert_close_runs(tmp_path / "run", runs / stage, stage)
@@ -336,7 +376,7 @@ class Killed(BaseException):
     """What SIGKILL would be."""
 
 
-@pytest.mark.parametrize("stage", ["vae", "moa"])
+@pytest.mark.parametrize("stage", ["vae", "moa", "lora"])
 @pytest.mark.parametrize("stop", ["killed", "interrupted"])
 def test_a_stopped_run_goes_on_to_the_same_weights(stage, stop, runs, tmp_path, monkeypatch, capsys):
     options = [*options_of(stage, runs), "--checkpoint-every", 2, "--output", tmp_path / "run"]
@@ -483,7 +523,7 @@ def assert_close_runs(one: Path, other: Path, stage: str) -> None:
     assert all(torch.allclose(a[k], b[k], atol=5e-3 if bf16 else 2e-4) for k in a)
 
 
-@pytest.mark.parametrize("stage", ["vae", "prior", "moa"])
+@pytest.mark.parametrize("stage", ["vae", "prior", "moa", "lora"])
 def test_two_processes_are_the_same_run_as_one(stage, runs, tmp_path):
     done = torchrun(2, *options_of(stage, runs), "--output", tmp_path / "run")
     assert done.returncode == 0, done.stderr
@@ -528,6 +568,7 @@ def test_what_cannot_be_shared_between_processes(runs, tmp_path):
 
 @pytest.mark.parametrize(("arguments", "match"), [
     (["prior"], "the prior needs --weights"), (["moa"], "moa needs --weights"),
+    (["lora"], "lora needs --weights"), (["lora", "--moa", "x"], "cannot use --moa"),
     (["prior", "--weights", "nowhere"], "nowhere"), (["clip", "--weights", "nowhere"], "nowhere"),
     (["moa", "--weights", "vae"], "unet"), (["vae", "--weights", "clip"], "cannot use --weights"),
     (["vae", "--preset", "sd15"], "preset sd15 has no stage vae"),
@@ -544,7 +585,7 @@ def folder(place) -> Path:
     return place / "world"
 
 
-@pytest.mark.parametrize("stage", ["vae", "prior", "moa"])
+@pytest.mark.parametrize("stage", ["vae", "prior", "moa", "lora"])
 def test_a_stage_reads_a_folder(stage, folder, runs, tmp_path, monkeypatch):
     rendered, render = [], stages.stage.render_cache
     monkeypatch.setattr(stages.stage, "render_cache", lambda kind, count, split="train": (
@@ -568,6 +609,8 @@ def test_folders_that_cannot_be_trained_on(folder, runs, tmp_path, capsys):
         path.write_text(json.dumps({**json.loads(path.read_text()), "segments": []}))
     assert_refused(capsys, world, "moa", "--weights", runs / "prior", *options, "--samples", 7,
                    match="has no subjects")
+    assert run("lora", "--weights", runs / "prior", *options) == 0  # pictures and captions are enough
+    shutil.rmtree(tmp_path / "run")
     assert run("vae", *options) == 0  # pictures are enough for it
     shutil.rmtree(tmp_path / "run")
     for path in world.rglob("*.npy"):
