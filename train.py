@@ -15,7 +15,7 @@ rounding. On a CPU, one process per core is faster than one process with as many
 that dies ends the others; with `torchrun --max-restarts N` they start again and go on by themselves.
 The output folder holds config.json, metrics.jsonl, checkpoints/ (named by their step), samples/, where
 TensorBoard is installed tensorboard/, and the weights, those of --weights too, so each run's folder is
-the next one's --weights.
+the next one's --weights; of judge and lora only their own file.
 
 Exit status: 0 trained, or saved and stopped by SIGTERM as on a machine that is taken away; 2 an error
 (one line on stderr); 130 saved and stopped by SIGINT; 143 SIGTERM before the first step.

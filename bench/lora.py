@@ -3,12 +3,12 @@
     python bench/lora.py --output runs/crayons
     python bench/lora.py --output runs/crayons --lora runs/lora/lora.safetensors --count 64
 
-Draws the evaluation's cases five times: by the prior alone without and with the LoRA, with subjects
-without it and in both scopes. Writes sheet.png (from the top: the subject, then these five), results.json,
-and prints a table. The judge, which knows plain pictures and three other styles, reads activity, place
-and the subjects' attributes. "Colours" is the overlap of the colour histograms, 1 for equal ones, with
-rendered scenes that went through the style's filter and the VAE: on the people and on the background.
-The last row is such scenes themselves, others than these: what could be reached.
+Draws the evaluation's cases six times: by the prior alone and with subjects, each without the LoRA and in
+both scopes. Writes sheet.png (from the top: the subject, then these six) and results.json, and prints a
+table. The judge, which knows plain pictures and three other styles, reads activity, place and the
+subjects' attributes. "Colours" is the overlap of the colour histograms, 1 for equal ones, with rendered
+scenes that went through the style's filter and the VAE: on the people and on the background. The last
+row is such scenes themselves, others than these: what could be reached.
 """
 import argparse
 import sys
@@ -20,8 +20,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 WEIGHTS = ROOT / "weights" / "toyworld"
 # Row -> (with subjects, scope of the LoRA).
-ROWS = {"the prior": (False, None), "the prior, LoRA": (False, "all"), "subjects": (True, None),
-        "subjects, LoRA, scope attn": (True, "attn"), "subjects, LoRA, scope all": (True, "all")}
+ROWS = {"the prior": (False, None), "the prior, scope attn": (False, "attn"),
+        "the prior, scope all": (False, "all"), "subjects": (True, None),
+        "subjects, scope attn": (True, "attn"), "subjects, scope all": (True, "all")}
 BATCH, SHOWN, BINS = 16, 8, 6
 
 
@@ -73,10 +74,11 @@ def main() -> None:
     for row, pictures in drawn.items():
         cases = scenes[args.count:] if row == "filtered scenes" else scenes[:args.count]
         readings = read(judge, pictures)
+        functions = {"activity": evaluate.activity_right, "place": evaluate.context_right,
+                     "attributes": evaluate.identity}
         scores = {name: float(np.mean([function(scene, reading)
                                        for scene, reading in zip(cases, readings, strict=True)]))
-                  for name, function in (("activity", evaluate.activity_right),
-                                         ("place", evaluate.context_right), ("attributes", evaluate.identity))}
+                  for name, function in functions.items()}
         found = histograms(pictures, readings)
         results[row] = scores | {f"colours, {where}": float(np.minimum(a, b).sum())
                                  for where, a, b in zip(("people", "background"), found, wanted, strict=True)}
@@ -111,7 +113,8 @@ def read(judge, pictures) -> list:
     import evaluate
     device = next(judge.parameters()).device
     with torch.no_grad():
-        return [reading for part in pictures.split(BATCH) for reading in evaluate.read(judge, part.to(device))]
+        return [reading for part in pictures.split(BATCH)
+                for reading in evaluate.read(judge, part.to(device))]
 
 
 def histograms(pictures, readings: list) -> list[np.ndarray]:

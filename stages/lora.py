@@ -58,7 +58,6 @@ class LoRAStage(PriorStage):
         save_grid(rows, path)
 
     def export(self, folder: Path) -> None:
-        metadata = {"ss_network_module": "networks.lora", "ss_network_dim": str(self.config.lora_rank),
-                    "ss_network_alpha": str(self.config.lora_alpha),
-                    "settings": json.dumps(asdict(self.config))}
+        # One entry: safetensors writes several in any order, and equal runs shall give equal files.
+        metadata = {"settings": json.dumps(asdict(self.config))}
         save_tensors(self.module.state_dict(), folder / "lora.safetensors", torch.float16, metadata)
