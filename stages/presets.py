@@ -56,7 +56,7 @@ TOYWORLD = {
     "clip": TrainConfig(steps=800, batch_size=128, lr=1e-3, weight_decay=0.1),
     "prior": TrainConfig(steps=4000, batch_size=32, lr=1e-3, ema=0.998),
     "moa": TrainConfig(steps=3250, batch_size=32, lr=1e-3, ema=0.998, max_timestep=800,
-                       lambda_router=3e-5, lambda_object=3e-3,
+                       lambda_router=3e-5, lambda_object=3e-3, masked_probability=0.5,
                        # Cells of the 2 x 2 and 4 x 4 layers hold people and background at once.
                        router_layers=(0, 1, 2, 3, 10, 11, 12, 13, 14, 15)),
     "judge": TrainConfig(steps=4500, batch_size=32, lr=2e-3, ema=0.998, bf16=True),
