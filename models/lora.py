@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,7 +106,8 @@ class MergedLoRAs:
         """Have these LoRAs, in place of those from before; none brings the first weights back, bit for bit.
 
         Their changes are summed in float32 and added to the first weights, always in one order, so that
-        the order of `settings` does not matter. Raises LoRAError, and leaves all as it was.
+        the order of `settings` does not matter. Raises LoRAError, and leaves all as it was; warns where
+        the scope leaves out layers of the UNet.
         """
         if scope not in SCOPES:
             raise LoRAError(f"the scope of a LoRA must be one of {', '.join(SCOPES)}, not {scope!r}")
@@ -116,6 +118,10 @@ class MergedLoRAs:
             if setting.scale and not any(strengths.values()):
                 raise LoRAError(f"{setting.file} has nothing for the UNet's attention, which is all that "
                                 "scope attn changes: use scope all")
+            left_out = sum(name.startswith("unet.") and not strength for name, strength in strengths.items())
+            if setting.scale and left_out:
+                warnings.warn(f"{setting.file}: {left_out} of its {len(strengths)} layers are not the UNet's "
+                              "attention, scope attn leaves them out; scope all takes them", stacklevel=3)
             for name, strength in strengths.items():
                 if strength:
                     changes.setdefault(name, []).append((strength, lora.layers[name]))

@@ -430,7 +430,8 @@ def test_a_file_that_cannot_be_used_leaves_all_as_it_was(pipeline, three, tmp_pa
 def test_scope_attn_changes_the_priors_attention_only(pipeline, three):
     pipeline = with_moa(pipeline)
     before = weights(pipeline)
-    pipeline.set_loras(three[:1])
+    with pytest.warns(UserWarning, match="64 of its 204 layers are not the UNet's attention"):
+        pipeline.set_loras(three[:1])
     changed = differing(before, weights(pipeline))
     assert len(changed) == 32 * 4
     assert all(".prior.to_" in name for name in changed)
