@@ -1,5 +1,6 @@
 """The command line that sample.py and the apps share: flags, checks, loading, drawing, settings."""
 import argparse
+import json
 import random
 import re
 import sys
@@ -16,7 +17,7 @@ BATCH_PIXELS = 8 * 512 * 512
 # What a flag, or config.json in its place, may say; numbers that may have a fraction are floats here.
 LIMITS = {"num": (1, 1000), "seed": (0, 2 ** 63 - 1), "steps": (1, 999), "guidance_scale": (0.0, 100.0),
           "width": (8, 2048), "height": (8, 2048), "clip_skip": (1, 12), "prior_above": (0, 1000),
-          "strength": (0.0, 10.0)}
+          "strength": (0.0, 10.0), "frames": (2, 200)}
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -99,16 +100,51 @@ def check(args: argparse.Namespace) -> None:
                              f"{value // 8 * 8 + 8}")
 
 
+def check_seed(seed) -> None:
+    """Raise ValueError unless it is a seed: those in files may be anything."""
+    low, high = LIMITS["seed"]
+    if type(seed) is not int or not low <= seed <= high:
+        raise ValueError(f"seed must be a whole number in {low}..{high}, not {seed!r}")
+
+
+def check_keys(where, values, **kinds: type) -> None:
+    """Raise ValueError unless `values`, out of a JSON file, is an object with these keys, each filled with
+    its kind."""
+    names = {dict: "an object", list: "a list", str: "a text"}
+    for key, kind in kinds.items():
+        found = values.get(key) if isinstance(values, dict) else None
+        if not isinstance(found, kind) or not found:
+            raise ValueError(f"{where} needs {key!r}: {names[kind]} that is not empty")
+
+
+def read_json(path: Path, **kinds: type) -> dict:
+    """A JSON file with the keys of `check_keys`. Raises ValueError."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not a JSON file: {error}") from error
+    check_keys(path, values, **kinds)
+    return values
+
+
+def check_words(pipeline, texts: Sequence[str]) -> None:
+    """Raise ValueError if the weights do not know a word of the texts."""
+    tokenize = pipeline.models.tokenize
+    if unknown := tokenize.unknown_words(" ".join(texts)):
+        raise ValueError(f"these weights do not know the words: {', '.join(unknown)}. They know: "
+                         f"{', '.join(tokenize.known_words)}")
+
+
 def check_prompt(flag: str, prompt: str) -> None:
     """Raise ValueError if there is nothing to draw."""
     if not prompt.strip():
         raise ValueError(f"{flag} is empty: say what to draw")
 
 
-def check_picture(flag: str, path: Path) -> None:
-    """Raise ValueError unless `path` is a .png that can be created or replaced."""
-    if path.suffix.lower() != ".png":
-        raise ValueError(f"{flag} {path} must be a file whose name ends in .png")
+def check_picture(flag: str, path: Path, endings: Sequence[str] = (".png",)) -> None:
+    """Raise ValueError unless `path` has one of these endings and can be created or replaced."""
+    if path.suffix.lower() not in endings:
+        raise ValueError(f"{flag} {path} must be a file whose name ends in {' or '.join(endings)}")
     check_writable(flag, path)
 
 
@@ -123,6 +159,34 @@ def check_writable(flag: str, path: Path) -> None:
     except OSError as error:
         raise ValueError(f"{flag} {path} cannot be written, {folder}: {error.strerror}. "
                          "Give another place") from error
+
+
+def plan_sheet(output: Path, count: int) -> tuple[Path, list[Path]]:
+    """The file of a sheet and, where --output is a folder, those of its `count` pictures. Raises ValueError
+    where they cannot be written."""
+    if output.suffix.lower() not in ("", ".png") and not output.is_dir():
+        raise ValueError(f"--output {output}: pictures are saved as .png, give a name that ends so, or a "
+                         "folder")
+    folder = output.is_dir() or not output.suffix
+    sheet = output / "sheet.png" if folder else output
+    check_writable("--output", sheet)
+    return sheet, [output / f"{k:03d}.png" for k in range(count)] if folder else []
+
+
+def save(image, path: Path, settings: dict) -> None:
+    """Save a picture with its settings and print its name."""
+    from pictures import save_png
+    save_png(image, path, settings)
+    print(path, flush=True)
+
+
+def save_sheet(sheet, path: Path, settings: dict, images: Sequence, files: Sequence[Path],
+               own: Sequence[dict]) -> None:
+    """Save a sheet and, where `plan_sheet` gave files for them, its pictures, each with its own settings
+    besides those of all."""
+    for image, file, more in zip(images, files, own) if files else ():
+        save(image, file, {**settings, **more})
+    save(sheet, path, settings)
 
 
 def load_pipeline(args: argparse.Namespace, moa: bool | None = True, people: bool = True):
@@ -211,10 +275,11 @@ def drawing(args: argparse.Namespace) -> dict:
             "prior_above": args.prior_above, "strength": args.strength}
 
 
-def draw(args: argparse.Namespace, pipeline, prompts: Sequence[str], seeds: Sequence[int],
+def draw(args: argparse.Namespace, pipeline, prompts, seeds: Sequence[int],
          subjects: Sequence[Sequence], watch: Callable | None = None, **more) -> Iterator:
     """Yield a Pillow image per prompt, drawn in batches, with a progress bar.
 
+    prompts: a list, or text states as `Pipeline.generate` takes them.
     watch: called after each step of the first batch, like `progress` of `Pipeline.generate`. more: for
     `Pipeline.generate`, besides what the flags say.
     """
@@ -231,7 +296,7 @@ def draw(args: argparse.Namespace, pipeline, prompts: Sequence[str], seeds: Sequ
                     watch(step, steps, t, x0)
             batch = slice(start, start + size)
             yield from to_images(pipeline.generate(
-                list(prompts[batch]), seeds[batch], subjects[batch], args.negative_prompt,
+                prompts[batch], seeds[batch], subjects[batch], args.negative_prompt,
                 (args.height, args.width), args.clip_skip, progress=progress, **{**drawing(args), **more}))
 
 

@@ -1,7 +1,7 @@
 """Pictures in and out: whatever file a person has -> RGB, and PNGs that say how they were made."""
 import json
 import math
-import textwrap
+import re
 import warnings
 from pathlib import Path
 
@@ -18,9 +18,12 @@ from models.load import write_whole
 
 # Formats that Pillow decodes itself; for some others it starts programs.
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
+ANIMATIONS = {".gif": "GIF", ".png": "PNG"}
 MIN_SIDE = 16
 MAX_ASPECT = 10  # a sliver would be scaled up to gigabytes
 THUMBNAIL = 128
+MOST_COLOURS = 20  # of a mask; one with soft edges has hundreds
+CUT_GROUND, CUT_SIDE = 0.85, 1.1  # around a person cut from a picture: grey, and the square's side
 FONT = ImageFont.load_default(13)
 LINE = 18  # pixels per line of text
 PRIOR, PERSONALIZED = (28, 36, 84), (255, 205, 70)  # the two ends of the routing maps' colours
@@ -95,11 +98,39 @@ def to_uint8(pictures: Tensor) -> np.ndarray:
 def save_png(image: Image.Image, path: Path, settings: dict) -> None:
     """Write a PNG, whole or not at all, whose metadata say how it was made: `parameters` as the
     field's tools read it, and `moa`, all settings as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    info = png_info(settings)
+    write_whole(path, lambda temporary: image.save(temporary, format="PNG", pnginfo=info))
+
+
+def save_animation(frames: list[Image.Image], path: Path, settings: dict, fps: float = 8) -> None:
+    """Write frames of one size as a .gif (256 colours, times in 1/100 s) or an animated .png (exact),
+    endless, whole or not at all. The settings are kept as `save_png` does, in a .gif as its comment.
+
+    fps: frames per second, in 1..50. Equal frames after each other become one that stays longer.
+    Raises ValueError for another ending, for fps out of range, and unless there are two frames.
+    """
+    if path.suffix.lower() not in ANIMATIONS:
+        raise ValueError(f"{path}: an animation is saved as {' or '.join(ANIMATIONS)}, not as "
+                         f"{path.suffix or 'a file without an ending'}")
+    if not 1 <= fps <= 50:
+        raise ValueError(f"an animation has 1..50 frames per second, not {fps}")
+    if len(frames) < 2:
+        raise ValueError(f"{path}: an animation needs 2 frames or more, not {len(frames)}")
+    kept = ({"comment": json.dumps(settings).encode()} if path.suffix.lower() == ".gif"
+            else {"pnginfo": png_info(settings)})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, lambda temporary: frames[0].save(
+        temporary, format=ANIMATIONS[path.suffix.lower()], save_all=True, append_images=frames[1:],
+        duration=1000 / fps, loop=0, **kept))
+
+
+def png_info(settings: dict) -> PngInfo:
+    """The settings as a PNG keeps them."""
     info = PngInfo()
     info.add_text("parameters", parameters_text(settings))
     info.add_text("moa", json.dumps(settings))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda temporary: image.save(temporary, format="PNG", pnginfo=info))
+    return info
 
 
 def read_settings(path: Path) -> dict | None:
@@ -131,6 +162,70 @@ def quoted(value: str) -> str:
     return json.dumps(value, ensure_ascii=False) if any(mark in value for mark in ',:"\n') else value
 
 
+def fit(picture: Tensor, size: tuple[int, int]) -> Tensor:
+    """(3, H, W) in [0, 1], scaled so that it covers `size` (height, width) and cut to it around its middle
+    -> (1, 3, height, width) in [-1, 1]."""
+    image = to_images(picture[None] * 2 - 1)[0]
+    return to_picture(np.array(ImageOps.fit(image, size[::-1]))[None])
+
+
+def read_masks(path: Path, picture: Tensor) -> list[Tensor]:
+    """The people of a picture (3, H, W), each (H, W) bool, from a picture of the same size in which each has
+    a colour of their own and the rest is black. Raises ValueError."""
+    red, green, blue = (read_picture(path) * 255).round().long()
+    if red.shape != picture.shape[1:]:
+        sizes = [f"{width} x {height}" for height, width in (red.shape, picture.shape[1:])]
+        raise ValueError(f"{path} has {sizes[0]} pixels, the picture {sizes[1]}: they must be alike")
+    colours = (red << 16) + (green << 8) + blue
+    people = [colours == colour for colour in colours.unique() if colour]
+    if not 1 <= len(people) <= MOST_COLOURS:
+        raise ValueError(f"{path} has {len(people)} colours besides black: give each person one, in a file "
+                         "without blur and losses such as a PNG")
+    return people
+
+
+def box_mask(box: str, picture: Tensor) -> Tensor:
+    """(H, W) bool, true in "x0,y0,x1,y1" of a picture (3, H, W), behind its corners x1, y1 no more.
+
+    Raises ValueError.
+    """
+    height, width = picture.shape[1:]
+    numbers = re.fullmatch(r"(\d{1,9}),(\d{1,9}),(\d{1,9}),(\d{1,9})", box)
+    if not numbers:
+        raise ValueError(f"--box {box}: give four whole numbers x0,y0,x1,y1")
+    x0, y0, x1, y1 = map(int, numbers.groups())
+    if not (x0 < x1 <= width and y0 < y1 <= height):
+        raise ValueError(f"--box {box} must be an area inside the picture's {width} x {height} pixels")
+    mask = torch.zeros(height, width, dtype=torch.bool)
+    mask[y0:y1, x0:x1] = True
+    return mask
+
+
+def cut_person(picture: Tensor, mask: Tensor) -> Tensor:
+    """A person of a picture as a photo of their own: on light grey, whole, in the middle of a square.
+
+    picture: (3, H, W) in [0, 1]. mask: (H, W) bool, not empty. Returns (3, S, S) in [0, 1].
+    """
+    rows, columns = mask.any(1).nonzero().flatten(), mask.any(0).nonzero().flatten()
+    box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+    person = torch.where(mask, picture, CUT_GROUND)[:, *box]
+    side = math.ceil(max(person.shape[1:]) * CUT_SIDE)
+    square = torch.full((3, side, side), CUT_GROUND)
+    top, left = ((side - length) // 2 for length in person.shape[1:])
+    square[:, top:top + person.shape[1], left:left + person.shape[2]] = person
+    return square
+
+
+def psnr(pictures: Tensor, others: Tensor) -> float:
+    """Peak signal-to-noise ratio in dB of pictures (...) in [-1, 1]."""
+    return -10 * math.log10(max(((pictures - others) / 2).square().mean().item(), 1e-12))
+
+
+def portrait(photo: Tensor, size: tuple[int, int]) -> Image.Image:
+    """A photo (3, H, W) in [0, 1], as large as it fits into `size` (width, height)."""
+    return ImageOps.contain(to_images(photo[None] * 2 - 1)[0], size)
+
+
 def thumbnail(image: Image.Image) -> Image.Image:
     """A copy, at most `THUMBNAIL` pixels wide and high."""
     small = image.copy()
@@ -160,6 +255,18 @@ def labelled(tiles: list[tuple[Image.Image, str]], columns: int, gap: int = 8) -
     return sheet
 
 
+def captioned(tiles: list[tuple[Image.Image, str]], columns: int = 5) -> Image.Image:
+    """Pictures in rows of `columns`, each with the whole of its text below it."""
+    tiles = [(stack([image, heading(text, image.width, margin=0)]), "") for image, text in tiles]
+    return labelled(tiles, columns)
+
+
+def strip(title: str, tiles: list[tuple[Image.Image, str]]) -> Image.Image:
+    """Pictures in one row, each with its label, below a title."""
+    row = labelled(tiles, len(tiles))
+    return stack([heading(title, row.width), row])
+
+
 def stack(parts: list[Image.Image]) -> Image.Image:
     """Pictures below each other on white."""
     sheet = Image.new("RGB", (max(p.width for p in parts), sum(p.height for p in parts)), "white")
@@ -170,12 +277,17 @@ def stack(parts: list[Image.Image]) -> Image.Image:
     return sheet
 
 
-def heading(text: str, width: int) -> Image.Image:
+def heading(text: str, width: int, margin: int = 8) -> Image.Image:
     """Text in as many lines as it needs."""
-    lines = textwrap.wrap(text, max(16, width // 7))
+    lines = []
+    for word in text.split():
+        if lines and FONT.getlength(f"{lines[-1]} {word}") <= width - 2 * margin:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
     image = Image.new("RGB", (width, LINE * len(lines) + 8), "white")
     for i, line in enumerate(lines):
-        write(ImageDraw.Draw(image), 8, 8 + LINE * i, line, width - 16)
+        write(ImageDraw.Draw(image), margin, 8 + LINE * i, line, width - 2 * margin)
     return image
 
 

@@ -172,13 +172,14 @@ class Pipeline:
         return SAMPLERS[sampler](denoise, x, steps=steps, progress=progress)
 
     @torch.no_grad()
-    def generate(self, prompts: list[str], seeds: Sequence[int],
+    def generate(self, prompts: Sequence[str] | Tensor, seeds: Sequence[int],
                  subjects: Sequence[Sequence[Subject]] | None = None, negative_prompt: str = "",
                  size: tuple[int, int] | None = None, clip_skip: int = 1, **sampling) -> Tensor:
         """Draw one picture per prompt.
 
         Args:
-            prompts, seeds: (B,) each. The noise of a picture depends on its own seed only.
+            prompts, seeds: (B,) each. The noise of a picture depends on its own seed only. In place of
+                the prompts their text states (B, 77, C), if they are not those of any prompt.
             subjects: per prompt the people to be fused in; none by default.
             negative_prompt: what guidance leads away from. It goes through MoA too, without
                 subjects: it was trained so, and otherwise guidance would multiply every difference
@@ -194,8 +195,11 @@ class Pipeline:
         Raises ValueError for bad sizes and clip skips and, from the sampler, for bad steps.
         """
         x = self.noise(seeds, size)
-        text = self.encode_text([negative_prompt, *prompts], clip_skip)
-        return self.decode(self.sample(x, text[1:], text[:1], subjects, **sampling))
+        if isinstance(prompts, Tensor):
+            null, text = self.encode_text([negative_prompt], clip_skip), prompts
+        else:
+            null, text = self.encode_text([negative_prompt, *prompts], clip_skip).split([1, len(prompts)])
+        return self.decode(self.sample(x, text, null, subjects, **sampling))
 
     def noise(self, seeds: Sequence[int], size: tuple[int, int] | None = None) -> Tensor:
         """(B, 4, h, w) noise, each picture's drawn on the CPU from its own seed."""
@@ -209,6 +213,12 @@ class Pipeline:
         return torch.stack(noise).to(self.device, self.dtype)
 
     @torch.no_grad()
+    def encode(self, pictures: Tensor) -> Tensor:
+        """(B, 3, H, W) pictures in [-1, 1] -> (B, 4, h, w) latents. Raises ValueError as `noise` does."""
+        vae = self.models.vae
+        return vae.encode(pictures.to(self.device, vae.quant_conv.weight.dtype)).to(self.dtype)
+
+    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """(B, 4, h, w) latents -> (B, 3, H, W) pictures in [-1, 1], float32 on the CPU.
 
@@ -217,6 +227,29 @@ class Pipeline:
         vae = self.models.vae
         pictures = vae.decode(latents.to(vae.post_quant_conv.weight.dtype)).float().cpu()
         return pictures.masked_fill(pictures.isinf(), float("nan")).clamp(-1, 1)
+
+
+def slerp(a: Tensor, b: Tensor, amount: float) -> Tensor:
+    """From a (...) at amount 0 to b (...) at 1, along the arc between them as vectors: halfway between
+    two noises there is noise again, where their mean would be too weak. Exactly a and b at the ends; a
+    straight line where there is no one arc, between vectors along one line.
+    """
+    weights = torch.tensor([1 - amount, amount], dtype=torch.float64)
+    cosine = torch.cosine_similarity(a.flatten().double().cpu(), b.flatten().double().cpu(), dim=0)
+    if cosine.abs() < 1 - 1e-9:
+        angle = cosine.acos()
+        weights = (weights * angle).sin() / angle.sin()
+    of_a, of_b = weights.tolist()
+    return (of_a * a.float() + of_b * b.float()).to(a.dtype)
+
+
+def interpolate(a: Tensor, b: Tensor, count: int, spherical: bool = False) -> Tensor:
+    """From a (...) to b (...) in equal steps: (count, ...), of which the first is a and the last b.
+
+    spherical: along the arc of `slerp` in place of the straight line.
+    """
+    between = slerp if spherical else torch.lerp
+    return torch.stack([between(a, b, k / (count - 1)) for k in range(count)])
 
 
 def fingerprints(samples: Tensor) -> list[bytes]:

@@ -28,14 +28,14 @@ class Place(NamedTuple):
 def bind_subjects(prompt: str, arguments: Sequence[str]) -> list[Place]:
     """Which word of the prompt each subject stands for.
 
-    WORD=FILE takes the next free occurrence of WORD; a bare FILE the next free word for a person.
-    Raises ValueError when there is none.
+    WORD=FILE takes the next free occurrence of WORD, N=FILE the N-th word for a person; a bare FILE the
+    next free word for a person. Raises ValueError when there is none.
     """
     parsed = [split_subject(argument) for argument in arguments]
     bound: dict[int, Place] = {}
     for i, (word, files, start) in sorted(enumerate(parsed), key=lambda item: item[1][0] is None):
         taken = {place.end for place in bound.values()}
-        free = [match for match in find_words(prompt, [word] if word else PEOPLE) if match.end() not in taken]
+        free = [match for match in candidates(prompt, word) if match.end() not in taken]
         if not free:
             raise ValueError(no_place(prompt, word, arguments[i]))
         bound[i] = Place(free[0][0].lower(), free[0].end(), files, start)
@@ -60,6 +60,13 @@ def split_subject(argument: str) -> tuple[str | None, list[str], int | None]:
     return word.strip().lower() if word else None, files, start
 
 
+def candidates(prompt: str, word: str | None) -> list[re.Match]:
+    """Where in a prompt a subject could stand, in order."""
+    if word and word.isdecimal():
+        return find_words(prompt, PEOPLE)[int(word) - 1:][:1] if int(word) else []
+    return find_words(prompt, [word] if word else PEOPLE)
+
+
 def find_words(prompt: str, words) -> list[re.Match]:
     """The whole words of a prompt that are among `words`, in order."""
     pattern = rf"(?<!\w)(?:{'|'.join(map(re.escape, words))})(?!\w)"
@@ -68,6 +75,9 @@ def find_words(prompt: str, words) -> list[re.Match]:
 
 def no_place(prompt: str, word: str | None, argument: str) -> str:
     """Why a subject has no word, and what to do."""
+    if word and word.isdecimal():
+        return (f"--subject {argument}: the prompt has {len(find_words(prompt, PEOPLE))} words for people, "
+                f"each for one subject, and no free one of number {word}: {prompt!r}")
     if word and find_words(prompt, [word]):
         return f"--subject {argument}: every {word!r} in the prompt has a subject already: {prompt!r}"
     if word:
@@ -91,6 +101,24 @@ def read_photos(places: Sequence[Place]) -> list[list]:
     """The pictures of each subject, (3, H, W) in [0, 1]. Raises ValueError naming the file."""
     from pictures import read_picture
     return [[read_picture(file) for file in place.files] for place in places]
+
+
+def cut_people(picture, keep: Sequence[int], mask: Path | None, boxes: Sequence[str]) -> list[list]:
+    """Photos, as `read_photos` gives them, of the people of a picture (3, H, W) who are to be kept.
+
+    keep: their numbers, from 1. mask, boxes: where people are, see `pictures.read_masks` and `box_mask`. The
+    N-th from the left is the N-th person; of as many as are kept, all are. Raises ValueError.
+    """
+    from pictures import box_mask, cut_person, read_masks
+    if bool(keep) != bool(mask or boxes):
+        raise ValueError("--keep and --mask or --box go together: who stays, and where people are")
+    found = [box_mask(box, picture) for box in boxes] + (read_masks(mask, picture) if mask else [])
+    found.sort(key=lambda person: person.nonzero()[:, 1].float().mean().item())
+    numbers = sorted(keep) if len(found) == len(keep) else range(1, len(found) + 1)
+    people = dict(zip(numbers, found, strict=True))
+    if missing := set(keep) - people.keys():
+        raise ValueError(f"--keep {min(missing)}: only {len(found)} people are marked in the picture")
+    return [[cut_person(picture, people[number])] for number in keep]
 
 
 def encode_person(pipeline, weights: Path, files: Sequence[str], photos: Sequence):
