@@ -60,8 +60,9 @@ TOYWORLD = {
                        # Cells of the 2 x 2 and 4 x 4 layers hold people and background at once.
                        router_layers=(0, 1, 2, 3, 10, 11, 12, 13, 14, 15)),
     "judge": TrainConfig(steps=4500, batch_size=32, lr=2e-3, ema=0.998, bf16=True),
-    "lora": TrainConfig(steps=600, batch_size=16, lr=2e-3, samples=2000, ema=0.99,
-                        lora_layers=("attentions",), lora_rank=8, lora_alpha=8.0),
+    # Attention only, so that --lora-scope attn is all of it; ("attentions",) is all of a transformer block.
+    "lora": TrainConfig(steps=260, batch_size=16, lr=3e-3, samples=2000, ema=0.99,
+                        lora_layers=("attn1", "attn2"), lora_rank=8, lora_alpha=8.0),
 }
 # The paper's Table 1 and section 4.1; where it is silent FastComposer's released code and script, whose
 # data and losses it takes over.
