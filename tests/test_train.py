@@ -270,7 +270,7 @@ def test_moa_trains_its_own_parameters_and_no_others(runs, tmp_path):
 
 def test_a_lora_is_read_by_the_pipeline_and_does_what_it_was_trained_to(runs, tmp_path):
     """The file that training wrote, merged: the output that the frozen UNet had with it beside."""
-    stage = make_stage("lora", runs, steps=4, ema=0.0, lr=0.05, warmup=1)
+    stage = make_stage("lora", runs, steps=4, ema=0.0, lr=0.05, warmup=1, lora_layers=("attentions",))
     frozen = {k: v.clone() for k, v in stage.unet.state_dict().items()}
     train_stage(stage, tmp_path / "run")
     assert all(torch.equal(v, frozen[k]) for k, v in stage.unet.state_dict().items())
