@@ -2,6 +2,7 @@
 import argparse
 import json
 import random
+import re
 import sys
 import tempfile
 import warnings
@@ -47,6 +48,11 @@ def add_flags(parser: argparse.ArgumentParser, seeds: Sequence[int] = ()) -> Non
     add("--weights", type=Path, default=SHIPPED, metavar="FOLDER", help="default: the small world")
     add("--moa", type=Path, metavar="FILE", help="default: moa.safetensors in the weights folder")
     add("--vae", metavar="FILE", help="decode with this VAE: a file or folder that convert_sd15.py reads")
+    add("--lora", action="append", default=[], metavar="FILE[:SCALE[:TEXT_SCALE]]",
+        help="a style: a LoRA's .safetensors, and how much of it (default 1); repeatable, in any order")
+    add("--lora-scope", choices=["attn", "all"], default="attn",
+        help="attn (default, the paper's): only the prior's attention, and the text encoder where TEXT_SCALE "
+             "is given. all: all layers of the file; TEXT_SCALE is SCALE where it is not given")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default auto)")
     add("--dtype", choices=["fp32", "fp16", "bf16"], default="fp32", help="default fp32")
     controls.add_flags(parser)
@@ -219,14 +225,15 @@ def load_pipeline(args: argparse.Namespace, moa: bool | None = True, people: boo
     """The models, with seed and sizes that the flags leave open filled in from them.
 
     moa: True where it is needed, None to take it if it is there. people: whether there are photos.
-    `args.moa` becomes the file that was loaded, or None, `args.controls` what else steers the pictures.
-    Raises ValueError.
+    `args.moa` becomes the file that was loaded, or None, `args.lora` a list of `LoRASetting`,
+    `args.controls` what else steers the pictures. Raises ValueError.
     """
     import torch
 
     from models import WeightsError
     from pipeline import Pipeline, pick_device
     hints = controls.read_hints(args)
+    args.lora = [split_lora(argument) for argument in args.lora]
     file = args.moa or args.weights / "moa.safetensors"
     device = pick_device(args.device)
     dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.dtype]
@@ -244,9 +251,29 @@ def load_pipeline(args: argparse.Namespace, moa: bool | None = True, people: boo
         raise ValueError(f"--weights {args.weights} has no image_encoder.safetensors, which subjects need")
     if args.vae is not None:
         replace_vae(pipeline, args.vae)
+    pipeline.set_loras(args.lora, args.lora_scope)
     fill_in(args, pipeline.models.config)
     args.controls = controls.load_controls(args, hints, pipeline)
     return pipeline
+
+
+def split_lora(argument: str):
+    """FILE[:SCALE[:TEXT_SCALE]] -> LoRASetting. A FILE that has a colon itself is told by existing, or by
+    what is not a number behind the colon. Raises ValueError."""
+    from models.lora import LoRASetting
+    file, scales = argument, []
+    while len(scales) < 2 and not Path(file).exists() and (found := re.fullmatch(r"(.+):([^:]*)", file)):
+        try:
+            scales = [float(found[2]), *scales]
+        except ValueError:
+            break
+        file = found[1]
+    if not all(-100 <= scale <= 100 for scale in scales):
+        raise ValueError(f"--lora {argument}: a scale must be in -100..100")
+    if not Path(file).is_file():
+        raise ValueError(f"--lora {argument}: {file} is not a file; give FILE[:SCALE[:TEXT_SCALE]], the "
+                         "scales in numbers")
+    return LoRASetting(Path(file), *scales)
 
 
 def replace_vae(pipeline, source: str) -> None:
@@ -347,4 +374,5 @@ def describe(args: argparse.Namespace, places: Sequence[Place], **more) -> dict:
     return {**{name: getattr(args, name) for name in kept},
             "weights": args.weights.resolve().name, "moa": args.moa.name if args.moa else None,
             "vae": Path(args.vae).resolve().name if args.vae else None,
-            "subjects": [str(place) for place in places], "controls": controls.describe(args), **more}
+             "loras": [str(lora) for lora in args.lora], "lora_scope": args.lora_scope if args.lora else None,
+             "subjects": [str(place) for place in places], "controls": controls.describe(args), **more}

@@ -159,6 +159,7 @@ def parameters_text(settings: dict) -> str:
              "Size": f"{settings['width']}x{settings['height']}", "Model": quoted(settings["weights"]),
              **({"Clip skip": settings["clip_skip"]} if settings["clip_skip"] > 1 else {}),
              **({"VAE": quoted(settings["vae"])} if settings["vae"] else {}),
+             **({"LoRA": quoted(", ".join(settings["loras"]))} if settings["loras"] else {}),
              **{f"ControlNet {i}": quoted(
                  f"Model: {control['controlnet']}, Weight: {control['scale']}, Guidance Start: "
                  f"{control['start']}, Guidance End: {control['end']}")

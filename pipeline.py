@@ -9,11 +9,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import torch.nn as nn
 from torch import Tensor
 
-from moa import ExpertContext, MultimodalPrompt, force_routing, load_moa, scale_personalized
+from moa import ExpertContext, MultimodalPrompt, base_modules, force_routing, load_moa, scale_personalized
 from models import Models, load_models
 from models.controlnet import ControlNet, add_residuals, guess_ramp
+from models.lora import LoRASetting, MergedLoRAs
 from samplers import NUM_TIMESTEPS, SAMPLERS, guided
 
 PRIOR_ABOVE = 800  # MoA was trained below this timestep; above it the prior draws alone
@@ -105,6 +107,7 @@ class Pipeline:
 
     models: Models
     prompt: MultimodalPrompt | None = None
+    merged: MergedLoRAs | None = None
 
     @classmethod
     def load(cls, weights: str | Path, moa: str | Path | None = None, device="cpu",
@@ -122,6 +125,22 @@ class Pipeline:
             raise ValueError(f"{moa} was trained with other models than those in {weights}: its text tokens, "
                              f"image features and layers are {wanted}, here they are {sizes}")
         return cls(models, prompt)
+
+    def set_loras(self, loras: Sequence[LoRASetting], scope: str = "attn") -> None:
+        """Draw with these LoRAs from now on, in place of earlier ones; with none as before.
+
+        Scope "attn" changes the prior experts' attention only, so that people stay as they are (the
+        paper's Fig. 21), and the text encoder where a `text_scale` says so. "all" changes whatever the
+        files hold: the prior experts and the layers that both experts share.
+        Raises LoRAError, a ValueError, and changes nothing then.
+        """
+        if self.merged is None:
+            modules = {"unet": base_modules(self.models.unet),
+                       "text_encoder": dict(self.models.text_encoder.named_modules())}
+            self.merged = MergedLoRAs({f"{part}.{name}": module for part in modules
+                                       for name, module in modules[part].items()
+                                       if isinstance(module, nn.Linear | nn.Conv2d)})
+        self.merged.set(loras, scope)
 
     @property
     def device(self) -> torch.device:

@@ -6,6 +6,7 @@
     python train.py moa   --output runs/moa   --weights runs/prior
     python train.py controlnet --output runs/controlnet --weights runs/prior
     python train.py judge --output runs/judge
+    python train.py lora  --output runs/lora  --weights runs/prior
 
     torchrun --nproc-per-node 4 train.py moa --output runs/moa --weights runs/prior
 
@@ -15,7 +16,7 @@ rounding. On a CPU, one process per core is faster than one process with as many
 that dies ends the others; with `torchrun --max-restarts N` they start again and go on by themselves.
 The output folder holds config.json, metrics.jsonl, checkpoints/ (named by their step), samples/, where
 TensorBoard is installed tensorboard/, and the weights, those of --weights too, so each run's folder is
-the next one's --weights.
+the next one's --weights; of judge and lora only their own file.
 
 Exit status: 0 trained, or saved and stopped by SIGTERM as on a machine that is taken away; 2 an error
 (one line on stderr); 130 saved and stopped by SIGINT; 143 SIGTERM before the first step.
@@ -35,18 +36,18 @@ from pathlib import Path
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["vae", "clip", "prior", "moa", "controlnet", "judge"])
+    parser.add_argument("stage", choices=["vae", "clip", "prior", "moa", "controlnet", "lora", "judge"])
     parser.add_argument("--output", required=True, type=Path, help="folder of the run")
     parser.add_argument("--preset", default="toyworld", choices=["toyworld", "sd15"],
                         help="sizes and hyperparameters (default toyworld)")
     parser.add_argument("--weights", type=Path,
-                        help="folder with the models that the stage builds on (clip, prior, moa, controlnet)")
+                        help="folder with the models that the stage builds on (all but vae and judge)")
     parser.add_argument("--moa", type=Path, help="MoA file to go on from (moa; default: from the base model)")
     parser.add_argument("--data", type=Path,
                         help="dataset in FastComposer's layout (default: the small world, rendered)")
     parser.add_argument("--cache", type=Path, metavar="FOLDER",
                         help="keep latents, text states and image features of --data there, so that a step "
-                             "is the UNet alone; augmentations are then drawn once (prior, moa)")
+                             "is the UNet alone; augmentations are then drawn once (prior, moa, lora)")
     parser.add_argument("--samples", type=int, help="how many samples to render or read")
     parser.add_argument("--steps", type=int, help="optimizer steps (default: the preset's)")
     parser.add_argument("--batch-size", type=int, help="pictures per step (default: the preset's)")

@@ -12,6 +12,8 @@ FOLDER holds for each picture NAME.jpg (.jpeg, .png, .webp), in any subfolder:
     NAME_people.txt   optional, who they are: a line for person 1, one for person 2 and so on. People of
                       one name lend each other their reference pictures.
 
+With --without-people pictures and captions are enough, as for a style (train.py lora).
+
 Each person needs a word of their own: "two women" becomes "a woman and a woman", while people without
 a number ("women", "a crowd") cannot be trained on.
 
@@ -74,8 +76,10 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
                         help="with --check: contact sheet to write")
     parser.add_argument("--nouns", nargs="+", default=[], metavar="WORD",
                         help=f"more words for a person, besides {', '.join(NOUNS)}")
+    parser.add_argument("--without-people", action="store_true",
+                        help="take pictures with captions about anything, and read no masks")
     args = parser.parse_args(arguments)
-    if args.check and (args.folder or args.output or args.nouns):
+    if args.check and (args.folder or args.output or args.nouns or args.without_people):
         parser.error("--check takes a dataset and nothing to build")
     if not args.check and (args.sheet or not (args.folder and args.output)):
         parser.error("give FOLDER and --output DATA, or --check DATA")
@@ -115,7 +119,8 @@ def build(args: argparse.Namespace) -> tuple[list[str], list[str]]:
     temporary = output.absolute().with_name(f".{output.name}.{os.getpid()}")
     temporary.mkdir(parents=True)
     try:
-        job = partial(try_convert, output=temporary, nouns=(*NOUNS, *args.nouns))
+        nouns = None if args.without_people else (*NOUNS, *args.nouns)
+        job = partial(try_convert, output=temporary, nouns=nouns)
         results = list(in_processes(job, list(enumerate(pictures)), "writing"))
         broken += [str(result) for result in results if isinstance(result, DataError)]
         ids = [result for result in results if isinstance(result, str)]
@@ -150,7 +155,7 @@ def find_pictures(folder: Path) -> tuple[list[Path], list[str]]:
     return [path for path in pictures if names[path.with_suffix("")] == 1], broken
 
 
-def try_convert(job: tuple[int, Path], output: Path, nouns: tuple[str, ...]) -> str | DataError:
+def try_convert(job: tuple[int, Path], output: Path, nouns: tuple[str, ...] | None) -> str | DataError:
     """`convert`, or what is wrong with the picture."""
     try:
         return convert(*job, output, nouns)
@@ -158,20 +163,25 @@ def try_convert(job: tuple[int, Path], output: Path, nouns: tuple[str, ...]) -> 
         return error
 
 
-def convert(index: int, path: Path, output: Path, nouns: tuple[str, ...]) -> str:
-    """Write the three files of a picture; returns its id. Raises DataError."""
+def convert(index: int, path: Path, output: Path, nouns: tuple[str, ...] | None) -> str:
+    """Write the three files of a picture; returns its id. Without `nouns` there are no people on it.
+    Raises DataError."""
     with naming(path):
         picture = read_picture(path)
     with naming(caption_path := path.with_suffix(".txt")):
         lines = caption_path.read_text(encoding="utf-8-sig").strip().splitlines()
         if len(lines) != 1:
             raise ValueError(f"a caption is one line, not {len(lines)}")
-        caption, words = find_people(" ".join(lines[0].split()), nouns)
-        if not words:
+        caption, words = " ".join(lines[0].split()), []
+        if nouns is not None:
+            caption, words = find_people(caption, nouns)
+        if nouns is not None and not words:
             raise ValueError(f"no word for a person in {caption!r}; --nouns adds words, and people in the "
                              "plural need their number, as in 'two women'")
-    with naming(mask_path := path.with_name(f"{path.stem}_mask.png")):
-        instances = read_mask(mask_path, picture.size, len(words), caption)
+    instances = np.zeros((picture.height, picture.width), np.uint8)
+    if words:
+        with naming(mask_path := path.with_name(f"{path.stem}_mask.png")):
+            instances = read_mask(mask_path, picture.size, len(words), caption)
     names = read_names(path.with_name(f"{path.stem}_people.txt"), len(words))
     image_id = f"{index:09d}"
     segments = []

@@ -41,6 +41,12 @@ def moa_layers(unet: nn.Module) -> Iterator[tuple[int, str, MixtureOfAttention]]
         yield layer, "cross", block.attn2
 
 
+def base_modules(unet: nn.Module) -> dict[str, nn.Module]:
+    """The base model's modules by the names that they have without MoA: of an attention the prior."""
+    return {name.replace(".prior", ""): module for name, module in unet.named_modules()
+            if not {"personalized", "router"} & set(name.split("."))}
+
+
 def trainable_state(unet: nn.Module) -> dict[str, Tensor]:
     """The tensors of all personalized experts and routers, by their names in the UNet."""
     return {k: v for k, v in unet.state_dict().items() if ".personalized." in k or ".router." in k}
@@ -209,5 +215,6 @@ def read_moa(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
     return config, state
 
 
-__all__ = ["ExpertContext", "add_moa", "force_routing", "load_moa", "moa_config", "moa_layers",
-           "record_routing", "record_subject_attention", "save_moa", "scale_personalized", "write_moa"]
+__all__ = ["ExpertContext", "add_moa", "base_modules", "force_routing", "load_moa", "moa_config",
+           "moa_layers", "record_routing", "record_subject_attention", "save_moa", "scale_personalized",
+           "write_moa"]

@@ -2,6 +2,7 @@
 from stages.clip import CLIPStage
 from stages.controlnet import ControlNetStage
 from stages.judge import JudgeStage
+from stages.lora import LoRAStage
 from stages.moa import MoAStage
 from stages.presets import PRESETS, SMALL, StageError, TrainConfig, make_config
 from stages.prior import PriorStage
@@ -12,4 +13,4 @@ __all__ = ["PRESETS", "SMALL", "STAGES", "Stage", "StageError", "TrainConfig", "
 
 STAGES: dict[str, type[Stage]] = {
     "vae": VAEStage, "clip": CLIPStage, "prior": PriorStage, "moa": MoAStage,
-    "controlnet": ControlNetStage, "judge": JudgeStage}
+    "controlnet": ControlNetStage, "lora": LoRAStage, "judge": JudgeStage}

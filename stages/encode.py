@@ -28,16 +28,17 @@ class Encoder:
 
     vae: AutoencoderKL
     text_encoder: CLIPTextEncoder
-    image_encoder: CLIPImageEncoder
+    image_encoder: CLIPImageEncoder | None  # None where nobody asks for features
     tokenize: Tokenizer
     device: torch.device
     bf16: bool = False
 
     @torch.no_grad()
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
-        """All that `images`, `texts` and `references` give, float32."""
+        """All that `images`, `texts` and, with an image encoder, `references` give, float32."""
         with self.precision():
-            return {**self.images(samples), **self.texts(samples), "features": self.references(samples)}
+            features = {"features": self.references(samples)} if self.image_encoder else {}
+            return {**self.images(samples), **self.texts(samples), **features}
 
     def precision(self) -> torch.autocast:
         """Inside, models whose weights are in bf16 can be used."""
@@ -80,7 +81,7 @@ class Encoder:
 
     def key(self) -> str:
         """Changes with the weights."""
-        return "-".join(fingerprint(m) for m in (self.vae, self.text_encoder, self.image_encoder))
+        return "-".join(fingerprint(m) for m in (self.vae, self.text_encoder, self.image_encoder) if m)
 
 
 def fingerprint(module: nn.Module) -> str:

@@ -2,7 +2,6 @@
 import re
 from contextlib import suppress
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,6 @@ import torch
 import torch.nn as nn
 from PIL import Image
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 import distributed
 from data import toyworld
@@ -20,15 +18,13 @@ from moa import (ExpertContext, MultimodalPrompt, PromptConfig, add_moa, load_mo
                  record_routing, record_subject_attention, save_moa)
 from moa.loss import masked_loss, mean_routing, object_loss, router_loss, subject_attention
 from models import load_models
-from models.attention import FeedForward
 from models.load import Models, carry_over, load_part, save_part, save_tensors, write_whole
-from models.resnet import ResnetBlock
 from pictures import RoutingSheet, to_picture, to_uint8
 from pipeline import Pipeline, Subject, squared_distance
 from stages.encode import CHUNK, Encoder
 from stages.presets import StageError
 from stages.prior import PriorStage, snr_weight
-from stages.stage import SHEET_GUIDANCE, SWAP_PROMPTS, save_grid, step_generator
+from stages.stage import SHEET_GUIDANCE, SWAP_PROMPTS, checkpoint_blocks, save_grid, step_generator
 
 STATISTICS = 4096  # samples whose subjects' features are summed up for `sample.py`
 
@@ -66,11 +62,7 @@ class MoAStage(PriorStage):
                     if not parameter.requires_grad:
                         parameter.data = parameter.data.bfloat16()
         if self.config.checkpointing:
-            # Not the attention: it is watched by hooks that are gone in the backward pass, and its fused
-            # kernel keeps little.
-            for module in self.unet.modules():
-                if isinstance(module, (ResnetBlock, FeedForward)):
-                    module.forward = partial(checkpoint, module.forward, use_reentrant=False)
+            checkpoint_blocks(self.unet)
         self.samples = self.training_samples()
         if isinstance(self.samples, Folder) and not self.samples.people:
             raise StageError(f"{self.data} has no subjects to train on")

@@ -45,6 +45,9 @@ class TrainConfig:
     router_layers: tuple[int, ...] = tuple(range(16))  # L in Eq. 10
     router_by_kind: bool = False  # Eq. 9 for self- and cross-attention apart, not for their mean
     object_layers: tuple[int, ...] = tuple(range(16))  # those of Eq. 12
+    lora_layers: tuple[str, ...] = ()  # names that the path of a changed layer has one of (lora)
+    lora_rank: int = 0
+    lora_alpha: float = 0.0  # the change is scaled by alpha / rank
 
 
 # The small world's recipe: a few hours on four CPU cores. Larger batches and more steps are better
@@ -60,6 +63,9 @@ TOYWORLD = {
     # Half of the prompts empty, as in the paper, so that the skeleton has to tell what is to be seen.
     "controlnet": TrainConfig(steps=1500, batch_size=16, lr=1e-3, ema=0.995, null_probability=0.5),
     "judge": TrainConfig(steps=4500, batch_size=32, lr=2e-3, ema=0.998, bf16=True),
+    # Attention only, so that --lora-scope attn is all of it; ("attentions",) is all of a transformer block.
+    "lora": TrainConfig(steps=260, batch_size=16, lr=3e-3, samples=2000, ema=0.99,
+                        lora_layers=("attn1", "attn2"), lora_rank=8, lora_alpha=8.0),
 }
 # The paper's Table 1 and section 4.1; where it is silent FastComposer's released code and script, whose
 # data and losses it takes over.
@@ -80,6 +86,14 @@ SD15 = {
         image_layers=0,
         bf16=True, frozen_bf16=True,  # section 4.1; FastComposer
         checkpointing=True),  # for memory alone: gradients are the same
+    # The example command of diffusers' examples/text_to_image (train_text_to_image_lora.py).
+    "lora": TrainConfig(
+        steps=15_000, batch_size=4, accumulate=4, lr=1e-4, warmup=0,
+        decay=1.0,  # there along a cosine
+        augment=True,  # mirrored pictures
+        betas=(0.9, 0.999), weight_decay=0.01, clip=1.0, ema=0.0, min_snr=0.0, null_probability=0.0,
+        lora_layers=("attn1", "attn2"), lora_rank=4, lora_alpha=4.0,  # queries, keys, values, output
+        bf16=True, checkpointing=True),
 }
 PRESETS = {"toyworld": TOYWORLD, "sd15": SD15}
 
@@ -88,7 +102,7 @@ def make_config(preset: str, stage: str, **changes) -> TrainConfig:
     """The preset of a stage with the values from the command line that are not None."""
     if stage not in PRESETS[preset]:
         raise StageError(f"preset {preset} has no stage {stage}: its base model comes from "
-                         "weights/convert_sd15.py, only `moa` is trained")
+                         "weights/convert_sd15.py, only `moa` and `lora` are trained")
     return replace(PRESETS[preset][stage], **{k: v for k, v in changes.items() if v is not None})
 
 

@@ -38,7 +38,7 @@ class PriorStage(Stage):
             load_part(self.weights, part, self.device) for part in ("vae", "text_encoder", "image_encoder"))
         tokenize = Tokenizer(text_encoder.cfg)
         self.encode = Encoder(vae, text_encoder, image_encoder, tokenize, self.device)
-        self.module = UNet(SMALL["unet"])
+        self.unet = self.module = UNet(SMALL["unet"])
         self.start_residuals_at_zero()
         self.module.to(memory_format=torch.channels_last)
         self.samples = self.training_samples()
@@ -83,7 +83,7 @@ class PriorStage(Stage):
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         x, eps, t, text, _ = self.noised(self.encoded(step), step)
-        error = (self.module(x, t, text).float() - eps).square().mean((1, 2, 3))
+        error = (self.unet(x, t, text).float() - eps).square().mean((1, 2, 3))
         return (snr_weight(t, self.config.min_snr) * error).mean(), {"eps": error.mean()}
 
     def pipeline(self) -> Pipeline:

@@ -1,6 +1,7 @@
 """What all stages share."""
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch.nn as nn
 from einops import rearrange
 from PIL import Image
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import distributed
 from data import toyworld
@@ -16,8 +18,10 @@ from data.dataset import Cache, Sample, batch_indices, render_cache
 from data.fastcomposer import Folder
 from data.stream import Reader, Samples, Stream, worker_count
 from distributed import share, turn, turn_index, world_size
+from models.attention import FeedForward
 from models.clip_text import Tokenizer
 from models.load import read_config, write_json, write_whole
+from models.resnet import ResnetBlock
 from stages.presets import StageError, TrainConfig
 
 
@@ -155,6 +159,17 @@ class Stage:
     def export(self, folder: Path) -> None:
         """Write the trained weights."""
         raise NotImplementedError
+
+
+def checkpoint_blocks(unet: nn.Module) -> None:
+    """Keep less for the backward pass, in place; gradients stay the same.
+
+    Not of the attention: it is watched by hooks that are gone in the backward pass, and its fused
+    kernel keeps little.
+    """
+    for module in unet.modules():
+        if isinstance(module, (ResnetBlock, FeedForward)):
+            module.forward = partial(checkpoint, module.forward, use_reentrant=False)
 
 
 def tokenize_all(tokenize: Tokenizer, captions: list[str]) -> Tensor:

@@ -231,6 +231,24 @@ def test_files_without_a_picture_and_pictures_of_one_name(pictures, tmp_path, ca
     assert len(read_ids(tmp_path / "data", "train")) == 2
 
 
+def test_pictures_without_people(pictures, tmp_path, capsys):
+    """With --without-people captions may be about anything, and masks are not read."""
+    (pictures / "pair_mask.png").unlink()
+    Image.new("RGB", (60, 40), GRAY).save(pictures / "still.png")
+    (pictures / "still.txt").write_text("two women and a bowl of fruit")
+    assert run(pictures, "--output", tmp_path / "no") == 2
+    assert "none of the 2 pictures" in capsys.readouterr().err
+    data = tmp_path / "data"
+    assert run(pictures, "--output", data, "--without-people") == 0
+    assert "2 good, 0 broken" in capsys.readouterr().out
+    assert [segments_of(data, image_id) for image_id in read_ids(data, "train")] == [[], []]
+    samples = Folder(data, 8, 32)
+    assert samples.people == 0
+    assert samples.read(0).caption == "a woman and a man"
+    assert samples.read(1).caption == "two women and a bowl of fruit"
+    assert not samples.read(1).masks.any()
+
+
 def test_more_nouns(pictures, tmp_path):
     (pictures / "pair.txt").write_text("an astronaut and a man")
     assert run(pictures, "--output", tmp_path / "data", "--nouns", "astronaut", "chef") == 0

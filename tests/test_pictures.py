@@ -183,7 +183,7 @@ def test_nan_is_an_error():
 
 SETTINGS = {"prompt": "a woman, « 笑 »\nin Paris: now", "negative_prompt": "rain", "steps": 20,
             "sampler": "unipc", "guidance_scale": 4.0, "seed": 7, "width": 64, "height": 128,
-            "weights": "my, model", "clip_skip": 2, "vae": "sharp.pt", "controls": []}
+            "weights": "my, model", "clip_skip": 2, "vae": "sharp.pt", "controls": [], "loras": []}
 
 
 def test_metadata_come_back(tmp_path):

@@ -85,8 +85,8 @@ def test_one_picture(draw, place):
     assert settings("new/folder/x.png") == {
         "prompt": PROMPT, "negative_prompt": "", "steps": 3, "sampler": "unipc", "guidance_scale": 3.0,
         "clip_skip": 1, "vae": None, "width": 64, "height": 64, "prior_only": False, "dtype": "fp32",
-        "prior_above": 800, "strength": 1.0, "controls": [], "weights": "tiny", "moa": "moa.safetensors",
-        "subjects": ["woman=ada.png"], "seed": 5}
+        "prior_above": 800, "strength": 1.0, "controls": [], "loras": [], "lora_scope": None,
+        "weights": "tiny", "moa": "moa.safetensors", "subjects": ["woman=ada.png"], "seed": 5}
 
 
 def test_image_k_of_many_is_seed_plus_k_alone(draw, monkeypatch):
@@ -300,6 +300,54 @@ def test_random_seed_is_printed_and_kept(world, place, capsys):
     sample.main(["--weights", str(world), "--prompt", PROMPT])
     first = capsys.readouterr().out.splitlines()[0]
     assert re.fullmatch(r"seed \d+", first) and settings("sample.png")["seed"] == int(first.split()[1])
+
+
+@pytest.fixture
+def lora(place) -> Path:
+    """A LoRA of two layers, one of them in the attention, under a name that has colons."""
+    layers = {"down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_v": (16, 8),
+              "up_blocks_3_attentions_2_transformer_blocks_0_ff_net_2": (32, 8)}
+    torch.manual_seed(1)
+    save_file({f"lora_unet_{name}.lora_{kind}.weight": torch.randn(shape)
+               for name, (wide, dim) in layers.items()
+               for kind, shape in (("down", (4, wide)), ("up", (dim, 4)))}, place / "a:b:2.safetensors")
+    return place / "a:b:2.safetensors"
+
+
+def test_loras(draw, lora):
+    """No LoRA, one, less of it, all of it, and two of which one is none."""
+    def picture(*flags) -> np.ndarray:
+        err = draw("--subject", "ada.png", "--output", "x.png", *flags)[1]
+        assert err == [f"warning: {lora}: 1 of its 2 layers are not the UNet's attention, scope attn leaves "
+                       "them out; scope all takes them"] * ("--lora" in flags and "all" not in flags)
+        return pixels("x.png")
+    plain, full = picture(), picture("--lora", lora)
+    assert settings("x.png")["loras"] == ["a:b:2.safetensors:1"] and settings("x.png")["lora_scope"] == "attn"
+    with Image.open("x.png") as image:
+        assert 'LoRA: "a:b:2.safetensors:1"' in image.text["parameters"]
+    half = picture("--lora", f"{lora}:.5")
+    whole = picture("--lora", lora, "--lora-scope", "all")
+    for one, other in ((plain, full), (plain, half), (half, full), (full, whole)):
+        assert np.abs(one - other).mean() > 0.1
+    both = picture("--lora", f"{lora}:0:0", "--lora", f"{lora}:1:-2")
+    assert settings("x.png")["loras"] == ["a:b:2.safetensors:0:0", "a:b:2.safetensors:1:-2"]
+    assert np.array_equal(both, full)
+    lora = lora.rename("b.safetensors:3")
+    assert np.array_equal(picture("--lora", "b.safetensors:3"), full)
+    assert np.array_equal(picture("--lora", "b.safetensors:3:.5"), half)
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--lora", "missing.safetensors:.5"], "--lora missing.safetensors:.5: missing.safetensors is not"),
+    (["--lora", "a:b:2.safetensors:much"], "a:b:2.safetensors:much is not a file; give FILE[:SCALE"),
+    (["--lora", "a:b:2.safetensors:nan"], "a scale must be in -100..100"),
+    (["--lora", "a:b:2.safetensors:1:1e9"], "a scale must be in -100..100"),
+    (["--lora", "a:b:2.safetensors:1:1:1"], "a:b:2.safetensors:1 is not a file"),
+    (["--lora", "."], ". is not a file"), (["--lora", ""], "is not a file"), (["--lora", ":1"], "is not"),
+    (["--lora", "ada.png"], "ada.png is not a readable safetensors file"),
+    (["--lora", "a:b:2.safetensors", "--lora", "ada.png"], "ada.png is not a readable")])
+def test_refuses_loras(refuse, lora, flags, words):
+    assert words in refuse(*flags)
 
 
 # What it warns of

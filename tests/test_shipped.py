@@ -31,7 +31,8 @@ def test_weights_stay_small():
 @pytest.mark.parametrize("arguments", readme_commands("sample.py"))
 def test_readme_sample_command(arguments, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    for folder in ("examples", "weights"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
     sample.main([*arguments, "--steps", "2"])
     assert list(tmp_path.rglob("*.png"))
 

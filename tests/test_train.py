@@ -5,6 +5,7 @@
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import stages
 import train
 from data import build, toyworld
+from data.crayon import Crayons
 from data.dataset import render_cache
 from data.skeleton import draw_skeletons, scene_joints
 from models import load_models
@@ -28,6 +31,7 @@ from models.clip_image import CLIPImageConfig
 from models.clip_text import CLIPTextConfig
 from models.controlnet import ControlNetConfig
 from models.load import PARTS, load_part, read_tensors
+from models.lora import LoRASetting
 from models.unet import UNet, UNetConfig
 from models.vae import VAEConfig
 from pipeline import Pipeline
@@ -83,8 +87,8 @@ def place(tmp_path_factory):
 
 
 CODE = "v1-2-gabcdef-dirty"
-STEPS = {"vae": 6, "clip": 3, "prior": 6, "moa": 6, "controlnet": 6, "judge": 3}
-PREVIOUS = {"clip": "vae", "prior": "clip", "moa": "prior", "controlnet": "prior"}
+STEPS = {"vae": 6, "clip": 3, "prior": 6, "moa": 6, "controlnet": 6, "lora": 6, "judge": 3}
+PREVIOUS = {"clip": "vae", "prior": "clip", "moa": "prior", "controlnet": "prior", "lora": "prior"}
 
 
 def options_of(stage: str, runs: Path) -> list:
@@ -187,8 +191,9 @@ def test_each_folder_is_the_next_stage_s_weights(runs):
     assert held["moa"] == set(PARTS) | {"moa", "subjects"}
     assert held["controlnet"] == set(PARTS) | {"controlnet"}
     assert held["judge"] == {"judge"}
+    assert held["lora"] == {"lora"}
     for stage, before in PREVIOUS.items():
-        for part in held[before]:
+        for part in held[before] if stage != "lora" else ():
             name = f"{part}.safetensors"
             assert (runs / stage / name).read_bytes() == (runs / before / name).read_bytes()
     for stage in ("vae", "clip", "prior", "moa", "controlnet"):
@@ -230,9 +235,9 @@ def test_moa_goes_on_from_a_moa_file(runs, tmp_path, capsys):
 # Training itself ---------------------------------------------------------------------------------
 
 
-def make_stage(name: str, runs: Path, data=None, cache=None, **changes) -> stages.Stage:
+def make_stage(name: str, runs: Path, data=None, cache=None, weights=None, **changes) -> stages.Stage:
     config = stages.make_config("toyworld", name, **{"batch_size": 4, "samples": 24, **changes})
-    weights = runs / PREVIOUS[name] if name in PREVIOUS else None
+    weights = weights or (runs / PREVIOUS[name] if name in PREVIOUS else None)
     stage = stages.STAGES[name](config, 0, torch.device("cpu"), weights, data, None, cache)
     stage.prepare()
     return stage
@@ -299,6 +304,60 @@ def test_a_controlnet_is_given_the_skeleton_of_its_scene(runs, monkeypatch):
         assert torch.equal((hint * 255).round().byte().permute(1, 2, 0), torch.tensor(draw_skeletons(joints)))
         caption = toyworld.sample_scene(int(index), "train").caption
         assert stage.samples.captions[index] == caption
+def test_a_lora_is_read_by_the_pipeline_and_does_what_it_was_trained_to(runs, tmp_path):
+    """The file that training wrote, merged: the output that the frozen UNet had with it beside."""
+    stage = make_stage("lora", runs, steps=4, ema=0.0, lr=0.05, warmup=1, lora_layers=("attentions",))
+    frozen = {k: v.clone() for k, v in stage.unet.state_dict().items()}
+    train_stage(stage, tmp_path / "run")
+    assert all(torch.equal(v, frozen[k]) for k, v in stage.unet.state_dict().items())
+    file = tmp_path / "run" / "lora.safetensors"
+    state = read_tensors(file)
+    assert all(re.fullmatch(r"lora_unet_\w+\.(lora_down\.weight|lora_up\.weight|alpha)", k) for k in state)
+    assert all(state[k].abs().sum() > 0 for k in state)
+    inputs = torch.randn(2, 4, 16, 16), torch.tensor([5, 700]), torch.randn(2, 77, 16)
+    pipeline = Pipeline.load(runs / "prior")
+    with torch.no_grad():
+        before, beside = pipeline.models.unet(*inputs), stage.unet(*inputs)
+        pipeline.set_loras([LoRASetting(file)], "all")
+        merged = pipeline.models.unet(*inputs)
+    change = (before - beside).abs().max()
+    assert change > 1e-4
+    assert (merged - beside).abs().max() < 0.01 * change  # the file is in half precision
+
+
+def test_a_lora_learns_its_style_on_a_trained_base(runs, tmp_path):
+    """On the shipped weights: a base that predicts noise well enough to have a style."""
+    shipped = Path(train.__file__).parent / "weights" / "toyworld"
+    stage = make_stage("lora", runs, weights=shipped, steps=12, samples=6, lr=3e-3, warmup=1, ema=0.0,
+                       null_probability=0.0)
+
+    @torch.no_grad()
+    def loss() -> float:
+        return sum(stage.loss(step)[0].item() for step in range(100, 106))
+
+    before = loss()
+    train_stage(stage, tmp_path / "run")
+    assert loss() < 0.9 * before
+
+
+def test_crayons_are_the_plain_scenes_in_another_look(runs):
+    stage = make_stage("lora", runs)
+    for i in range(len(stage.samples)):
+        sample = stage.samples.read(i)
+        scene = stage.samples.scenes.read(stage.samples.indices[i])
+        assert (sample.caption, sample.ends) == (scene.caption, scene.ends)
+        assert scene.labels["style"] == 0
+        assert np.array_equal(sample.masks, scene.masks)
+        assert sample.image.shape == scene.image.shape
+        spread = [image.astype(float).std(axis=-1).mean() for image in (sample.image, scene.image)]
+        assert spread[0] < 0.7 * spread[1]  # paler
+        assert sample.image.mean() > scene.image.mean() - 20
+    scenes = stage.samples.scenes
+    scenes.labels = lambda name: np.arange(len(scenes)) % 3  # as if every third were of the plain style
+    styled = Crayons(scenes)
+    assert styled.indices.tolist() == list(range(0, len(scenes), 3))
+    assert styled.read(2).caption == scenes.read(6).caption
+    assert styled.key != scenes.key
 
 
 @pytest.mark.parametrize(("name", "factor"), [("vae", 0.8), ("prior", 0.97), ("moa", 0.9)])
@@ -348,23 +407,25 @@ def test_steps_whose_gradient_is_not_finite(bad, status, runs, tmp_path, monkeyp
         assert "go on from the newest of" in last
 
 
-@pytest.mark.parametrize("stage", ["vae", "prior", "moa", "controlnet"])
+@pytest.mark.parametrize("stage", ["vae", "prior", "moa", "controlnet", "lora"])
 def test_accumulation_is_the_same_run(stage, runs, tmp_path):
     assert run(*options_of(stage, runs), "--accumulate", 2, "--output", tmp_path / "run") == 0
     assert_close_runs(tmp_path / "run", runs / stage, stage)
 
 
-def test_checkpointing_changes_no_gradient(runs):
-    """Those of the routers and of the attention to the subjects come through hooks."""
+@pytest.mark.parametrize("name", ["moa", "lora"])
+def test_checkpointing_changes_no_gradient(name, runs):
+    """Those of the routers, of the attention to the subjects and of LoRAs come through hooks."""
     gradients = []
     for checkpointing in (False, True):
-        stage = make_stage("moa", runs, steps=1, checkpointing=checkpointing, lambda_router=0.1,
+        stage = make_stage(name, runs, steps=1, checkpointing=checkpointing, lambda_router=0.1,
                            lambda_object=0.1, router_layers=tuple(range(16)))
         stage.loss(0)[0].backward()
         gradients.append({k: p.grad for k, p in stage.module.named_parameters() if p.requires_grad})
     assert all(gradients[0][k].abs().sum() > 0 for k in gradients[0] if ".router." in k)
-    for name, gradient in gradients[0].items():
-        assert torch.allclose(gradient, gradients[1][name], atol=1e-7, rtol=1e-5), name
+    assert sum(gradient.abs().sum() for gradient in gradients[0].values()) > 0
+    for key, gradient in gradients[0].items():
+        assert torch.allclose(gradient, gradients[1][key], atol=1e-7, rtol=1e-5), key
 
 
 # Stopped and resumed -----------------------------------------------------------------------------
@@ -374,7 +435,7 @@ class Killed(BaseException):
     """What SIGKILL would be."""
 
 
-@pytest.mark.parametrize("stage", ["vae", "moa", "controlnet"])
+@pytest.mark.parametrize("stage", ["vae", "moa", "controlnet", "lora"])
 @pytest.mark.parametrize("stop", ["killed", "interrupted"])
 def test_a_stopped_run_goes_on_to_the_same_weights(stage, stop, runs, tmp_path, monkeypatch, capsys):
     options = [*options_of(stage, runs), "--checkpoint-every", 2, "--output", tmp_path / "run"]
@@ -521,7 +582,7 @@ def assert_close_runs(one: Path, other: Path, stage: str) -> None:
     assert all(torch.allclose(a[k], b[k], atol=5e-3 if bf16 else 2e-4) for k in a)
 
 
-@pytest.mark.parametrize("stage", ["vae", "prior", "moa"])
+@pytest.mark.parametrize("stage", ["vae", "prior", "moa", "lora"])
 def test_two_processes_are_the_same_run_as_one(stage, runs, tmp_path):
     done = torchrun(2, *options_of(stage, runs), "--output", tmp_path / "run")
     assert done.returncode == 0, done.stderr
@@ -566,6 +627,7 @@ def test_what_cannot_be_shared_between_processes(runs, tmp_path):
 
 @pytest.mark.parametrize(("arguments", "match"), [
     (["prior"], "the prior needs --weights"), (["moa"], "moa needs --weights"),
+    (["lora"], "lora needs --weights"), (["lora", "--moa", "x"], "cannot use --moa"),
     (["prior", "--weights", "nowhere"], "nowhere"), (["clip", "--weights", "nowhere"], "nowhere"),
     (["moa", "--weights", "vae"], "unet"), (["vae", "--weights", "clip"], "cannot use --weights"),
     (["controlnet"], "controlnet needs --weights"), (["controlnet", "--weights", "clip"], "unet"),
@@ -583,7 +645,7 @@ def folder(place) -> Path:
     return place / "world"
 
 
-@pytest.mark.parametrize("stage", ["vae", "prior", "moa"])
+@pytest.mark.parametrize("stage", ["vae", "prior", "moa", "lora"])
 def test_a_stage_reads_a_folder(stage, folder, runs, tmp_path, monkeypatch):
     rendered, render = [], stages.stage.render_cache
     monkeypatch.setattr(stages.stage, "render_cache", lambda kind, count, split="train": (
@@ -597,6 +659,14 @@ def test_a_stage_reads_a_folder(stage, folder, runs, tmp_path, monkeypatch):
     assert set(rendered) <= {"test"}
 
 
+def test_the_sd15_preset_trains_a_style(folder, runs, tmp_path):
+    options = ["--preset", "sd15", "--steps", 1, "--data", folder, "--weights", runs / "prior"]
+    assert run("lora", *options, "--output", tmp_path / "run") == 0
+    state = read_tensors(tmp_path / "run" / "lora.safetensors")
+    assert len(state) == 32 * 4 * 3  # the queries, keys, values and outputs of all attention layers
+    assert {len(v) for k, v in state.items() if "lora_down" in k} == {4}
+
+
 def test_folders_that_cannot_be_trained_on(folder, runs, tmp_path, capsys):
     world = tmp_path / "world"
     shutil.copytree(folder, world)
@@ -607,6 +677,8 @@ def test_folders_that_cannot_be_trained_on(folder, runs, tmp_path, capsys):
         path.write_text(json.dumps({**json.loads(path.read_text()), "segments": []}))
     assert_refused(capsys, world, "moa", "--weights", runs / "prior", *options, "--samples", 7,
                    match="has no subjects")
+    assert run("lora", "--weights", runs / "prior", *options) == 0  # pictures and captions are enough
+    shutil.rmtree(tmp_path / "run")
     assert run("vae", *options) == 0  # pictures are enough for it
     shutil.rmtree(tmp_path / "run")
     for path in world.rglob("*.npy"):
