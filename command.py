@@ -1,5 +1,6 @@
 """The command line that sample.py and the apps share: flags, checks, loading, drawing, settings."""
 import argparse
+import json
 import random
 import sys
 import tempfile
@@ -8,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import controls
-from subjects import Place
+from subjects import Place, cast, keep_photos, read_photos
 
 SHIPPED = Path(__file__).resolve().parent / "weights" / "toyworld"
 BATCH = 8  # pictures drawn at once, fewer where they are large
@@ -16,13 +17,18 @@ BATCH_PIXELS = 8 * 512 * 512
 # What a flag, or config.json in its place, may say; numbers that may have a fraction are floats here.
 LIMITS = {"num": (1, 1000), "seed": (0, 2 ** 63 - 1), "steps": (1, 999), "guidance_scale": (0.0, 100.0),
           "width": (8, 2048), "height": (8, 2048), "clip_skip": (1, 12), "prior_above": (0, 1000),
-          "strength": (0.0, 10.0)}
+          "strength": (0.0, 10.0), "frames": (2, 200)}
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """What every command that draws pictures understands."""
+def add_flags(parser: argparse.ArgumentParser, seeds: Sequence[int] = ()) -> None:
+    """What every command that draws pictures understands. seeds: the default of --seeds, which then
+    takes the place of --seed."""
     add = parser.add_argument_group("drawing").add_argument
-    add("--seed", type=int, help="of the noise (default: random, printed)")
+    if seeds:
+        add("--seeds", type=int, nargs="+", default=list(seeds), metavar="SEED",
+            help=f"of the noises (default {' '.join(map(str, seeds))})")
+    else:
+        add("--seed", type=int, help="of the noise (default: random, printed)")
     add("--steps", type=int, help="sampling steps (default: the weights', or 20)")
     add("--guidance-scale", type=float,
         help="classifier-free guidance; 1 is none (default: the weights', or 5)")
@@ -94,6 +100,54 @@ def check(args: argparse.Namespace) -> None:
             raise ValueError(f"{flag} must be a multiple of 8, not {value}: {value // 8 * 8} or "
                              f"{value // 8 * 8 + 8}")
     controls.check(args)
+    if "seeds" in args:
+        check_seeds(args)
+
+
+def check_seeds(args: argparse.Namespace) -> None:
+    """Raise ValueError unless --seeds are different seeds. The first becomes `args.seed`."""
+    low, high = LIMITS["seed"]
+    for k, seed in enumerate(args.seeds):
+        if not low <= seed <= high:
+            raise ValueError(f"--seeds must be in {low}..{high}, not {seed}")
+        if seed in args.seeds[:k]:
+            raise ValueError(f"--seeds has {seed} twice: give each seed once")
+    args.seed = args.seeds[0]
+
+
+def check_seed(seed) -> None:
+    """Raise ValueError unless it is a seed: those in files may be anything."""
+    low, high = LIMITS["seed"]
+    if type(seed) is not int or not low <= seed <= high:
+        raise ValueError(f"seed must be a whole number in {low}..{high}, not {seed!r}")
+
+
+def check_keys(where, values, **kinds: type) -> None:
+    """Raise ValueError unless `values`, out of a JSON file, is an object with these keys, each filled with
+    its kind."""
+    names = {dict: "an object", list: "a list", str: "a text"}
+    for key, kind in kinds.items():
+        found = values.get(key) if isinstance(values, dict) else None
+        if not isinstance(found, kind) or not found:
+            raise ValueError(f"{where} needs {key!r}: {names[kind]} that is not empty")
+
+
+def read_json(path: Path, **kinds: type) -> dict:
+    """A JSON file with the keys of `check_keys`. Raises ValueError."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not a JSON file: {error}") from error
+    check_keys(path, values, **kinds)
+    return values
+
+
+def check_words(pipeline, texts: Sequence[str]) -> None:
+    """Raise ValueError if the weights do not know a word of the texts."""
+    tokenize = pipeline.models.tokenize
+    if unknown := tokenize.unknown_words(" ".join(texts)):
+        raise ValueError(f"these weights do not know the words: {', '.join(unknown)}. They know: "
+                         f"{', '.join(tokenize.known_words)}")
 
 
 def check_prompt(flag: str, prompt: str) -> None:
@@ -102,10 +156,10 @@ def check_prompt(flag: str, prompt: str) -> None:
         raise ValueError(f"{flag} is empty: say what to draw")
 
 
-def check_picture(flag: str, path: Path) -> None:
-    """Raise ValueError unless `path` is a .png that can be created or replaced."""
-    if path.suffix.lower() != ".png":
-        raise ValueError(f"{flag} {path} must be a file whose name ends in .png")
+def check_picture(flag: str, path: Path, endings: Sequence[str] = (".png",)) -> None:
+    """Raise ValueError unless `path` has one of these endings and can be created or replaced."""
+    if path.suffix.lower() not in endings:
+        raise ValueError(f"{flag} {path} must be a file whose name ends in {' or '.join(endings)}")
     check_writable(flag, path)
 
 
@@ -120,6 +174,34 @@ def check_writable(flag: str, path: Path) -> None:
     except OSError as error:
         raise ValueError(f"{flag} {path} cannot be written, {folder}: {error.strerror}. "
                          "Give another place") from error
+
+
+def plan_sheet(output: Path, count: int) -> tuple[Path, list[Path]]:
+    """The file of a sheet and, where --output is a folder, those of its `count` pictures. Raises ValueError
+    where they cannot be written."""
+    if output.suffix.lower() not in ("", ".png") and not output.is_dir():
+        raise ValueError(f"--output {output}: pictures are saved as .png, give a name that ends so, or a "
+                         "folder")
+    folder = output.is_dir() or not output.suffix
+    sheet = output / "sheet.png" if folder else output
+    check_writable("--output", sheet)
+    return sheet, [output / f"{k:03d}.png" for k in range(count)] if folder else []
+
+
+def save(image, path: Path, settings: dict) -> None:
+    """Save a picture with its settings and print its name."""
+    from pictures import save_png
+    save_png(image, path, settings)
+    print(path, flush=True)
+
+
+def save_sheet(sheet, path: Path, settings: dict, images: Sequence, files: Sequence[Path],
+               own: Sequence[dict]) -> None:
+    """Save a sheet and, where `plan_sheet` gave files for them, its pictures, each with its own settings
+    besides those of all."""
+    for image, file, more in zip(images, files, own) if files else ():
+        save(image, file, {**settings, **more})
+    save(sheet, path, settings)
 
 
 def load_pipeline(args: argparse.Namespace, moa: bool | None = True, people: bool = True):
@@ -183,34 +265,68 @@ def fill_in(args: argparse.Namespace, config: dict) -> None:
     check(args)
 
 
+def load_cast(args: argparse.Namespace, castings: Sequence[Sequence[Place]], outputs: Sequence[Path | None]):
+    """The pipeline; for each casting of `args.prompt` its photos, a list (3, H, W) per person; and its
+    people for `Pipeline.generate`. Raises ValueError, before loading if an output would replace a photo."""
+    places = [place for casting in castings for place in casting]
+    keep_photos([file for place in places for file in place.files], outputs)
+    photos = [read_photos(casting) for casting in castings]
+    pipeline = load_pipeline(args, True if places else None, people=bool(places))
+    return pipeline, photos, cast(pipeline, args.weights, args.prompt, castings, photos)
+
+
 def drawing(args: argparse.Namespace) -> dict:
     """What the flags mean for `Pipeline.sample`."""
     return {"steps": args.steps, "guidance_scale": args.guidance_scale, "sampler": args.sampler,
             "prior_above": args.prior_above, "strength": args.strength, "controls": args.controls}
 
 
-def draw(args: argparse.Namespace, pipeline, prompts: Sequence[str], seeds: Sequence[int],
-         subjects: Sequence[Sequence], watch: Callable | None = None, **more) -> Iterator:
+def draw(args: argparse.Namespace, pipeline, prompts, seeds: Sequence,
+         subjects: Sequence[Sequence | None], watch: Callable | None = None, group: int = 1,
+         **more) -> Iterator:
     """Yield a Pillow image per prompt, drawn in batches, with a progress bar.
 
-    watch: called after each step of the first batch, like `progress` of `Pipeline.generate`. more: for
-    `Pipeline.generate`, besides what the flags say.
+    prompts: a list, or text states as `Pipeline.generate` takes them.
+    watch: called after each step of each batch, like `progress` of `Pipeline.generate`. group: so many
+    neighbours stay in one batch, where it has room for them. more: for `Pipeline.generate`, besides what
+    the flags say.
     """
     from tqdm import tqdm
 
     from pictures import to_images
     size = min(BATCH, max(1, BATCH_PIXELS // (args.width * args.height)))
+    size -= size % group if group < size else 0
     starts = range(0, len(prompts), size)
     with tqdm(total=args.steps * len(starts), desc="sampling", unit="step", disable=None) as bar:
         for start in starts:
-            def progress(step, steps, t, x0, first=start == 0):
+            def progress(step, steps, t, x0):
                 bar.update()
-                if watch and first:
+                if watch:
                     watch(step, steps, t, x0)
             batch = slice(start, start + size)
             yield from to_images(pipeline.generate(
-                list(prompts[batch]), seeds[batch], subjects[batch], args.negative_prompt,
+                prompts[batch], seeds[batch], subjects[batch], args.negative_prompt,
                 (args.height, args.width), args.clip_skip, progress=progress, **{**drawing(args), **more}))
+
+
+def draw_rows(args: argparse.Namespace, pipeline, castings: Sequence[Sequence | None], seeds: Sequence,
+              watch: Callable | None = None) -> list[list]:
+    """A row of pictures of `args.prompt` per casting (None: the prior alone), one picture per seed.
+
+    The castings of a seed share a batch, so that the steps which the prior draws are computed once for
+    all of them. Who is cast twice is drawn once: with several threads the samples of a batch come out
+    alike up to rounding only. seeds, watch: as in `draw`.
+    """
+    from pipeline import fingerprints
+    keys = [people if people is None else
+            tuple((one.position, one.start, *fingerprints(one.feature[None])) for one in people)
+            for people in castings]
+    distinct = dict(zip(keys, castings, strict=True))
+    pairs = [(seed, people) for seed in seeds for people in distinct.values()]
+    images = list(draw(args, pipeline, [args.prompt] * len(pairs), [seed for seed, _ in pairs],
+                       [people for _, people in pairs], watch, group=len(distinct)))
+    rows = {key: images[k::len(distinct)] for k, key in enumerate(distinct)}
+    return [rows[key] for key in keys]
 
 
 def describe(args: argparse.Namespace, places: Sequence[Place], **more) -> dict:

@@ -52,6 +52,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--guidance-scale", type=float, help="default: the weights'")
     add("--prior-above", type=int, metavar="T",
         help="the base model draws alone at timesteps from T on (default: the weights', or 800)")
+    add("--start", type=int, default=1000, metavar="T",
+        help="the subjects are there at timesteps below T (default 1000)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default auto)")
     return parser.parse_args(argv)
 
@@ -79,7 +81,7 @@ def run(args: argparse.Namespace) -> None:
     timesteps = check(args)
     pipeline, judge, files = load(args)
     options = {"steps": args.steps, "guidance_scale": args.guidance_scale, "prior_above": args.prior_above}
-    settings = {"count": args.count, **options, "weights": args.weights.resolve().name,
+    settings = {"count": args.count, **options, "start": args.start, "weights": args.weights.resolve().name,
                 "moa": files["moa"].name}
     source = {"code": git_describe(), "torch": torch.__version__, "device": device_name(pipeline.device),
               "threads": torch.get_num_threads(),
@@ -88,11 +90,11 @@ def run(args: argparse.Namespace) -> None:
     with torch.no_grad():
         for first in progress(range(0, args.count, BATCH)):
             numbers = range(first, min(first + BATCH, args.count))
-            drawn, took = draw(pipeline, judge, numbers, **options)
+            drawn, took = draw(pipeline, judge, numbers, start=args.start, **options)
             cases += drawn
             seconds.append(took)
         ceiling = judge_accuracy(judge, pipeline.device)
-        ratios = variety(pipeline, max(1, args.count // 16), **options)
+        ratios = variety(pipeline, max(1, args.count // 16), start=args.start, **options)
     router = router_arrays(cases, timesteps)
     draw_sheets(cases, router, args.output)
     source["seconds"] = round(time.perf_counter() - start, 1)
@@ -139,6 +141,8 @@ def check(args: argparse.Namespace) -> list[int]:
     from samplers import timesteps
     if args.count < 2:
         raise ValueError(f"--count must be at least 2, not {args.count}")
+    if not 1 <= args.start <= 1000:
+        raise ValueError(f"--start must be in 1..1000, not {args.start}")
     if not 0 <= args.guidance_scale <= 100:
         raise ValueError(f"--guidance-scale must be in 0..100, not {args.guidance_scale}")
     below = [t for t in timesteps(args.steps, "linspace", end_node=True) if t < args.prior_above]
@@ -224,7 +228,7 @@ def cast(number: int) -> list[toyworld.Scene]:
     return [toyworld.compose_scene(number, people, plan.activity, plan.context) for people in castings]
 
 
-def draw(pipeline, judge, numbers, **options) -> tuple[list[Case], dict[str, float]]:
+def draw(pipeline, judge, numbers, start: int = 1000, **options) -> tuple[list[Case], dict[str, float]]:
     """Draw a batch of cases and have them read; options are those of `Pipeline.generate`.
 
     Returns the cases and the seconds per picture of the prior and of MoA, taken in turns. MoA's is
@@ -249,7 +253,7 @@ def draw(pipeline, judge, numbers, **options) -> tuple[list[Case], dict[str, flo
         pictures.append(to_uint8(images))
         readings.append(read(judge, images.to(pipeline.device)))
 
-    people = [[subjects_of(pipeline, scenes[k], references_of(scenes[k], number, k))
+    people = [[subjects_of(pipeline, scenes[k], references_of(scenes[k], number, k), start)
                for number, scenes in zip(numbers, castings, strict=True)] for k in range(2)]
     generate(None)
     with record_routing(pipeline.models.unet) as routing:
@@ -266,13 +270,13 @@ def references_of(scene: toyworld.Scene, number: int, casting: int) -> np.ndarra
     return np.stack([toyworld.render_reference(s.identity, 10 * number + casting) for s in scene.subjects])
 
 
-def subjects_of(pipeline, scene: toyworld.Scene, photos: np.ndarray) -> list:
-    """The subjects of a scene for `Pipeline.generate`."""
+def subjects_of(pipeline, scene: toyworld.Scene, photos: np.ndarray, start: int) -> list:
+    """The subjects of a scene for `Pipeline.generate`, there at timesteps below `start`."""
     from pictures import to_picture
     from pipeline import Subject
     features = pipeline.encode_subjects(to_picture(photos) / 2 + 0.5)
     places = [len(pipeline.models.tokenize.encode(scene.caption[:s.end])) for s in scene.subjects]
-    return [Subject(p, f) for p, f in zip(places, features, strict=True)]
+    return [Subject(p, f, start) for p, f in zip(places, features, strict=True)]
 
 
 def collector(routing: dict, maps: list):
@@ -380,22 +384,22 @@ def router_iou(case: Case) -> float:
     return float(map_iou(case.routing.mean((0, 1, 2)), coverage(case)))
 
 
-def variety(pipeline, count: int, **options) -> list[float]:
+def variety(pipeline, count: int, start: int = 1000, **options) -> list[float]:
     """How much a case's pictures differ over `SEEDS` seeds, relative to how much the prior's do.
 
     Mean absolute difference of pixels over all pairs of seeds, with the case's subjects over without;
     1 keeps the prior's variety, 0 draws the same picture again and again. One number per case.
     """
-    import torch
+    from pictures import pairwise_distance
     ratios = []
     for number in range(count):
         scene = cast(number)[0]
-        people = [subjects_of(pipeline, scene, references_of(scene, number, 0))] * SEEDS
+        people = [subjects_of(pipeline, scene, references_of(scene, number, 0), start)] * SEEDS
         seeds = [8_000_000 + SEEDS * number + k for k in range(SEEDS)]
-        distances = [torch.pdist(pipeline.generate([scene.caption] * SEEDS, seeds, people, prior_only=prior,
-                                                   **options).flatten(1), p=1).mean()
+        distances = [pairwise_distance(pipeline.generate([scene.caption] * SEEDS, seeds, people,
+                                                         prior_only=prior, **options))
                      for prior in (False, True)]
-        ratios.append(float(distances[0] / distances[1]))
+        ratios.append(distances[0] / distances[1])
     return ratios
 
 

@@ -166,38 +166,47 @@ class Pipeline:
         return lambda t: ExpertContext(
             text, self.prompt(text, features, positions, t[:, None] < start, t))
 
-    def denoiser(self, text: Tensor, subjects: Sequence[Sequence[Subject]], prior_only: bool = False,
+    def denoiser(self, text: Tensor, subjects: Sequence[Sequence[Subject] | None], prior_only: bool = False,
                  prior_above: int = PRIOR_ABOVE, strength: float = 1.0,
                  steer: Callable[[Tensor, Tensor], list[Tensor]] = lambda x, t: []
                  ) -> Callable[[Tensor, Tensor], Tensor]:
         """The network as a sampler calls it: x (B, 4, h, w), t (B,), all alike -> eps (B, 4, h, w).
 
-        text, subjects: as in `context_at`. steer: x, t -> what ControlNets add to the UNet.
-        Raises ValueError for subjects without MoA weights.
+        text, subjects: as in `context_at`, but None in place of a sample's subjects lets the prior draw
+        it alone. steer: x, t -> what ControlNets add to the UNet. Raises ValueError for subjects without
+        MoA weights.
         """
         if self.prompt is None and any(subjects):
             raise ValueError("subjects need MoA weights: load the pipeline with a MoA file")
-        unet, context, texts = self.models.unet, self.context_at(text, subjects), fingerprints(text)
-        prior_only = prior_only or strength == 0
+        alone = self.prompt is None or prior_only or strength == 0
+        mixed = [] if alone else [b for b, people in enumerate(subjects) if people is not None]
+        context = self.context_at(text[mixed], [subjects[b] for b in mixed]) if mixed else None
+        unet, texts = self.models.unet, fingerprints(text)
 
         def denoise(x: Tensor, t: Tensor) -> Tensor:
-            residuals = steer(x, t)
-            if self.prompt is not None and not prior_only and int(t[0]) < prior_above:
+            eps, rows, residuals = torch.empty_like(x), mixed if int(t[0]) < prior_above else [], steer(x, t)
+            if rows:
                 with scale_personalized(unet, strength):
-                    return unet(x, t, context(t), residuals)
+                    eps[rows] = unet(x[rows], t[rows], context(t[rows]), [r[rows] for r in residuals])
             # The same for all people: samples with the same text and noise are computed once, except
-            # that each may be steered to its own hint.
-            keys = range(len(x)) if residuals else list(zip(texts, fingerprints(x), strict=True))
-            first = [keys.index(key) for key in dict.fromkeys(keys)]
-            with force_routing(unet, 1.0) if self.prompt is not None else nullcontext():
-                eps = unet(x[first], t[first], text[first], residuals)
-            return eps[[first.index(keys.index(key)) for key in keys]]
+            # that each may be steered to a hint of its own.
+            alike: dict[tuple, list[int]] = {}
+            for b, key in enumerate(zip(texts, fingerprints(x), strict=True)):
+                if b not in rows:
+                    alike.setdefault((*key, b) if residuals else key, []).append(b)
+            if alike:
+                first = [samples[0] for samples in alike.values()]
+                with force_routing(unet, 1.0) if self.prompt is not None else nullcontext():
+                    found = unet(x[first], t[first], text[first], [r[first] for r in residuals])
+                for samples, one in zip(alike.values(), found, strict=True):
+                    eps[samples] = one
+            return eps
 
         return denoise
 
     @torch.no_grad()
     def sample(self, x: Tensor, text: Tensor, null: Tensor,
-               subjects: Sequence[Sequence[Subject]] | None = None, steps: int = 20,
+               subjects: Sequence[Sequence[Subject] | None] | None = None, steps: int = 20,
                guidance_scale: float = 5.0, sampler: str = "unipc", controls: Sequence[Control] = (),
                progress: Callable[[int, int, int, Tensor], None] | None = None, **denoising) -> Tensor:
         """From noise x (B, 4, h, w) to latents (B, 4, h, w), guided from the text states null (1 or
@@ -206,7 +215,8 @@ class Pipeline:
             self.check_controlnet(control.net)
         states, people = text, list(subjects or [[]] * len(text))
         if guidance_scale != 1:
-            states, people = torch.cat([null.expand_as(text), text]), [[]] * len(text) + people
+            nobody = [None if found is None else [] for found in people]
+            states, people = torch.cat([null.expand_as(text), text]), nobody + people
         steer = steering(controls, states, len(text), steps)
         denoise = self.denoiser(states, people, steer=steer, **denoising)
         if guidance_scale != 1:
@@ -214,14 +224,16 @@ class Pipeline:
         return SAMPLERS[sampler](denoise, x, steps=steps, progress=progress)
 
     @torch.no_grad()
-    def generate(self, prompts: list[str], seeds: Sequence[int],
-                 subjects: Sequence[Sequence[Subject]] | None = None, negative_prompt: str = "",
+    def generate(self, prompts: Sequence[str] | Tensor, seeds: Sequence[int | Tensor],
+                 subjects: Sequence[Sequence[Subject] | None] | None = None, negative_prompt: str = "",
                  size: tuple[int, int] | None = None, clip_skip: int = 1, **sampling) -> Tensor:
         """Draw one picture per prompt.
 
         Args:
-            prompts, seeds: (B,) each. The noise of a picture depends on its own seed only.
-            subjects: per prompt the people to be fused in; none by default.
+            prompts, seeds: (B,) each. The noise of a picture depends on its own seed only, or is given
+                in its place: (4, h, w). In place of the prompts their text states (B, 77, C), if they
+                are not those of any prompt.
+            subjects: per prompt the people to be fused in, or None for the prior alone; none by default.
             negative_prompt: what guidance leads away from. It goes through MoA too, without
                 subjects: it was trained so, and otherwise guidance would multiply every difference
                 between the two branches, in the background as well.
@@ -238,8 +250,11 @@ class Pipeline:
         sampler, for bad steps.
         """
         x = self.noise(seeds, size)
-        text = self.encode_text([negative_prompt, *prompts], clip_skip)
-        return self.decode(self.sample(x, text[1:], text[:1], subjects, **sampling))
+        if isinstance(prompts, Tensor):
+            null, text = self.encode_text([negative_prompt], clip_skip), prompts
+        else:
+            null, text = self.encode_text([negative_prompt, *prompts], clip_skip).split([1, len(prompts)])
+        return self.decode(self.sample(x, text, null, subjects, **sampling))
 
     def check_controlnet(self, net: ControlNet) -> None:
         """Raise ValueError unless a ControlNet has the sizes of this UNet and of this VAE's cells."""
@@ -249,16 +264,27 @@ class Pipeline:
         if wrong:
             raise ValueError(f"the ControlNet was made for another base model: it has {'; '.join(wrong)}")
 
-    def noise(self, seeds: Sequence[int], size: tuple[int, int] | None = None) -> Tensor:
-        """(B, 4, h, w) noise, each picture's drawn on the CPU from its own seed."""
+    def noise(self, seeds: Sequence[int | Tensor], size: tuple[int, int] | None = None) -> Tensor:
+        """(B, 4, h, w) noise, each picture's drawn on the CPU from its own seed, or given (4, h, w)."""
         height, width = size or (self.models.config["image_size"],) * 2
         factor, channels = self.models.vae.cfg.factor, self.models.unet.cfg.latent_channels
         for name, value in (("height", height), ("width", width)):
             if value < factor or value % factor:
                 raise ValueError(f"{name} {value} must be a positive multiple of {factor}")
         shape = (channels, height // factor, width // factor)
-        noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        return torch.stack(noise).to(self.device, self.dtype)
+        noise = [seed if isinstance(seed, Tensor) else
+                 torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        for given in noise:
+            if given.shape != shape:
+                raise ValueError(f"noise must be {shape} for pictures {width} pixels wide and {height} high, "
+                                 f"not {tuple(given.shape)}")
+        return torch.stack([each.to(self.device, self.dtype) for each in noise])
+
+    @torch.no_grad()
+    def encode(self, pictures: Tensor) -> Tensor:
+        """(B, 3, H, W) pictures in [-1, 1] -> (B, 4, h, w) latents. Raises ValueError as `noise` does."""
+        vae = self.models.vae
+        return vae.encode(pictures.to(self.device, vae.quant_conv.weight.dtype)).to(self.dtype)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -269,6 +295,29 @@ class Pipeline:
         vae = self.models.vae
         pictures = vae.decode(latents.to(vae.post_quant_conv.weight.dtype)).float().cpu()
         return pictures.masked_fill(pictures.isinf(), float("nan")).clamp(-1, 1)
+
+
+def slerp(a: Tensor, b: Tensor, amount: float) -> Tensor:
+    """From a (...) at amount 0 to b (...) at 1, along the arc between them as vectors: halfway between
+    two noises there is noise again, where their mean would be too weak. Exactly a and b at the ends; a
+    straight line where there is no one arc, between vectors along one line.
+    """
+    weights = torch.tensor([1 - amount, amount], dtype=torch.float64)
+    cosine = torch.cosine_similarity(a.flatten().double().cpu(), b.flatten().double().cpu(), dim=0)
+    if cosine.abs() < 1 - 1e-9:
+        angle = cosine.acos()
+        weights = (weights * angle).sin() / angle.sin()
+    of_a, of_b = weights.tolist()
+    return (of_a * a.float() + of_b * b.float()).to(a.dtype)
+
+
+def interpolate(a: Tensor, b: Tensor, count: int, spherical: bool = False) -> Tensor:
+    """From a (...) to b (...) in equal steps: (count, ...), of which the first is a and the last b.
+
+    spherical: along the arc of `slerp` in place of the straight line.
+    """
+    between = slerp if spherical else torch.lerp
+    return torch.stack([between(a, b, k / (count - 1)) for k in range(count)])
 
 
 def fingerprints(samples: Tensor) -> list[bytes]:

@@ -34,7 +34,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--subject", action="append", default=[], metavar=SUBJECT,
         help="photo of a person, or several of the same one; bound to the prompt's words for people in "
-             "order, or to WORD; @T: not before the timestep falls below T; repeatable")
+             "order, to WORD, or by N=FILE to the N-th of them; @T: not before the timestep falls below T; "
+             "repeatable")
     add("--output", type=Path, default=Path("sample.png"), metavar="PATH",
         help="a .png, or a folder (default sample.png; for several pictures a folder of that name)")
     add("--num", type=int, default=1, help="how many pictures; picture k has seed SEED + k (default 1)")
@@ -92,22 +93,17 @@ def draw(args: argparse.Namespace, pipeline, subjects: list, sheet) -> Iterator:
 def save_all(args: argparse.Namespace, images: Iterator, files: list[Path], sheet: Path | None, routing,
              photos: list[list], settings: dict) -> None:
     """Save each picture as soon as it is there, then the sheets; print the files."""
-    from pictures import contact_sheet, save_png, thumbnail, to_images
-
-    def save(image, path: Path, seed: int = args.seed) -> None:
-        save_png(image, path, {**settings, "seed": seed})
-        print(path, flush=True)
-
+    from pictures import contact_sheet, thumbnail, to_images
     people = [(thumbnail(to_images(photo[None] * 2 - 1)[0]), name)
               for several, name in zip(photos, settings["subjects"], strict=True) for photo in several]
     small = []
     for seed, (image, file) in enumerate(zip(images, files, strict=True), args.seed):
-        save(image, file, seed)
+        command.save(image, file, {**settings, "seed": seed})
         small.append((thumbnail(image), f"seed {seed}"))
     if sheet:
-        save(contact_sheet(args.prompt, people, small), sheet)
+        command.save(contact_sheet(args.prompt, people, small), sheet, settings)
     if routing:
-        save(routing.draw(small[0][0], people), args.save_routing)
+        command.save(routing.draw(small[0][0], people), args.save_routing, settings)
 
 
 def check(args: argparse.Namespace) -> None:
@@ -178,7 +174,7 @@ def run_file(args: argparse.Namespace) -> None:
         cast(args, pipeline, mine.values())
         places = [place for line in mine.values() for place in line.places]
         keep_photos([*(file for place in places for file in place.files), *args.control_image], list(mine))
-    from pictures import read_settings, save_png
+    from pictures import read_settings
     settings = {file: {**describe(args, line.prompt, line.places), "seed": line.seed}
                 for file, line in mine.items()}
     todo = [file for file in mine if read_settings(file) != settings[file]]
@@ -186,8 +182,7 @@ def run_file(args: argparse.Namespace) -> None:
                           [mine[file].seed for file in todo], [mine[file].people for file in todo],
                           prior_only=args.prior_only)
     for file, image in zip(todo, images, strict=True):
-        save_png(image, file, settings[file])
-        print(file, flush=True)
+        command.save(image, file, settings[file])
     print(f"{len(todo)} drawn, {len(mine) - len(todo)} were there", flush=True)
 
 
@@ -223,9 +218,7 @@ def read_line(number: int, text: str, seed: int) -> Line:
     line = Line(number, values.get("prompt"), values.get("seed", seed), values.get("subjects", []))
     if not isinstance(line.prompt, str) or not line.prompt.strip():
         raise ValueError("it has no prompt")
-    low, high = command.LIMITS["seed"]
-    if type(line.seed) is not int or not low <= line.seed <= high:
-        raise ValueError(f"seed must be a whole number in {low}..{high}, not {line.seed!r}")
+    command.check_seed(line.seed)
     if not isinstance(line.subject, list) or not all(isinstance(s, str) for s in line.subject):
         raise ValueError('subjects must be a list, such as ["woman=ada.png"]')
     return line

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
-from pictures import LINE, heading, labelled, paint, stack, write
+from pictures import LINE, beside, heading, labelled, paint, stack, write
 
 TILE = 60  # pixels of one layer's routing map
 FULL = 0.5  # of the range of colours: a change of this much is shown as the strongest
@@ -77,16 +77,6 @@ def text_lines(description: dict, width: int) -> Image.Image:
     for i, line in enumerate(lines):
         write(ImageDraw.Draw(image), 8, 8 + LINE * i, line, width - 16)
     return image
-
-
-def beside(parts: list[Image.Image]) -> Image.Image:
-    """Pictures beside each other on white."""
-    sheet = Image.new("RGB", (sum(p.width for p in parts), max(p.height for p in parts)), "white")
-    x = 0
-    for part in parts:
-        sheet.paste(part, (x, 0))
-        x += part.width
-    return sheet
 
 
 def routing_sheet(entries: list[tuple]) -> Image.Image:

@@ -21,25 +21,58 @@ class Place(NamedTuple):
 
     def __str__(self) -> str:
         """As a flag would say it, files by name only."""
+        return f"{self.word}={self.name}"
+
+    @property
+    def name(self) -> str:
+        """Without the word."""
         names = ",".join(Path(file).name for file in self.files)
-        return f"{self.word}={names}" + (f"@{self.start}" if self.start is not None else "")
+        return names + (f"@{self.start}" if self.start is not None else "")
 
 
 def bind_subjects(prompt: str, arguments: Sequence[str]) -> list[Place]:
     """Which word of the prompt each subject stands for.
 
-    WORD=FILE takes the next free occurrence of WORD; a bare FILE the next free word for a person.
-    Raises ValueError when there is none.
+    WORD=FILE takes the next free occurrence of WORD, N=FILE the N-th word for a person; a bare FILE the
+    next free word for a person. Raises ValueError when there is none.
     """
     parsed = [split_subject(argument) for argument in arguments]
     bound: dict[int, Place] = {}
     for i, (word, files, start) in sorted(enumerate(parsed), key=lambda item: item[1][0] is None):
         taken = {place.end for place in bound.values()}
-        free = [match for match in find_words(prompt, [word] if word else PEOPLE) if match.end() not in taken]
+        free = [match for match in candidates(prompt, word) if match.end() not in taken]
         if not free:
             raise ValueError(no_place(prompt, word, arguments[i]))
         bound[i] = Place(free[0][0].lower(), free[0].end(), files, start)
     return [bound[i] for i in range(len(parsed))]
+
+
+def bind_castings(prompt: str, rows: Sequence[str], keep: Sequence[str] = ()) -> list[list[Place]]:
+    """The castings of one prompt: each row's people, `SUBJECT+SUBJECT...`, and those kept in all, in the
+    order of their words.
+
+    Raises ValueError as `bind_subjects` does.
+    """
+    return [sorted(bind_subjects(prompt, [*keep, *split_casting(row)]), key=lambda place: place.end)
+            for row in rows]
+
+
+def split_casting(argument: str) -> list[str]:
+    """The people of `SUBJECT+SUBJECT...`. A + in a file's name is told by its existing."""
+    parts, people = argument.split("+"), []
+    while parts:
+        count = next((k for k in range(len(parts), 1, -1) if is_subject("+".join(parts[:k]))), 1)
+        people.append("+".join(parts[:count]))
+        parts = parts[count:]
+    if len(people) > 1 and not all(people):
+        raise ValueError(f"subject {argument}: a photo is missing before or behind the +")
+    return people
+
+
+def is_subject(argument: str) -> bool:
+    """Whether this is one person, whose photos are there, even where their names have a +."""
+    word, files, _ = split_subject(argument)
+    return "+" not in (word or "") and all(Path(file).exists() for file in files)
 
 
 def split_subject(argument: str) -> tuple[str | None, list[str], int | None]:
@@ -49,15 +82,22 @@ def split_subject(argument: str) -> tuple[str | None, list[str], int | None]:
     if not equals or "/" in word or Path(argument).exists():
         word, rest = None, argument
     elif not word.strip():
-        raise ValueError(f"--subject {argument}: the word before = is empty")
+        raise ValueError(f"subject {argument}: the word before = is empty")
     start = None
     timed = re.fullmatch(r"(.+)@(\d+)", rest)
     if timed and not Path(rest).exists():
         rest, start = timed[1], int(timed[2])
         if not 0 < start <= 1000:
-            raise ValueError(f"--subject {argument}: the timestep behind @ must be in 1..1000, not {start}")
+            raise ValueError(f"subject {argument}: the timestep behind @ must be in 1..1000, not {start}")
     files = [rest] if Path(rest).exists() else rest.split(",")
     return word.strip().lower() if word else None, files, start
+
+
+def candidates(prompt: str, word: str | None) -> list[re.Match]:
+    """Where in a prompt a subject could stand, in order."""
+    if word and word.isdecimal():
+        return find_words(prompt, PEOPLE)[int(word) - 1:][:1] if int(word) else []
+    return find_words(prompt, [word] if word else PEOPLE)
 
 
 def find_words(prompt: str, words) -> list[re.Match]:
@@ -68,14 +108,17 @@ def find_words(prompt: str, words) -> list[re.Match]:
 
 def no_place(prompt: str, word: str | None, argument: str) -> str:
     """Why a subject has no word, and what to do."""
+    if word and word.isdecimal():
+        return (f"--subject {argument}: the prompt has {len(find_words(prompt, PEOPLE))} words for people, "
+                f"each for one subject, and no free one of number {word}: {prompt!r}")
     if word and find_words(prompt, [word]):
-        return f"--subject {argument}: every {word!r} in the prompt has a subject already: {prompt!r}"
+        return f"subject {argument}: every {word!r} in the prompt has a subject already: {prompt!r}"
     if word:
-        return f"--subject {argument}: there is no {word!r} in the prompt: {prompt!r}"
+        return f"subject {argument}: there is no {word!r} in the prompt: {prompt!r}"
     if find_words(prompt, PEOPLE):
-        return (f"--subject {argument}: more subjects than words for people in the prompt: {prompt!r}. "
+        return (f"subject {argument}: more subjects than words for people in the prompt: {prompt!r}. "
                 f"Add a word, or say WORD={argument}")
-    return (f"--subject {argument}: nobody in the prompt to stand for: {prompt!r}. Write one of "
+    return (f"subject {argument}: nobody in the prompt to stand for: {prompt!r}. Write one of "
             f"{', '.join(PEOPLE[:6])}, ..., or say WORD={argument} with a word of the prompt")
 
 
@@ -92,6 +135,24 @@ def read_photos(places: Sequence[Place]) -> list[list]:
     """The pictures of each subject, (3, H, W) in [0, 1]. Raises ValueError naming the file."""
     from pictures import read_picture
     return [[read_picture(file) for file in place.files] for place in places]
+
+
+def cut_people(picture, keep: Sequence[int], mask: Path | None, boxes: Sequence[str]) -> list[list]:
+    """Photos, as `read_photos` gives them, of the people of a picture (3, H, W) who are to be kept.
+
+    keep: their numbers, from 1. mask, boxes: where people are, see `pictures.read_masks` and `box_mask`. The
+    N-th from the left is the N-th person; of as many as are kept, all are. Raises ValueError.
+    """
+    from pictures import box_mask, cut_person, read_masks
+    if bool(keep) != bool(mask or boxes):
+        raise ValueError("--keep and --mask or --box go together: who stays, and where people are")
+    found = [box_mask(box, picture) for box in boxes] + (read_masks(mask, picture) if mask else [])
+    found.sort(key=lambda person: person.nonzero()[:, 1].float().mean().item())
+    numbers = sorted(keep) if len(found) == len(keep) else range(1, len(found) + 1)
+    people = dict(zip(numbers, found, strict=True))
+    if missing := set(keep) - people.keys():
+        raise ValueError(f"--keep {min(missing)}: only {len(found)} people are marked in the picture")
+    return [[cut_person(picture, people[number])] for number in keep]
 
 
 def encode_person(pipeline, weights: Path, files: Sequence[str], photos: Sequence):
@@ -114,16 +175,29 @@ def make_subjects(pipeline, prompt: str, places: Sequence[Place], features: Sequ
             for place, feature in zip(places, features, strict=True)]
 
 
+def cast(pipeline, weights: Path, prompt: str, castings: Sequence[Sequence[Place]],
+         photos: Sequence[Sequence[list]]) -> list[list]:
+    """The people of each casting of a prompt, for `Pipeline.generate`; who is in several of them is
+    encoded once. photos: as `read_photos` gives them. Raises ValueError as `make_subjects` does."""
+    features = {}
+    for places, pictures in zip(castings, photos, strict=True):
+        for place, several in zip(places, pictures, strict=True):
+            if tuple(place.files) not in features:
+                features[tuple(place.files)] = encode_person(pipeline, weights, place.files, several)
+    return [make_subjects(pipeline, prompt, places, [features[tuple(place.files)] for place in places])
+            for places in castings]
+
+
 def find_token(tokenize, prompt: str, place: Place) -> int:
     """Index of the token that a subject is fused into. Raises ValueError if there is none."""
     word, end, files, _ = place
     if tokenize.unknown_words(word):
         known = [person for person in PEOPLE if not tokenize.unknown_words(person)]
-        raise ValueError(f"--subject {files[0]}: these weights do not know the word {word!r}; the people "
+        raise ValueError(f"subject {files[0]}: these weights do not know the word {word!r}; the people "
                          f"they know: {', '.join(known)}")
     before = tokenize.encode(prompt[:end])
     if len(before) > tokenize.length - 2 or before[-1:] != tokenize.encode(word)[-1:]:
-        raise ValueError(f"--subject {files[0]}: its word {word!r} lies beyond the {tokenize.length} tokens "
+        raise ValueError(f"subject {files[0]}: its word {word!r} lies beyond the {tokenize.length} tokens "
                          "of the prompt: make the prompt shorter")
     return len(before)
 

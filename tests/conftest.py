@@ -23,26 +23,39 @@ from models.vae import AutoencoderKL, VAEConfig
 WORDS = "a and woman man girl old on the beach , riding bike"
 
 
-def small_models() -> dict[str, torch.nn.Module]:
+def small_models(dim: int = 16, channels: tuple[int, ...] = (8, 16, 16, 16),
+                 cells: tuple[int, ...] = (8, 8, 8, 8)) -> dict[str, torch.nn.Module]:
     encode = open_clip().tokenizer.SimpleTokenizer().encode
     kept = tuple(sorted({*encode(WORDS), BOS, EOS}))
-    image = CLIPImageConfig(image_size=32, patch_size=8, dim=16, layers=1, heads=2, output_dim=16)
-    return {"unet": UNet(UNetConfig(channels=(8, 16, 16, 16), heads=2, context_dim=16, groups=4)),
-            "vae": AutoencoderKL(VAEConfig(channels=(8, 8, 8, 8), layers=1, groups=4)),
-            "text_encoder": CLIPTextEncoder(CLIPTextConfig(dim=16, layers=2, heads=2, kept_tokens=kept)),
+    image = CLIPImageConfig(image_size=32, patch_size=8, dim=dim, layers=1, heads=2, output_dim=dim)
+    return {"unet": UNet(UNetConfig(channels=channels, heads=2, context_dim=dim, groups=4)),
+            "vae": AutoencoderKL(VAEConfig(channels=cells, layers=1, groups=4)),
+            "text_encoder": CLIPTextEncoder(CLIPTextConfig(dim=dim, layers=2, heads=2, kept_tokens=kept)),
             "image_encoder": CLIPImageEncoder(image)}
 
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory) -> Path:
     """A weights folder whose pictures show every difference: routers and subject tokens act strongly."""
+    return save_world(tmp_path_factory.mktemp("weights") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def wide_world(tmp_path_factory) -> Path:
+    """The same with other sizes everywhere."""
+    sizes = {"dim": 24, "channels": (16, 8, 24, 24), "cells": (8, 12, 8)}
+    return save_world(tmp_path_factory.mktemp("weights") / "wide", 40, **sizes)
+
+
+def save_world(folder: Path, image_size: int = 64, dim: int = 16, **sizes) -> Path:
+    """Random weights, MoA's among them, the same ones each time."""
     torch.manual_seed(0)
-    folder, models = tmp_path_factory.mktemp("weights") / "tiny", small_models()
+    models = small_models(dim, **sizes)
     for part, module in models.items():
         save_part(module, folder, part)
-    write_json({**read_config(folder), "image_size": 64, "sampling": {"steps": 3, "guidance_scale": 3.0}},
-               folder / "config.json")
-    unet, prompt = add_moa(models["unet"]), MultimodalPrompt(PromptConfig(16, 16, 32, 16))
+    write_json({**read_config(folder), "image_size": image_size,
+                "sampling": {"steps": 3, "guidance_scale": 3.0}}, folder / "config.json")
+    unet, prompt = add_moa(models["unet"]), MultimodalPrompt(PromptConfig(dim, dim, 32, 16))
     with torch.no_grad():
         for _, _, layer in moa_layers(unet):
             layer.router.f.weight.normal_()

@@ -335,7 +335,7 @@ def test_results_hold_scores_and_where_they_come_from(output):
     assert run["threads"] == torch.get_num_threads()
     assert run["code"] and run["device"] and run["seconds"] > 0
     assert results["settings"] == {"count": 2, "steps": 3, "guidance_scale": 4.0, "prior_above": 800,
-                                   "weights": "toyworld", "moa": "moa.safetensors"}
+                                   "start": 1000, "weights": "toyworld", "moa": "moa.safetensors"}
     router = results["router"]
     assert router["timesteps"] == [666, 333]
     assert np.shape(router["grid"]["people"]["mean"]) == (2, 16, 2)
@@ -379,7 +379,7 @@ def weights(tmp_path) -> Path:
     (["--steps", 0], "steps must be in 1..1000, got 0"),
     (["--guidance-scale", "nan"], "--guidance-scale must be in 0..100"),
     (["--guidance-scale", -1], "--guidance-scale must be in 0..100"),
-    (["--prior-above", 0], "leaves nothing to MoA"),
+    (["--prior-above", 0], "leaves nothing to MoA"), (["--start", 0], "--start must be in 1..1000"),
     (["--steps", 1], "leaves nothing to MoA"),
     (["--device", "tpu"], "--device 'tpu' is unknown")])
 def test_refuses_settings(refuse, flags, words):

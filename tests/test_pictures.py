@@ -210,6 +210,60 @@ def test_a_picture_that_fails_to_save_leaves_nothing(tmp_path, monkeypatch):
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("a.png", b"old")]
 
 
+def frames_of(path) -> tuple[list[np.ndarray], list[float]]:
+    """The frames of an animation and how long each is shown, in ms."""
+    with Image.open(path) as image:
+        frames, times = [], []
+        for k in range(image.n_frames):
+            image.seek(k)
+            frames.append(np.array(image.convert("RGB")))
+            times.append(image.info["duration"])
+        assert image.info["loop"] == 0
+        return frames, times
+
+
+@pytest.mark.parametrize("name", ["new/a.gif", "new/a.PNG"])
+def test_animation_holds_every_frame_in_order(tmp_path, name):
+    colours = [(250, 20 * k, 10) for k in range(5)]
+    images = [Image.new("RGB", (20, 30), colour) for colour in colours]
+    pictures.save_animation(images, tmp_path / name, SETTINGS, fps=10)
+    frames, times = frames_of(tmp_path / name)
+    assert times == [100] * 5
+    assert [tuple(frame[0, 0]) for frame in frames] == colours and frames[0].shape == (30, 20, 3)
+    with Image.open(tmp_path / name) as image:
+        kept = image.info["comment"] if name.endswith("gif") else image.text["moa"]
+    assert json.loads(kept) == SETTINGS
+    assert [path.name for path in (tmp_path / "new").iterdir()] == [name[4:]]
+
+
+def test_animated_png_is_exact(tmp_path):
+    frames = [Image.fromarray(np.roll(RGB, k, 1)) for k in range(3)]
+    pictures.save_animation(frames, tmp_path / "a.png", SETTINGS)
+    read_back, times = frames_of(tmp_path / "a.png")
+    assert all(np.array_equal(a, b) for a, b in zip(read_back, frames, strict=True)) and times == [125] * 3
+
+
+@pytest.mark.parametrize("name, count, fps, words", [
+    ("a.mp4", 2, 8, "saved as .gif or .png, not as .mp4"), ("a", 2, 8, "without an ending"),
+    ("a.gif", 1, 8, "2 frames or more, not 1"), ("a.gif", 2, 0.5, "1..50 frames per second, not 0.5"),
+    ("a.gif", 2, 51, "not 51"), ("a.gif", 2, float("nan"), "not nan")])
+def test_what_is_no_animation(tmp_path, name, count, fps, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        pictures.save_animation([Image.new("RGB", (8, 8))] * count, tmp_path / name, SETTINGS, fps)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_animation_that_fails_to_save_leaves_nothing(tmp_path, monkeypatch):
+    def break_off(self, path, **rest):
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+    monkeypatch.setattr(Image.Image, "save", break_off)
+    (tmp_path / "a.gif").write_bytes(b"old")
+    with pytest.raises(KeyboardInterrupt):
+        pictures.save_animation([Image.new("RGB", (8, 8))] * 2, tmp_path / "a.gif", SETTINGS)
+    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("a.gif", b"old")]
+
+
 def test_contact_sheet_shows_every_picture():
     colours = [(20 * k, 0, 100) for k in range(10)]
     tiles = [(Image.new("RGB", (40, 30), colour), "seed " + "9" * 40) for colour in colours]
@@ -256,5 +310,6 @@ def test_routing_sheet_keeps_at_most_its_columns():
     sheet = RoutingSheet(steps=999)
     for step in range(1, 1000):
         sheet.add(step, 999 - step, {}, torch.zeros(1, 4, 2, 2))
+    sheet.add(1, 5, {}, torch.zeros(1, 4, 2, 2))  # of a second batch
     assert len(sheet.columns) == RoutingSheet.COLUMNS
     assert sheet.columns[0][0] == 998 and sheet.columns[-1][0] == 0

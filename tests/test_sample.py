@@ -190,6 +190,7 @@ def test_binding_to_words():
         ("woman", 14, "a"), ("man", 5, "b"), ("man", 21, "c")]
     assert bind("the old man and a man", "old man=a", "b") == [("old man", 11, "a"), ("man", 21, "b")]
     assert bind("a cat (man's) in w.x", "w.x=a", "b") == [("w.x", 20, "a"), ("man", 10, "b")]
+    assert bind("a man, a boy and a man", "3=c", "a") == [("man", 22, "c"), ("man", 5, "a")]
     assert bind("a man", "some/a=b.png") == [("man", 5, "some/a=b.png")]
     assert bind("a man", "man=a,b") == [("man", 5, "a", "b")]
 
@@ -353,6 +354,7 @@ def test_says_when_a_subject_is_foreign(draw, refuse, other_world):
     (["--subject", "."], ". is not a file"), (["--subject", str(SCRIPT)], "cannot be used as a picture"),
     (["--subject", "cat=ada.png"], "there is no 'cat' in the prompt"),
     (["--subject", "man=ada.png"], "there is no 'man' in the prompt"),
+    (["--subject", "2=ada.png"], "the prompt has 1 words for people"),
     (["--subject", "ada.png", "--subject", "bob.png"], "more subjects than words"),
     (["--subject", "woman=ada.png", "--subject", "woman=bob.png"], "every 'woman' in the prompt has"),
     (["--output", "x.jpg"], "saved as .png"), (["--output", "/proc/x/y.png"], "cannot be written"),

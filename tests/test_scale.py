@@ -172,7 +172,7 @@ def test_some_samples_count_as_a_whole(place):
     assert torch.equal(region[~whole], people[~whole])
     assert torch.equal(region, stage.draw_region(0, people))
     assert not torch.equal(region, stage.draw_region(1, people))
-    always = make_stage("moa", place, batch_size=4, data=place / "world")
+    always = make_stage("moa", place, batch_size=4, masked_probability=1.0, data=place / "world")
     assert always.draw_region(0, people) is people
 
 

@@ -1,0 +1,275 @@
+"""Train and measure a variant of MoA in the small world: what is each part good for?
+
+    python ablate.py --list
+    python ablate.py no-router-loss --seed 0          # one row: train, evaluate
+    python ablate.py --all --jobs 4                   # every row with three seeds, in the background
+    python ablate.py --table                          # what is there by now, as Markdown and plots
+
+All rows have the same budget, data and evaluation, and differ in one thing, which is an edit of a module
+below: copy a row to try an idea of your own. What is done is skipped and what was stopped goes on, so a
+night can be spent in pieces. A row's folder holds its run and `results.json` of evaluate.py.
+"""
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+SEEDS = (0, 1, 2)
+STEPS, BATCH_SIZE, CASES = 1250, 36, 64  # 45,000 pictures, 40 minutes on one core
+DECODER = range(7, 16)  # transformer blocks behind the middle one, l = 6
+
+
+@dataclass(frozen=True)
+class Row:
+    """One variant: what is other than in the method."""
+
+    what: str
+    config: dict = field(default_factory=dict)  # of the TrainConfig
+    edits: tuple[Callable, ...] = ()  # context managers
+    evaluation: dict = field(default_factory=dict)  # flags of evaluate.py
+    trained_by: str | None = None  # another row, whose weights are evaluated in another way
+
+
+# --- edits: inside, the method is another one, in training and in drawing ---
+
+
+@contextmanager
+def replaced(owner: object, name: str, value: object) -> Iterator[None]:
+    """Inside, an attribute is another one."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+@contextmanager
+def fixed_routing(personalized: Callable[[int, str], float | None]) -> Iterator[None]:
+    """Layers whose router is a constant: `personalized(l, kind)` is its weight, None a learned one."""
+    import moa.install
+    import stages.moa
+    add_moa = moa.install.add_moa
+
+    def add(unet, router_hidden=None):
+        add_moa(unet, router_hidden)
+        for layer, kind, mixture in moa.install.moa_layers(unet):
+            weight = personalized(layer, kind)
+            if weight is not None:
+                fix(mixture.router, weight)
+        return unet
+
+    with replaced(moa.install, "add_moa", add), replaced(stages.moa, "add_moa", add):
+        yield
+
+
+def fix(router, weight: float) -> None:
+    """Make a router's own weights a constant. `force_routing` still has the last word."""
+    import torch
+    router.f.requires_grad_(False)
+    constant = torch.tensor([1 - weight, weight])
+    router.f.register_forward_hook(
+        lambda module, args, output: constant.clamp(min=1e-30).log().to(output).expand_as(output))
+
+
+@contextmanager
+def router_width(hidden: int) -> Iterator[None]:
+    """Routers with a hidden layer."""
+    import stages.moa
+    add_moa = stages.moa.add_moa
+    with replaced(stages.moa, "add_moa", lambda unet: add_moa(unet, hidden)):
+        yield  # load_moa reads the width from the file
+
+
+@contextmanager
+def no_encoding() -> Iterator[None]:
+    """The same token at every timestep and in every layer: PE(t, l) is a constant."""
+    from moa.prompt import PositionalEncoding
+    forward = PositionalEncoding.forward
+    with replaced(PositionalEncoding, "forward", lambda self, t, layers: 0 * forward(self, t, layers)):
+        yield
+
+
+@contextmanager
+def mean_router_loss() -> Iterator[None]:
+    """Eq. 9 as a mean over the pixels, as the masked loss is, not as a sum."""
+    import stages.moa
+    router_loss = stages.moa.router_loss
+    with replaced(stages.moa, "router_loss",
+                  lambda routing, mask: router_loss(routing, mask) / mask[0].numel()):
+        yield
+
+
+def only(chosen: Callable[[int, str], bool]) -> Callable:
+    """An edit: MoA in the chosen layers, in the others the prior."""
+    return lambda: fixed_routing(lambda layer, kind: None if chosen(layer, kind) else 0.0)
+
+
+# FastComposer (arXiv 2305.10431): one branch that is trained, at all timesteps, half of the samples with
+# the whole loss; a person enters late ("delayed subject conditioning").
+FINETUNED = {"edits": (lambda: fixed_routing(lambda layer, kind: 1.0),), "evaluation": {"prior-above": 1000}}
+ROWS = {
+    "moa": Row("the method as shipped"),
+    "one-branch": Row("no MoA: all attention finetuned, FastComposer's losses",
+                      {"masked_probability": 0.5, "lambda_router": 0.0, "max_timestep": 1000}, **FINETUNED),
+    **{f"one-branch-{t}": Row(f"the same, the people enter below t = {t}", edits=FINETUNED["edits"],
+                              evaluation={"prior-above": 1000, "start": t}, trained_by="one-branch")
+       for t in (800, 600, 400)},
+    "people-only": Row("only the people of every sample count, as in the paper", {"masked_probability": 1.0}),
+    "no-encoding": Row("no conditioning on (t, l)", edits=(no_encoding,)),
+    "no-router-loss": Row("without Eq. 9", {"lambda_router": 0.0}),
+    "mean-router-loss": Row("Eq. 9 as a mean over the pixels", edits=(mean_router_loss,)),
+    "no-object-loss": Row("without Eq. 12", {"lambda_object": 0.0}),
+    "router-16": Row("routers with a hidden layer of 16", edits=(lambda: router_width(16),)),
+    "router-64": Row("routers with a hidden layer of 64", edits=(lambda: router_width(64),)),
+    "cross-only": Row("MoA in cross-attention only", edits=(only(lambda layer, kind: kind == "cross"),)),
+    "self-only": Row("MoA in self-attention only", edits=(only(lambda layer, kind: kind == "self"),)),
+    "decoder-only": Row("MoA in the decoder only", edits=(only(lambda layer, kind: layer in DECODER),)),
+    "every-second": Row("MoA in every second block", edits=(only(lambda layer, kind: layer % 2 == 0),)),
+    "half": Row("half the training", {"steps": STEPS // 2}),
+    "double": Row("twice the training", {"steps": 2 * STEPS}),
+}
+COLUMNS = ("identity", "mixup", "context", "activity", "locality", "prior_agreement", "router_iou", "variety")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("row", nargs="?", choices=ROWS, metavar="ROW", help="train and evaluate this one")
+    what.add_argument("--list", action="store_true", help="what the rows are")
+    what.add_argument("--all", action="store_true", help="all rows with all seeds that are not there")
+    what.add_argument("--table", action="store_true", help="print what is there; plots beside it")
+    add("--output", type=Path, default=Path("runs/ablations"), metavar="FOLDER",
+        help="default runs/ablations")
+    add("--seed", type=int, default=0, help="of the training (default 0)")
+    add("--jobs", type=int, default=1, help="rows at the same time, one core each (default 1)")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    if args.list:
+        for name, row in ROWS.items():
+            print(f"{name:18}{row.what}")
+    elif args.table:
+        print(table(args.output))
+    elif args.all:
+        run_all(args.output, args.jobs)
+    else:
+        run(args.row, args.seed, args.output)
+
+
+def place(output: Path, name: str, seed: int) -> Path:
+    return output / name / f"seed-{seed}"
+
+
+def run(name: str, seed: int, output: Path) -> None:
+    """Train and evaluate one row, or go on with it."""
+    import evaluate
+    import train
+    row, folder = ROWS[name], place(output, name, seed)
+    if (folder / "results.json").exists():
+        return
+    trained = place(output, row.trained_by or name, seed)
+    weights = trained / "moa.safetensors"
+    with ExitStack() as stack:
+        for edit in row.edits:
+            stack.enter_context(edit())
+        if row.trained_by is None and not weights.exists():
+            stack.enter_context(preset(row.config))
+            resume = ["--resume"] if train.list_checkpoints(trained) else []
+            stack.enter_context(replaced(sys, "argv", [
+                "train.py", "moa", "--weights", str(ROOT / "weights" / "toyworld"), "--output", str(trained),
+                "--seed", str(seed), "--batch-size", str(BATCH_SIZE), "--checkpoint-every", "250", *resume]))
+            train.main()
+        if not weights.exists():
+            sys.exit(f"error: {weights} is not there: run the row {row.trained_by} first")
+        flags = [word for key, value in row.evaluation.items() for word in (f"--{key}", str(value))]
+        evaluate.main(["--weights", str(trained), "--output", str(folder), "--count", str(CASES), *flags])
+
+
+@contextmanager
+def preset(config: dict) -> Iterator[None]:
+    """Inside, the small world's preset of `moa` has these values."""
+    from dataclasses import replace
+
+    from stages.presets import PRESETS
+    before = PRESETS["toyworld"]
+    PRESETS["toyworld"] = {**before, "moa": replace(before["moa"], **{"steps": STEPS, **config})}
+    try:
+        yield
+    finally:
+        PRESETS["toyworld"] = before
+
+
+def run_all(output: Path, jobs: int) -> None:
+    """Every row with every seed, `jobs` at a time, those that others need first; logs beside the runs."""
+    from tqdm import tqdm
+    output.mkdir(parents=True, exist_ok=True)
+    # One thread each; glibc keeps the memory that every step needs again.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_MAX_": "0",
+                   "MALLOC_TRIM_THRESHOLD_": str(1 << 34), "MALLOC_TOP_PAD_": str(1 << 28)}
+
+    def one(job: tuple[str, int]) -> None:
+        name, seed = job
+        command = [sys.executable, str(ROOT / "ablate.py"), name, "--seed", str(seed),
+                   "--output", str(output)]
+        with open(output / f"{name}-{seed}.log", "a") as log:
+            failed = subprocess.run(command, stdout=log, stderr=log, env=environment, check=False).returncode
+        tqdm.write(f"{name}, seed {seed}: " + (f"failed, see {log.name}" if failed else "done"))
+
+    for again in (False, True):
+        todo = [(name, seed) for seed in SEEDS for name, row in ROWS.items() if bool(row.trained_by) == again
+                and not (place(output, name, seed) / "results.json").exists()]
+        with ThreadPoolExecutor(jobs) as pool:
+            list(tqdm(pool.map(one, todo), "ablations", len(todo), unit="row", disable=None))
+
+
+def table(output: Path) -> str:
+    """Means over the seeds, and the lowest and highest, of the rows that are there; writes tradeoff.png."""
+    import json
+    lines = ["| row | seeds | " + " | ".join(COLUMNS) + " |", "|---" * (2 + len(COLUMNS)) + "|"]
+    points = {}
+    for name, row in ROWS.items():
+        files = [place(output, name, seed) / "results.json" for seed in SEEDS]
+        found = [json.loads(file.read_text()) for file in files if file.exists()]
+        if found:
+            values = {c: [result[c]["mean"] for result in found if result[c]["n"]] for c in COLUMNS}
+            cells = [f"{sum(v) / len(v):.3f} ({min(v):.3f} to {max(v):.3f})" if v else "-"
+                     for v in values.values()]
+            lines.append(f"| `{name}`: {row.what} | {len(found)} | " + " | ".join(cells) + " |")
+            points[name] = (values["locality"], values["identity"])
+    if not points:
+        sys.exit(f"error: there is no result in {output}: run a row first")
+    plot(points, output / "tradeoff.png")
+    return "\n".join(lines)
+
+
+def plot(points: dict[str, tuple[list[float], list[float]]], path: Path) -> None:
+    """Identity against locality, a point for each seed and a name at each row's mean."""
+    import matplotlib
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(figsize=(9, 6), dpi=100)
+    for name, (locality, identity) in points.items():
+        dots = axes.plot(locality, identity, "o", alpha=0.7)
+        axes.annotate(name, (sum(locality) / len(locality), sum(identity) / len(identity)), (5, 5),
+                      textcoords="offset points", color=dots[0].get_color())
+    axes.set(xlabel="locality: change outside / inside the people (low is good)",
+             ylabel="identity: attributes read right (high is good)")
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()

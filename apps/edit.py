@@ -1,0 +1,99 @@
+"""Swap a person of a real picture (MoA paper, Section 5.3, Fig. 13).
+
+    python apps/edit.py --image examples/couple.png --mask examples/couple_mask.png \\
+        --source-prompt "a person and a person" --keep 1 --subject 2=examples/zoe.png
+    python apps/edit.py --image me.jpg --source-prompt "a person" --subject other.jpg
+
+The prior takes the picture back to noise (DDIM inversion, with the source prompt, without guidance); from
+this noise MoA draws, with DDIM and the same steps, the new person and those to keep, cut from the picture.
+The strip shows the picture, what the prior alone makes of its noise, and the edit. The picture is scaled
+to cover --width x --height and cut around its middle. --guidance-scale is 1 unless given, which keeps most
+of the picture; for a stronger swap take --inversion negative-prompt and 2 to 4. --seed changes nothing.
+"""
+import argparse
+import sys
+from pathlib import Path
+
+# A script has only its own folder on the path.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import command
+from subjects import (SUBJECT, bind_subjects, cut_people, encode_person, keep_photos, make_subjects,
+                      read_photos)
+
+ITERATIONS = {"fixed-point": 3, "negative-prompt": 0}
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--image", type=Path, required=True, metavar="FILE", help="the picture to be edited")
+    add("--source-prompt", required=True, help="what it shows")
+    add("--subject", action="append", required=True, metavar=SUBJECT,
+        help="photo of somebody new, bound to the prompt as sample.py does, or to its N-th person by N=FILE")
+    add("--keep", type=int, nargs="+", default=[], metavar="N",
+        help="these people of the prompt stay; --mask or --box says where they are")
+    where = parser.add_mutually_exclusive_group().add_argument
+    where("--mask", type=Path, metavar="FILE", help="of the picture's size: a colour per person on black")
+    where("--box", action="append", default=[], metavar="X0,Y0,X1,Y1",
+          help="a person's pixels in the picture; repeatable. People count from the left; of as many as "
+               "are kept, all stay")
+    add("--inversion", choices=list(ITERATIONS), default="fixed-point",
+        help="fixed-point: each step is iterated (default); negative-prompt: it is not, and the source "
+             "prompt is --negative-prompt (arXiv 2305.16807)")
+    add("--output", type=Path, default=Path("edit.png"), metavar="PATH",
+        help="a .png for the strip, or a folder for the strip and its pictures (default edit.png)")
+    command.add_flags(parser)
+    parser.set_defaults(sampler="ddim", guidance_scale=1.0)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    command.execute(run, parse_args(argv))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Find the people, invert the picture, draw it again without and with the new ones, save."""
+    command.check(args)
+    command.check_prompt("--source-prompt", args.source_prompt)
+    if args.sampler != "ddim":
+        raise ValueError(f"--sampler {args.sampler} cannot be inverted: leave it out")
+    if args.inversion == "negative-prompt":
+        args.negative_prompt = args.source_prompt
+    kept = [f"{number}={args.image}" for number in args.keep]
+    places = bind_subjects(args.source_prompt, [*kept, *args.subject])
+    sheet, files = command.plan_sheet(args.output, 3)
+    read = [args.image, args.mask or args.image, *(file for place in places for file in place.files)]
+    keep_photos(read, [sheet, *files])
+
+    from tqdm import tqdm
+
+    from pictures import fit, psnr, read_picture, strip, to_images
+    from samplers import invert_ddim, sample_ddim
+    picture = read_picture(args.image)
+    photos = cut_people(picture, args.keep, args.mask, args.box) + read_photos(places[len(kept):])
+    pipeline = command.load_pipeline(args)
+    features = [encode_person(pipeline, args.weights, place.files, pictures)
+                for place, pictures in zip(places, photos, strict=True)]
+    people = make_subjects(pipeline, args.source_prompt, places, features)
+    source, null = pipeline.encode_text([args.source_prompt, args.negative_prompt], args.clip_skip).split(1)
+    picture = fit(picture, (args.height, args.width))
+    latents, prior = pipeline.encode(picture), pipeline.denoiser(source, [[]], prior_only=True)
+    with tqdm(total=3 * args.steps, desc="inverting, drawing twice", unit="step", disable=None) as bar:
+        watch = {"steps": args.steps, "progress": lambda *step: bar.update()}
+        noise = invert_ddim(prior, latents, iterations=ITERATIONS[args.inversion], **watch)
+        untouched = pipeline.decode(sample_ddim(prior, noise, **watch))
+        edited = pipeline.decode(pipeline.sample(noise, source, null, [people],
+                                                 **{**command.drawing(args), **watch}))
+
+    print(f"the prior's round trip, PSNR: {psnr(untouched, pipeline.decode(latents)):.2f} dB to what the VAE "
+          f"makes of the picture, {psnr(untouched, picture):.2f} dB to the picture itself", flush=True)
+    settings = {"prompt": args.source_prompt, **command.describe(args, places, inversion=args.inversion)}
+    images = [to_images(one)[0] for one in (picture, untouched, edited)]
+    labels = ["picture", "round trip", ", ".join(map(str, places[len(kept):]))]
+    command.save_sheet(strip(args.source_prompt, list(zip(images, labels, strict=True))), sheet, settings,
+                       images, files, [{}] * 3)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""Morph one person into another (MoA paper, Section 5.2, Fig. 12).
+
+    python apps/morph.py --prompt "a woman riding a bike" --subjects examples/ada.png examples/zoe.png
+    python apps/morph.py --prompt "a man and a woman dancing" --subjects woman=a.png woman=b.png \\
+        --animation morph.gif
+
+The image features of the two people are interpolated; prompt and seed stay, and with them the place. The
+first and the last frame are what sample.py draws of each person.
+"""
+import argparse
+import sys
+from pathlib import Path
+
+# A script has only its own folder on the path.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import command
+from subjects import SUBJECT, bind_subjects, encode_person, keep_photos, make_subjects, read_photos
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--prompt", required=True, help="what to draw")
+    add("--subjects", nargs=2, required=True, metavar=SUBJECT,
+        help="photos of the first and of the last person; both stand for the prompt's first word for people, "
+             "or for WORD")
+    add("--frames", type=int, default=8, help="how many people, with both ends (default 8)")
+    add("--interpolation", choices=["linear", "spherical"], default="linear",
+        help="of the image features: along a line (default) or along an arc")
+    add("--output", type=Path, default=Path("morph.png"), metavar="PATH",
+        help="a .png for the strip, or a folder for the strip and each frame (default morph.png)")
+    add("--animation", type=Path, metavar="FILE", help="also save the frames as an animated .gif or .png")
+    command.add_flags(parser)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    command.execute(run, parse_args(argv))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Encode both people, draw everybody between them, save."""
+    command.check(args)
+    command.check_prompt("--prompt", args.prompt)
+    places = [bind_subjects(args.prompt, [subject])[0] for subject in args.subjects]
+    if places[0]._replace(files=places[1].files) != places[1]:
+        raise ValueError(f"--subjects {' '.join(args.subjects)}: both must stand for one word, from one "
+                         "timestep on")
+    from pictures import ANIMATIONS, portrait, save_animation, strip
+    from pipeline import interpolate
+    sheet, files = command.plan_sheet(args.output, args.frames)
+    if args.animation:
+        command.check_picture("--animation", args.animation, tuple(ANIMATIONS))
+        if args.animation.resolve() in [path.resolve() for path in (sheet, *files)]:
+            raise ValueError(f"--animation {args.animation} is --output's file: give another name")
+    keep_photos([file for place in places for file in place.files], [sheet, *files, args.animation])
+
+    photos = read_photos(places)
+    pipeline = command.load_pipeline(args)
+    first, last = (encode_person(pipeline, args.weights, place.files, pictures)
+                   for place, pictures in zip(places, photos, strict=True))
+    features = interpolate(first, last, args.frames, args.interpolation == "spherical")
+    people = [make_subjects(pipeline, args.prompt, places[:1], [feature]) for feature in features]
+    print(f"seed {args.seed}", flush=True)
+    frames = list(command.draw(args, pipeline, [args.prompt] * args.frames, [args.seed] * args.frames,
+                               people))
+
+    settings = {"prompt": args.prompt, **command.describe(args, places, interpolation=args.interpolation)}
+    amounts = [round(k / (args.frames - 1), 3) for k in range(args.frames)]
+    first, last = ((portrait(pictures, frames[0].size), str(place))
+                   for pictures, place in zip(photos, places, strict=True))
+    tiles = [first, *((frame, f"{amount:.2f}") for frame, amount in zip(frames, amounts, strict=True)), last]
+    command.save_sheet(strip(args.prompt, tiles), sheet, settings, frames, files,
+                       [{"amount": amount} for amount in amounts])
+    if args.animation:
+        save_animation(frames, args.animation, settings)
+        print(args.animation, flush=True)
+
+
+if __name__ == "__main__":
+    main()

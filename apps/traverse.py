@@ -1,0 +1,79 @@
+"""Walk from the noise of one seed to that of another, with several castings in step.
+
+    python apps/traverse.py --prompt "a woman waving on a mountain" --subjects examples/ada.png \\
+        examples/zoe.png --seeds 1 2 --frames 8 --output traverse.png --animation traverse.gif
+
+The noise traversal of the paper's project page: frame i starts from noise on the arc between the two
+seeds' noises; first and last frame are the pictures of the seeds themselves. The noise decides the
+context, the casting decides the people: all rows change their layout together. First row: the prior
+alone. --animation shows the rows beside each other, frame after frame.
+"""
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import command
+from subjects import SUBJECT, bind_castings
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--prompt", required=True, help="what to draw")
+    add("--subjects", required=True, nargs="+", metavar="CASTING",
+        help=f"a row each: {SUBJECT}, or several of them joined by +")
+    add("--frames", type=int, default=8, help="pictures on the way, both ends included (default 8)")
+    add("--output", type=Path, default=Path("traverse.png"), metavar="FILE", help="default traverse.png")
+    add("--animation", type=Path, metavar="FILE", help="also save the frames as .gif or animated .png")
+    command.add_flags(parser, seeds=(1, 2))
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    command.execute(run, parse_args(argv))
+
+
+def run(args: argparse.Namespace) -> None:
+    check(args)
+    castings = bind_castings(args.prompt, args.subjects)
+    names = ["the prior alone", *(" + ".join(place.name for place in places) for places in castings)]
+    pipeline, photos, people = command.load_cast(args, castings, [args.output, args.animation])
+    from pictures import casting_sheet, labelled, save_animation, save_png
+    from pipeline import slerp
+    first, last = pipeline.noise(args.seeds, (args.height, args.width))
+    amounts = [k / (args.frames - 1) for k in range(args.frames)]
+    rows = command.draw_rows(args, pipeline, [None, *people],
+                             [slerp(first, last, amount) for amount in amounts])
+    labels = [f"{amount:.2f}" for amount in amounts]
+    labels[0], labels[-1] = (f"seed {seed}" for seed in args.seeds)
+    everybody = [place for places in castings for place in places]
+    settings = {"prompt": args.prompt, **command.describe(
+        args, everybody, seeds=args.seeds, frames=args.frames,
+        castings=[list(map(str, places)) for places in castings])}
+    save_png(casting_sheet(args.prompt, list(zip([[], *photos], names, rows, strict=True)), labels),
+             args.output, settings)
+    print(args.output)
+    if args.animation:
+        frames = [labelled(list(zip(column, names, strict=True)), len(names))
+                  for column in zip(*rows, strict=True)]
+        save_animation(frames, args.animation, settings)
+        print(args.animation)
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise ValueError for the first setting that cannot be drawn."""
+    command.check(args)
+    command.check_prompt("--prompt", args.prompt)
+    command.check_picture("--output", args.output)
+    if len(args.seeds) != 2:
+        raise ValueError(f"--seeds must be two, where to begin and where to end, not {len(args.seeds)}")
+    if args.animation:
+        command.check_picture("--animation", args.animation, (".gif", ".png"))
+        if args.animation.resolve() == args.output.resolve():
+            raise ValueError(f"--animation {args.animation} is --output's file: give another name")
+
+
+if __name__ == "__main__":
+    main()

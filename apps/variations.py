@@ -1,0 +1,83 @@
+"""Draw one prompt with many seeds, each picture beside the prior's of the same seed.
+
+    python apps/variations.py --prompt "a man riding a bike in a park" --subject examples/max.png --num 16
+
+The paper's Fig. 3 and 20: with a subject, pictures should differ from each other as much as the prior's
+do. Picture k has seed SEED + k. Printed, with and without the subject, in shares of the range of colours:
+
+    pixels   mean absolute difference of all pixels, over all pairs of seeds
+    layout   the same of the pictures brought down to 8 x 8 cells, where only their composition is left
+    moved    mean absolute difference of the 8 x 8 cells to the prior's picture of the same seed
+"""
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import command
+from subjects import SUBJECT, bind_subjects
+
+CELLS = 8
+PAIRS = 4  # of pictures, in a row of the sheet
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--prompt", required=True, help="what to draw")
+    add("--subject", action="append", default=[], metavar=SUBJECT,
+        help="photo of a person; repeatable; without any, the prior's pictures alone are shown")
+    add("--num", type=int, default=16, help="how many seeds (default 16)")
+    add("--output", type=Path, default=Path("variations.png"), metavar="FILE", help="default variations.png")
+    command.add_flags(parser)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    command.execute(run, parse_args(argv))
+
+
+def run(args: argparse.Namespace) -> None:
+    command.check(args)
+    command.check_prompt("--prompt", args.prompt)
+    command.check_picture("--output", args.output)
+    if args.num < 2:
+        raise ValueError(f"--num must be at least 2, not {args.num}: one picture differs from nothing")
+    places = bind_subjects(args.prompt, args.subject)
+    pipeline, photos, people = command.load_cast(args, [places], [args.output])
+    from pictures import contact_sheet, portrait, save_png
+    seeds = range(args.seed, args.seed + args.num)
+    print(f"seed {args.seed}", flush=True)
+    rows = command.draw_rows(args, pipeline, [None, *people] if places else [None], seeds)
+    print_diversity(rows)
+    names = ["prior", "with"] if places else ["prior"]
+    pairs = zip(*rows, strict=True)
+    tiles = [(image, f"seed {seed}, {name}") for seed, pair in zip(seeds, pairs, strict=True)
+             for image, name in zip(pair, names, strict=True)]
+    portraits = [(portrait(several, rows[0][0].size), str(place))
+                 for several, place in zip(photos[0], places, strict=True)]
+    settings = {"prompt": args.prompt, **command.describe(args, places, num=args.num)}
+    save_png(contact_sheet(args.prompt, portraits, tiles, PAIRS * len(rows)), args.output, settings)
+    print(args.output)
+
+
+def print_diversity(rows: list[list]) -> None:
+    """One line per score: with the subject, the prior's, and how they relate."""
+    import numpy as np
+    import torch
+    import torch.nn.functional as F
+
+    from pictures import pairwise_distance
+    pictures = [torch.from_numpy(np.stack(row)).permute(0, 3, 1, 2).float() / 255 for row in rows]
+    cells = [F.adaptive_avg_pool2d(each, CELLS) for each in pictures]
+    for name, (prior, *found) in (("pixels", map(pairwise_distance, pictures)),
+                                  ("layout", map(pairwise_distance, cells))):
+        print(f"{name}: prior alone {prior:.3f}", *(f"with the subject {x:.3f} ({x / prior:.2f} of it)"
+                                                    for x in found), sep=", ")
+    if len(rows) > 1:
+        print(f"moved: {(cells[1] - cells[0]).abs().mean():.3f}")
+
+
+if __name__ == "__main__":
+    main()
