@@ -269,7 +269,7 @@ def load_cast(args: argparse.Namespace, castings: Sequence[Sequence[Place]], out
     """The pipeline; for each casting of `args.prompt` its photos, a list (3, H, W) per person; and its
     people for `Pipeline.generate`. Raises ValueError, before loading if an output would replace a photo."""
     places = [place for casting in castings for place in casting]
-    keep_photos([file for place in places for file in place.files], outputs)
+    keep_photos([*(file for place in places for file in place.files), *args.control_image], outputs)
     photos = [read_photos(casting) for casting in castings]
     pipeline = load_pipeline(args, True if places else None, people=bool(places))
     return pipeline, photos, cast(pipeline, args.weights, args.prompt, castings, photos)

@@ -63,8 +63,8 @@ def run(args: argparse.Namespace) -> None:
     kept = [f"{number}={args.image}" for number in args.keep]
     places = bind_subjects(args.source_prompt, [*kept, *args.subject])
     sheet, files = command.plan_sheet(args.output, 3)
-    read = [args.image, args.mask or args.image, *(file for place in places for file in place.files)]
-    keep_photos(read, [sheet, *files])
+    read = [args.image, args.mask or args.image, *args.control_image]
+    keep_photos([*read, *(file for place in places for file in place.files)], [sheet, *files])
 
     from tqdm import tqdm
 

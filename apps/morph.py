@@ -54,7 +54,8 @@ def run(args: argparse.Namespace) -> None:
         command.check_picture("--animation", args.animation, tuple(ANIMATIONS))
         if args.animation.resolve() in [path.resolve() for path in (sheet, *files)]:
             raise ValueError(f"--animation {args.animation} is --output's file: give another name")
-    keep_photos([file for place in places for file in place.files], [sheet, *files, args.animation])
+    keep_photos([*(file for place in places for file in place.files), *args.control_image],
+                [sheet, *files, args.animation])
 
     photos = read_photos(places)
     pipeline = command.load_pipeline(args)

@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
     characters, scenes = read_story(args.story)
     prompts, casts = zip(*(write_prompt(scene["prompt"], characters) for scene in scenes), strict=True)
     sheet, files = command.plan_sheet(args.output, len(scenes))
-    keep_photos([file for person in characters.values() for file in person.files], [sheet, *files])
+    keep_photos(sum((person.files for person in characters.values()), args.control_image), [sheet, *files])
 
     from pictures import captioned, labelled, portrait, stack
     photos = read_photos(list(characters.values()))

@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
     command.check_prompt("--prompt", args.prompt)
     prompts, places = name_by(args.words, args.prompt, args.subject)
     sheet, files = command.plan_sheet(args.output, args.frames)
-    keep_photos(places[0].files, [sheet, *files])
+    keep_photos([*places[0].files, *args.control_image], [sheet, *files])
 
     from pictures import portrait, strip
     from pipeline import interpolate
