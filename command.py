@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import controls
-from subjects import Place, cast, keep_photos, read_photos
+from subjects import Place, cast, read_photos
 
 SHIPPED = Path(__file__).resolve().parent / "weights" / "toyworld"
 BATCH = 8  # pictures drawn at once, fewer where they are large
@@ -176,6 +176,17 @@ def check_writable(flag: str, path: Path) -> None:
                          "Give another place") from error
 
 
+def keep_photos(args: argparse.Namespace, places: Sequence[Place], outputs: Sequence[Path | None],
+                others: Sequence[Path] = ()) -> None:
+    """Raise ValueError if an output would replace a picture that is read: a subject's or another."""
+    read = [*(file for place in places for file in place.files), *args.control_image, *others]
+    taken = {Path(file).resolve() for file in read}
+    for output in outputs:
+        if output and output.resolve() in taken:
+            raise ValueError(f"{output} is a subject's photo or a control image and would be replaced: give "
+                             "another --output")
+
+
 def plan_sheet(output: Path, count: int) -> tuple[Path, list[Path]]:
     """The file of a sheet and, where --output is a folder, those of its `count` pictures. Raises ValueError
     where they cannot be written."""
@@ -269,7 +280,7 @@ def load_cast(args: argparse.Namespace, castings: Sequence[Sequence[Place]], out
     """The pipeline; for each casting of `args.prompt` its photos, a list (3, H, W) per person; and its
     people for `Pipeline.generate`. Raises ValueError, before loading if an output would replace a photo."""
     places = [place for casting in castings for place in casting]
-    keep_photos([*(file for place in places for file in place.files), *args.control_image], outputs)
+    keep_photos(args, places, outputs)
     photos = [read_photos(casting) for casting in castings]
     pipeline = load_pipeline(args, True if places else None, people=bool(places))
     return pipeline, photos, cast(pipeline, args.weights, args.prompt, castings, photos)

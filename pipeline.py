@@ -184,16 +184,17 @@ class Pipeline:
         unet, texts = self.models.unet, fingerprints(text)
 
         def denoise(x: Tensor, t: Tensor) -> Tensor:
-            eps, rows, residuals = torch.empty_like(x), mixed if int(t[0]) < prior_above else [], steer(x, t)
+            eps, residuals = torch.empty_like(x), steer(x, t)
+            rows = mixed if int(t[0]) < prior_above else []
             if rows:
                 with scale_personalized(unet, strength):
                     eps[rows] = unet(x[rows], t[rows], context(t[rows]), [r[rows] for r in residuals])
             # The same for all people: samples with the same text and noise are computed once, except
-            # that each may be steered to a hint of its own.
-            alike: dict[tuple, list[int]] = {}
+            # that each may be steered to its own hint.
+            alike: dict[object, list[int]] = {}
             for b, key in enumerate(zip(texts, fingerprints(x), strict=True)):
                 if b not in rows:
-                    alike.setdefault((*key, b) if residuals else key, []).append(b)
+                    alike.setdefault(b if residuals else key, []).append(b)
             if alike:
                 first = [samples[0] for samples in alike.values()]
                 with force_routing(unet, 1.0) if self.prompt is not None else nullcontext():
@@ -215,8 +216,8 @@ class Pipeline:
             self.check_controlnet(control.net)
         states, people = text, list(subjects or [[]] * len(text))
         if guidance_scale != 1:
-            nobody = [None if found is None else [] for found in people]
-            states, people = torch.cat([null.expand_as(text), text]), nobody + people
+            states = torch.cat([null.expand_as(text), text])
+            people = [None if found is None else [] for found in people] + people
         steer = steering(controls, states, len(text), steps)
         denoise = self.denoiser(states, people, steer=steer, **denoising)
         if guidance_scale != 1:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import command
-from subjects import (SUBJECT, Place, bind_subjects, encode_person, keep_photos, make_subjects,
+from subjects import (SUBJECT, Place, bind_subjects, encode_person, make_subjects,
                       read_photos)
 
 
@@ -56,8 +56,7 @@ def run(args: argparse.Namespace) -> None:
     check(args)
     files, sheet = plan_files(args)
     places = bind_subjects(args.prompt, args.subject)
-    keep_photos([*(file for place in places for file in place.files), *args.control_image],
-                [*files, sheet, args.save_routing])
+    command.keep_photos(args, places, [*files, sheet, args.save_routing])
     from pictures import RoutingSheet
     photos = read_photos(places)
     pipeline = load(args, people=bool(places))
@@ -173,7 +172,7 @@ def run_file(args: argparse.Namespace) -> None:
     if not args.prior_only:
         cast(args, pipeline, mine.values())
         places = [place for line in mine.values() for place in line.places]
-        keep_photos([*(file for place in places for file in place.files), *args.control_image], list(mine))
+        command.keep_photos(args, places, list(mine))
     from pictures import read_settings
     settings = {file: {**describe(args, line.prompt, line.places), "seed": line.seed}
                 for file, line in mine.items()}

@@ -122,15 +122,6 @@ def no_place(prompt: str, word: str | None, argument: str) -> str:
             f"{', '.join(PEOPLE[:6])}, ..., or say WORD={argument} with a word of the prompt")
 
 
-def keep_photos(photos: Sequence[str], outputs: Sequence[Path | None]) -> None:
-    """Raise ValueError if an output would replace a picture that is read."""
-    taken = {Path(photo).resolve() for photo in photos}
-    for output in outputs:
-        if output and output.resolve() in taken:
-            raise ValueError(f"{output} is a subject's photo or a control image and would be replaced: give "
-                             "another --output")
-
-
 def read_photos(places: Sequence[Place]) -> list[list]:
     """The pictures of each subject, (3, H, W) in [0, 1]. Raises ValueError naming the file."""
     from pictures import read_picture

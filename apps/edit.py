@@ -17,7 +17,7 @@ from pathlib import Path
 # A script has only its own folder on the path.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import command
-from subjects import (SUBJECT, bind_subjects, cut_people, encode_person, keep_photos, make_subjects,
+from subjects import (SUBJECT, bind_subjects, cut_people, encode_person, make_subjects,
                       read_photos)
 
 ITERATIONS = {"fixed-point": 3, "negative-prompt": 0}
@@ -63,8 +63,7 @@ def run(args: argparse.Namespace) -> None:
     kept = [f"{number}={args.image}" for number in args.keep]
     places = bind_subjects(args.source_prompt, [*kept, *args.subject])
     sheet, files = command.plan_sheet(args.output, 3)
-    read = [args.image, args.mask or args.image, *args.control_image]
-    keep_photos([*read, *(file for place in places for file in place.files)], [sheet, *files])
+    command.keep_photos(args, places, [sheet, *files], [args.image, args.mask or args.image])
 
     from tqdm import tqdm
 

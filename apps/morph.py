@@ -14,7 +14,7 @@ from pathlib import Path
 # A script has only its own folder on the path.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import command
-from subjects import SUBJECT, bind_subjects, encode_person, keep_photos, make_subjects, read_photos
+from subjects import SUBJECT, bind_subjects, encode_person, make_subjects, read_photos
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -54,8 +54,7 @@ def run(args: argparse.Namespace) -> None:
         command.check_picture("--animation", args.animation, tuple(ANIMATIONS))
         if args.animation.resolve() in [path.resolve() for path in (sheet, *files)]:
             raise ValueError(f"--animation {args.animation} is --output's file: give another name")
-    keep_photos([*(file for place in places for file in place.files), *args.control_image],
-                [sheet, *files, args.animation])
+    command.keep_photos(args, places, [sheet, *files, args.animation])
 
     photos = read_photos(places)
     pipeline = command.load_pipeline(args)

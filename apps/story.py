@@ -18,7 +18,7 @@ from pathlib import Path
 # A script has only its own folder on the path.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import command
-from subjects import Place, encode_person, keep_photos, make_subjects, read_photos
+from subjects import Place, encode_person, make_subjects, read_photos
 
 MOST_PEOPLE = 4  # in one picture, as in training
 
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
     characters, scenes = read_story(args.story)
     prompts, casts = zip(*(write_prompt(scene["prompt"], characters) for scene in scenes), strict=True)
     sheet, files = command.plan_sheet(args.output, len(scenes))
-    keep_photos(sum((person.files for person in characters.values()), args.control_image), [sheet, *files])
+    command.keep_photos(args, list(characters.values()), [sheet, *files])
 
     from pictures import captioned, labelled, portrait, stack
     photos = read_photos(list(characters.values()))

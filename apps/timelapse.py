@@ -14,7 +14,7 @@ from pathlib import Path
 # A script has only its own folder on the path.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import command
-from subjects import Place, bind_subjects, encode_person, find_words, keep_photos, make_subjects, read_photos
+from subjects import Place, bind_subjects, encode_person, find_words, make_subjects, read_photos
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
     command.check_prompt("--prompt", args.prompt)
     prompts, places = name_by(args.words, args.prompt, args.subject)
     sheet, files = command.plan_sheet(args.output, args.frames)
-    keep_photos([*places[0].files, *args.control_image], [sheet, *files])
+    command.keep_photos(args, places[:1], [sheet, *files])
 
     from pictures import portrait, strip
     from pipeline import interpolate

@@ -85,8 +85,8 @@ def test_one_picture(draw, place):
     assert settings("new/folder/x.png") == {
         "prompt": PROMPT, "negative_prompt": "", "steps": 3, "sampler": "unipc", "guidance_scale": 3.0,
         "clip_skip": 1, "vae": None, "width": 64, "height": 64, "prior_only": False, "dtype": "fp32",
-        "prior_above": 800, "strength": 1.0, "weights": "tiny", "moa": "moa.safetensors",
-        "subjects": ["woman=ada.png"], "controls": [], "seed": 5}
+        "prior_above": 800, "strength": 1.0, "controls": [], "weights": "tiny", "moa": "moa.safetensors",
+        "subjects": ["woman=ada.png"], "seed": 5}
 
 
 def test_image_k_of_many_is_seed_plus_k_alone(draw, monkeypatch):
