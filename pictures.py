@@ -3,18 +3,15 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from moa.loss import mean_routing
-from moa.router import grid
 from models.load import write_whole
 
 # Formats that Pillow decodes itself; for some others it starts programs.
@@ -22,13 +19,8 @@ FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
 ANIMATIONS = {".gif": "GIF", ".png": "PNG"}
 MIN_SIDE = 16
 MAX_ASPECT = 10  # a sliver would be scaled up to gigabytes
-THUMBNAIL = 128
 MOST_COLOURS = 20  # of a mask; one with soft edges has hundreds
 CUT_GROUND, CUT_SIDE = 0.85, 1.1  # around a person cut from a picture: grey, and the square's side
-FONT = ImageFont.load_default(13)
-LINE = 18  # pixels per line of text
-PRIOR, PERSONALIZED = (28, 36, 84), (255, 205, 70)  # the two ends of the routing maps' colours
-NO_MAP = (226, 226, 226)
 
 
 def read_picture(path: str | Path) -> Tensor:
@@ -231,239 +223,3 @@ def psnr(pictures: Tensor, others: Tensor) -> float:
     return -10 * math.log10(max(((pictures - others) / 2).square().mean().item(), 1e-12))
 
 
-def thumbnail(image: Image.Image) -> Image.Image:
-    """A copy, at most `THUMBNAIL` pixels wide and high."""
-    small = image.copy()
-    small.thumbnail((THUMBNAIL, THUMBNAIL))
-    return small
-
-
-def write(canvas: ImageDraw.ImageDraw, x: int, y: int, text: str, width: int) -> None:
-    """One line of text, cut where it would leave `width`."""
-    text = shown = " ".join(text.split())
-    while FONT.getlength(shown) > width and text:
-        text = text[:-1]
-        shown = text + "…"
-    canvas.text((x, y), shown, "black", FONT)
-
-
-def labelled(tiles: list[tuple[Image.Image, str]], columns: int, gap: int = 8) -> Image.Image:
-    """Pictures in rows of `columns` on white, each with a line of text below it."""
-    width = max(128, *(image.width for image, _ in tiles)) + gap
-    height = max(image.height for image, _ in tiles) + LINE + gap
-    columns = min(columns, len(tiles))
-    sheet = Image.new("RGB", (columns * width + gap, -(-len(tiles) // columns) * height + gap), "white")
-    for i, (image, text) in enumerate(tiles):
-        x, y = gap + i % columns * width, gap + i // columns * height
-        sheet.paste(image, (x, y))
-        write(ImageDraw.Draw(sheet), x, y + image.height + 1, text, width - gap)
-    return sheet
-
-
-def captioned(tiles: list[tuple[Image.Image, str]], columns: int = 5) -> Image.Image:
-    """Pictures in rows of `columns`, each with the whole of its text below it."""
-    tiles = [(stack([image, heading(text, image.width, margin=0)]), "") for image, text in tiles]
-    return labelled(tiles, columns)
-
-
-def strip(title: str, tiles: list[tuple[Image.Image, str]]) -> Image.Image:
-    """Pictures in one row, each with its label, below a title."""
-    row = labelled(tiles, len(tiles))
-    return stack([heading(title, row.width), row])
-
-
-def stack(parts: list[Image.Image]) -> Image.Image:
-    """Pictures below each other on white."""
-    sheet = Image.new("RGB", (max(p.width for p in parts), sum(p.height for p in parts)), "white")
-    y = 0
-    for part in parts:
-        sheet.paste(part, (0, y))
-        y += part.height
-    return sheet
-
-
-def beside(parts: list[Image.Image]) -> Image.Image:
-    """Pictures beside each other on white."""
-    sheet = Image.new("RGB", (sum(p.width for p in parts), max(p.height for p in parts)), "white")
-    x = 0
-    for part in parts:
-        sheet.paste(part, (x, 0))
-        x += part.width
-    return sheet
-
-
-def heading(text: str, width: int, margin: int = 8) -> Image.Image:
-    """Text in as many lines as it needs."""
-    lines = []
-    for word in text.split():
-        if lines and FONT.getlength(f"{lines[-1]} {word}") <= width - 2 * margin:
-            lines[-1] += f" {word}"
-        else:
-            lines.append(word)
-    image = Image.new("RGB", (width, LINE * len(lines) + 8), "white")
-    for i, line in enumerate(lines):
-        write(ImageDraw.Draw(image), margin, 8 + LINE * i, line, width - 2 * margin)
-    return image
-
-
-def portrait(photos: list[Tensor], size: tuple[int, int]) -> Image.Image:
-    """Photos (3, H, W) in [0, 1] beside each other on white, in a picture of this (width, height)."""
-    tile = Image.new("RGB", size, "white")
-    for k, photo in enumerate(photos):
-        left, right = size[0] * k // len(photos), size[0] * (k + 1) // len(photos)
-        small = ImageOps.contain(to_images(photo[None] * 2 - 1)[0], (max(1, right - left), size[1]))
-        tile.paste(small, ((left + right - small.width) // 2, (size[1] - small.height) // 2))
-    return tile
-
-
-def casting_sheet(text: str, rows: list[tuple[list[list[Tensor]], str, list[Image.Image]]],
-                  columns: list[str]) -> Image.Image:
-    """The text, then a row per casting: its photos, a list per person, over its name; its pictures, over
-    the names of the columns."""
-    tiles = []
-    for people, name, pictures in rows:
-        photos = [photo for several in people for photo in several]
-        tiles += [(portrait(photos, pictures[0].size), name), *zip(pictures, columns, strict=True)]
-    body = labelled(tiles, 1 + len(columns))
-    return stack([heading(text, body.width), body])
-
-
-def contact_sheet(prompt: str, people: list[tuple[Image.Image, str]],
-                  pictures: list[tuple[Image.Image, str]], columns: int | None = None) -> Image.Image:
-    """The prompt, a row of subjects, then all pictures, each with its label, in about a square."""
-    rows = labelled(pictures, columns or min(8, max(4, math.ceil(math.sqrt(len(pictures))))))
-    parts = [rows] if not people else [labelled(people, len(people)), rows]
-    return stack([heading(prompt, max(part.width for part in parts)), *parts])
-
-
-class RoutingSheet:
-    """What the routers gave to the personalized experts while one picture was drawn, and where these
-    looked at each subject's token.
-
-    One map per transformer block (row, in forward order) and step (column, `COLUMNS` of them at
-    most), for self- and for cross-attention and for each of the subjects whose names are given.
-    """
-
-    COLUMNS, CELL = 20, 36
-
-    def __init__(self, steps: int, names: Sequence[str] = ()):
-        shown = np.linspace(1, steps, min(steps, self.COLUMNS)).round()
-        self.shown = {int(step) for step in shown}
-        self.names = list(names)
-        self.columns: list[tuple[int, dict[tuple[int, str], Tensor]]] = []  # t, {(l, kind): (1, N)}
-
-    def add(self, step: int, t: int, routing: dict, x0: Tensor, attention: dict | None = None) -> None:
-        """Keep the maps of the step that just ended; none when the prior drew it alone.
-
-        routing: {(l, kind): (B or 2B, N, 2)}; of a guided batch the half with the prompt comes last.
-        x0: (B, 4, h, w). attention: {l: (B or 2B, H, N, S)} of the named subjects' tokens, of which the
-        mean over heads is kept.
-        """
-        self.size = x0.shape[-2:]
-        if step in self.shown and len(self.columns) < len(self.shown):
-            maps = {key: r[-len(x0)][None, :, 1].float().cpu() for key, r in routing.items()}
-            for layer, a in (attention or {}).items():
-                each = a[-len(x0)].mean(0).float().cpu()  # (N, S)
-                maps |= {(layer, name): each[None, :, s] for s, name in enumerate(self.names)}
-            self.columns.append((t, maps))
-
-    def draw(self, picture: Image.Image, people: list[tuple[Image.Image, str]]) -> Image.Image:
-        """The sheet, with the picture, the mean of all maps and the subjects on its left."""
-        means = [(self.mean(picture.size), "mean, low to high"),
-                 *((self.mean(picture.size, name), f"to {name}") for name in self.names)]
-        side = labelled([(picture, "the picture"), *means, *people], 1)
-        panels = [self.panel(kind) for kind in ("self", "cross", *self.names)]
-        body = beside([side, stack([beside(panels[k:k + 2]) for k in range(0, len(panels), 2)])])
-        return stack([self.legend(body.width), body])
-
-    def mean(self, size: tuple[int, int], name: str | None = None) -> Image.Image:
-        """The mean over layers and steps of what the routers gave (Eq. 10, of the other expert), or of the
-        attention to a subject, as large as the picture. Its own smallest and largest values are the ends
-        of the colour scale, since they lie close."""
-        maps = [weights for _, column in self.columns for (_, kind), weights in column.items()
-                if (kind == name if name else kind not in self.names)]
-        if not maps:
-            return Image.new("RGB", size, NO_MAP)
-        mean = mean_routing(maps, *self.size)[0]
-        mean = (mean - mean.min()) / (mean.max() - mean.min()).clamp(min=1e-6)
-        return paint(mean).resize(size, Image.Resampling.NEAREST)
-
-    def panel(self, kind: str) -> Image.Image:
-        """The maps of all layers and steps of self- or cross-attention or, brought to the largest value of
-        all subjects' maps, of the attention to a subject."""
-        peak = self.peak() if kind in self.names else 1.0
-        scale = self.CELL / max(self.size)
-        height, width = (max(1, round(scale * side)) for side in self.size)
-        row, column, left, top = max(height, LINE) + 2, max(width, 28) + 2, 44, 2 * LINE + 8
-        layers = 1 + max((layer for _, maps in self.columns for layer, _ in maps), default=0)
-        panel = Image.new("RGB", (left + column * len(self.columns) + 12, top + row * layers + 8), "white")
-        canvas = ImageDraw.Draw(panel)
-        title = f"attention to {kind}, from 0 to {peak:.2f}" if kind in self.names else f"{kind}-attention"
-        write(canvas, left, 8, title, panel.width - left)
-        write(canvas, 8, 8 + LINE, "t =", left)
-        for layer in range(layers):
-            write(canvas, 8, top + row * layer + (height - LINE) // 2, f"l = {layer}", left)
-        for i, (t, maps) in enumerate(self.columns):
-            write(canvas, left + column * i, 8 + LINE, str(t), column)
-            for layer in range(layers):
-                tile = self.tile(maps.get((layer, kind)), peak)
-                panel.paste(tile.resize((width, height), Image.Resampling.NEAREST),
-                            (left + column * i, top + row * layer))
-        return panel
-
-    def peak(self) -> float:
-        """The largest attention to any subject."""
-        return max((float(weights.max()) for _, maps in self.columns
-                    for (_, kind), weights in maps.items() if kind in self.names), default=0.0) or 1.0
-
-    def tile(self, weights: Tensor | None, peak: float = 1.0) -> Image.Image:
-        """One map (1, N) on its own grid; yellow is `peak`."""
-        if weights is None:
-            return Image.new("RGB", (1, 1), NO_MAP)
-        return paint(self.unfold(weights) / peak)
-
-    def unfold(self, weights: Tensor) -> Tensor:
-        """(1, N) -> (h, w)."""
-        height, _ = grid(weights.shape[1], self.size[0] / self.size[1])
-        return rearrange(weights, "1 (h w) -> h w", h=height)
-
-    def numbers(self) -> dict:
-        """Everything that the sheet shows, for JSON: `timesteps` in the order of drawing and, for "self",
-        "cross" and each subject's name, `mean` [layer][timestep] and `maps` [layer][timestep], each a
-        list of rows on the layer's own grid; None where the prior drew alone."""
-        layers = 1 + max((layer for _, maps in self.columns for layer, _ in maps), default=-1)
-
-        def table(value: Callable[[Tensor], object], kind: str) -> list[list]:
-            found = [[maps.get((layer, kind)) for _, maps in self.columns] for layer in range(layers)]
-            return [[None if weights is None else value(weights) for weights in row] for row in found]
-
-        def mean(weights: Tensor) -> float:
-            return round(float(weights.mean()), 6)
-
-        def rows(weights: Tensor) -> list[list[float]]:
-            return [[round(value, 4) for value in row] for row in self.unfold(weights).tolist()]
-
-        kinds = ("self", "cross", *self.names)
-        return {"timesteps": [t for t, _ in self.columns],
-                "mean": {kind: table(mean, kind) for kind in kinds},
-                "maps": {kind: table(rows, kind) for kind in kinds}}
-
-    def legend(self, width: int) -> Image.Image:
-        """What the colours say."""
-        image = Image.new("RGB", (width, LINE + 8), "white")
-        canvas, x = ImageDraw.Draw(image), 8
-        scale, none = paint(torch.linspace(0, 1, 100)[None]), Image.new("RGB", (1, 1), NO_MAP)
-        for tile, size, text in ((scale, 100, "weight of the personalized expert, from 0 to 1"),
-                                 (none, LINE, "drawn by the prior alone;   "
-                                              "l: transformer block in forward order, t: timestep")):
-            image.paste(tile.resize((size, LINE - 2)), (x, 8))
-            write(canvas, x + size + 6, 8, text, width)
-            x += size + 30 + round(FONT.getlength(text))
-        return image
-
-
-def paint(weights: Tensor) -> Image.Image:
-    """(h, w) in [0, 1] -> from the prior's colour to the personalized expert's."""
-    values = weights.clamp(0, 1).numpy()[..., None]
-    colours = (1 - values) * np.array(PRIOR) + values * np.array(PERSONALIZED)
-    return Image.fromarray(colours.round().astype(np.uint8))

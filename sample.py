@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
     files, sheet = plan_files(args)
     places = bind_subjects(args.prompt, args.subject)
     command.keep_photos(args, places, [*files, sheet, args.save_routing])
-    from pictures import RoutingSheet
+    from routing_sheet import RoutingSheet
     photos = read_photos(places)
     pipeline = load(args, people=bool(places))
     subjects = []
@@ -92,7 +92,8 @@ def draw(args: argparse.Namespace, pipeline, subjects: list, sheet) -> Iterator:
 def save_all(args: argparse.Namespace, images: Iterator, files: list[Path], sheet: Path | None, routing,
              photos: list[list], settings: dict) -> None:
     """Save each picture as soon as it is there, then the sheets; print the files."""
-    from pictures import contact_sheet, thumbnail, to_images
+    from layout import contact_sheet, thumbnail
+    from pictures import to_images
     people = [(thumbnail(to_images(photo[None] * 2 - 1)[0]), name)
               for several, name in zip(photos, settings["subjects"], strict=True) for photo in several]
     small = []

@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
-from pictures import LINE, beside, heading, labelled, paint, stack, write
+from layout import LINE, beside, heading, labelled, stack, write
+from routing_sheet import paint
 
 TILE = 60  # pixels of one layer's routing map
 FULL = 0.5  # of the range of colours: a change of this much is shown as the strongest

@@ -45,7 +45,9 @@ def run(args: argparse.Namespace) -> None:
     places = bind_subjects(args.prompt, args.subject)
     pipeline, photos, people = command.load_cast(args, [places], [args.output, numbers])
     from models.load import write_whole
-    from pictures import RoutingSheet, portrait, save_png, thumbnail
+    from layout import portrait, thumbnail
+    from pictures import save_png
+    from routing_sheet import RoutingSheet
     sheet = RoutingSheet(args.steps, [f"{k} {place}" for k, place in enumerate(places, 1)])
     print(f"seed {args.seed}", flush=True)
     image = thumbnail(draw(args, pipeline, people[0], sheet))

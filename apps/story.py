@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
     sheet, files = command.plan_sheet(args.output, len(scenes))
     command.keep_photos(args, list(characters.values()), [sheet, *files])
 
-    from pictures import captioned, labelled, portrait, stack
+    from layout import captioned, labelled, portrait, stack
     photos = read_photos(list(characters.values()))
     pipeline = command.load_pipeline(args)
     command.check_words(pipeline, prompts)

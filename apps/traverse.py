@@ -40,7 +40,8 @@ def run(args: argparse.Namespace) -> None:
     castings = bind_castings(args.prompt, args.subjects)
     names = ["the prior alone", *(" + ".join(place.name for place in places) for places in castings)]
     pipeline, photos, people = command.load_cast(args, castings, [args.output, args.animation])
-    from pictures import casting_sheet, labelled, save_animation, save_png
+    from layout import casting_sheet, labelled
+    from pictures import save_animation, save_png
     from pipeline import slerp
     first, last = pipeline.noise(args.seeds, (args.height, args.width))
     amounts = [k / (args.frames - 1) for k in range(args.frames)]

@@ -46,7 +46,8 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--num must be at least 2, not {args.num}: one picture differs from nothing")
     places = bind_subjects(args.prompt, args.subject)
     pipeline, photos, people = command.load_cast(args, [places], [args.output])
-    from pictures import contact_sheet, portrait, save_png
+    from layout import contact_sheet, portrait
+    from pictures import save_png
     seeds = range(args.seed, args.seed + args.num)
     print(f"seed {args.seed}", flush=True)
     rows = command.draw_rows(args, pipeline, [None, *people] if places else [None], seeds)

@@ -85,6 +85,6 @@ if __name__ == "__main__":
     parser.add_argument("--small", action="store_true", help="small sizes instead of SD1.5's")
     parser.add_argument("--side", type=int, default=256, help="pixels of the pictures (default 256)")
     args = parser.parse_args()
-    sizes = {**SMALL, "controlnet": SMALL_CONTROLNET} if args.small else {**FULL, "controlnet": FULL_CONTROLNET}
+    sizes = SMALL | {"controlnet": SMALL_CONTROLNET} if args.small else FULL | {"controlnet": FULL_CONTROLNET}
     with tempfile.TemporaryDirectory() as temporary:
         prove(sizes, Path(temporary), args.side)

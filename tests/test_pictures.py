@@ -11,7 +11,9 @@ import torch
 from PIL import Image
 
 import pictures
-from pictures import NO_MAP, PERSONALIZED, PRIOR, RoutingSheet, read_picture
+from layout import contact_sheet
+from pictures import read_picture
+from routing_sheet import NO_MAP, PERSONALIZED, PRIOR, RoutingSheet
 
 H, W = 24, 32
 RGB = np.random.default_rng(0).integers(0, 256, (H, W, 3), dtype=np.uint8)
@@ -267,7 +269,7 @@ def test_an_animation_that_fails_to_save_leaves_nothing(tmp_path, monkeypatch):
 def test_contact_sheet_shows_every_picture():
     colours = [(20 * k, 0, 100) for k in range(10)]
     tiles = [(Image.new("RGB", (40, 30), colour), "seed " + "9" * 40) for colour in colours]
-    sheet = pictures.contact_sheet("a  very long\nprompt " * 20, tiles[:2], tiles[2:])
+    sheet = contact_sheet("a  very long\nprompt " * 20, tiles[:2], tiles[2:])
     found = {colour: count for count, colour in sheet.getcolors(1 << 20)}
     assert all(found[colour] == 40 * 30 for colour in colours)
 
