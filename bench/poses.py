@@ -33,7 +33,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--controlnet", default=str(SHIPPED), metavar="FILE", help="default: the shipped one")
+    add("--controlnet", required=True, metavar="FILE", help="file or folder")
     add("--count", type=int, default=64, help="scenes (default 64)")
     add("--first", type=int, default=1000, help="seed of the first held-out scene (default 1000)")
     return parser.parse_args(argv)

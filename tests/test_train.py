@@ -582,7 +582,7 @@ def assert_close_runs(one: Path, other: Path, stage: str) -> None:
     assert all(torch.allclose(a[k], b[k], atol=5e-3 if bf16 else 2e-4) for k in a)
 
 
-@pytest.mark.parametrize("stage", ["vae", "prior", "moa", "lora"])
+@pytest.mark.parametrize("stage", ["vae", "prior", "moa", "controlnet", "lora"])
 def test_two_processes_are_the_same_run_as_one(stage, runs, tmp_path):
     done = torchrun(2, *options_of(stage, runs), "--output", tmp_path / "run")
     assert done.returncode == 0, done.stderr
