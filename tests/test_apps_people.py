@@ -415,11 +415,12 @@ def test_apps_are_short():
 
 
 def page_commands() -> list[list[str]]:
-    """Script and arguments of the commands in docs/apps_people.md."""
-    text = (ROOT / "docs" / "apps_people.md").read_text(encoding="utf-8")
+    """Script and arguments of docs/apps.md's commands for the apps about people."""
+    text = (ROOT / "docs" / "apps.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.S | re.M)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [shlex.split(line)[1:] for line in lines if line.startswith("python apps/")]
+    starts = tuple(f"python apps/{app}.py " for app in APPS)
+    return [shlex.split(line)[1:] for line in lines if line.startswith(starts)]
 
 
 @pytest.mark.parametrize("script, arguments", [(c[0], c[1:]) for c in page_commands()])

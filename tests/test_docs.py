@@ -30,9 +30,15 @@ def commands() -> list[tuple[str, list[str]]]:
     return found
 
 
+def targets(text: str) -> list[str]:
+    """What the links and pictures of a page lead to, in Markdown and in HTML."""
+    return [*re.findall(r"\]\(([^)#]+)\)", text),
+            *re.findall(r'<(?:img|a)\b[^>]*?\b(?:src|href)="([^"#]+)', text)]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_to_files(page):
-    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+    for target in targets(page.read_text(encoding="utf-8")):
         if not target.startswith("http"):
             assert (page.parent / target).exists(), target
 
@@ -46,6 +52,11 @@ def test_commands_are_understood(module, arguments, monkeypatch):
     if parse is None:
         pytest.skip("parses in its main function; run by its own tests")
     parse(arguments) if parse.__code__.co_argcount else parse()
+
+
+def test_pictures_in_html_are_links():
+    text = '[a](b.md) ![c](d.png) <img width="20" src="e.png"> <a href="f.md#g"><img\nsrc="h.png"></a>'
+    assert targets(text) == ["b.md", "d.png", "e.png", "f.md", "h.png"]
 
 
 def test_there_are_commands():
