@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
     settings = describe(args, args.prompt, places)
     routing = RoutingSheet(args.steps) if args.save_routing else None
     print(f"seed {args.seed}", flush=True)
-    save_all(args, draw(args, pipeline, subjects, routing), files, sheet, routing, photos, settings)
+    save_all(args, draw(args, pipeline, subjects, routing), files, sheet, routing, places, photos, settings)
 
 
 def load(args: argparse.Namespace, people: bool):
@@ -90,12 +90,13 @@ def draw(args: argparse.Namespace, pipeline, subjects: list, sheet) -> Iterator:
 
 
 def save_all(args: argparse.Namespace, images: Iterator, files: list[Path], sheet: Path | None, routing,
-             photos: list[list], settings: dict) -> None:
+             places: list[Place], photos: list[list], settings: dict) -> None:
     """Save each picture as soon as it is there, then the sheets; print the files."""
     from layout import contact_sheet, thumbnail
     from pictures import to_images
-    people = [(thumbnail(to_images(photo[None] * 2 - 1)[0]), name)
-              for several, name in zip(photos, settings["subjects"], strict=True) for photo in several]
+    people = [(thumbnail(to_images(photo[None] * 2 - 1)[0]), f"{place.word}={Path(file).name}")
+              for place, several in zip(places, photos, strict=True)
+              for file, photo in zip(place.files, several, strict=True)]
     small = []
     for seed, (image, file) in enumerate(zip(images, files, strict=True), args.seed):
         command.save(image, file, {**settings, "seed": seed})
