@@ -21,6 +21,14 @@ LIMITS = {"num": (1, 1000), "seed": (0, 2 ** 63 - 1), "steps": (1, 999), "guidan
           "strength": (0.0, 10.0), "frames": (2, 200)}
 
 
+class Parser(argparse.ArgumentParser):
+    """A command's flags. None may be shortened: `--subject` is not `--subjects`, `--seed` not `--seeds`."""
+
+    def __init__(self, description: str):
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+                         allow_abbrev=False)
+
+
 def add_flags(parser: argparse.ArgumentParser, seeds: Sequence[int] = ()) -> None:
     """What every command that draws pictures understands. seeds: the default of --seeds, which then
     takes the place of --seed."""
@@ -101,7 +109,7 @@ def check(args: argparse.Namespace) -> None:
             continue
         right = isinstance(value, (int, type(low)))
         if not right or not low <= value <= high:
-            raise ValueError(f"{flag} must be in {low:.0f}..{high:.0f}, not {value}")
+            raise ValueError(f"{flag} must be in {int(low)}..{int(high)}, not {value}")
         if name in ("width", "height") and value % 8:
             raise ValueError(f"{flag} must be a multiple of 8, not {value}: {value // 8 * 8} or "
                              f"{value // 8 * 8 + 8}")
@@ -142,6 +150,8 @@ def read_json(path: Path, **kinds: type) -> dict:
     """A JSON file with the keys of `check_keys`. Raises ValueError."""
     try:
         values = json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}. Give a JSON file") from error
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a JSON file: {error}") from error
     check_keys(path, values, **kinds)

@@ -1,6 +1,7 @@
 """From prompts and subjects to pictures: what sample.py, train.py, evaluate.py and the apps share."""
 import os
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -241,7 +242,19 @@ class Pipeline:
         denoise = self.denoiser(states, people, steer=steer, **denoising)
         if guidance_scale != 1:
             denoise = guided(denoise, guidance_scale)
-        return SAMPLERS[sampler](denoise, x, steps=steps, progress=progress)
+        times: list[int] = []
+
+        def timed(x: Tensor, t: Tensor) -> Tensor:
+            times.append(int(t[0]))
+            return denoise(x, t)
+
+        latents = SAMPLERS[sampler](timed, x, steps=steps, progress=progress)
+        starts = [min(person.start, denoising.get("prior_above", PRIOR_ABOVE))
+                  for several in people for person in several or ()]
+        if starts and min(times) >= min(starts) and not denoising.get("prior_only"):
+            warnings.warn(f"somebody is in no step of the picture: they start below timestep {min(starts)}, "
+                          f"and the last of {steps} steps is at {min(times)}; take more steps", stacklevel=2)
+        return latents
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[str] | Tensor, seeds: Sequence[int | Tensor],

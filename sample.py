@@ -26,8 +26,7 @@ from subjects import (SUBJECT, Place, bind_subjects, encode_person, make_subject
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command.Parser(__doc__)
     add = parser.add_mutually_exclusive_group(required=True).add_argument
     add("--prompt", help="what to draw")
     add("--from-file", type=Path, metavar="FILE", help="one picture for each of its lines, see above")
@@ -165,7 +164,7 @@ def run_file(args: argparse.Namespace) -> None:
                          "to draw")
     args.seed = args.seed or 0  # not random, so that a second run finds the pictures of the first
     command.check(args)
-    folder = args.output.with_suffix("")
+    folder = args.output.with_suffix("") if args.output.suffix == ".png" else args.output
     command.check_writable("--output", folder / "00000.png")
     lines = read_lines(args.from_file, args.seed)
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -195,6 +194,8 @@ def read_lines(file: Path, seed: int) -> list[Line]:
     try:
         texts = [(k, text) for k, text in enumerate(file.read_text(encoding="utf-8-sig").splitlines(), 1)
                  if text.strip()]
+    except OSError as error:
+        raise ValueError(f"--from-file {file} cannot be read: {error.strerror}. Give a text file") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"--from-file {file} is not a text file: {error}") from error
     if not texts:
@@ -210,6 +211,8 @@ def read_lines(file: Path, seed: int) -> list[Line]:
 
 def read_line(number: int, text: str, seed: int) -> Line:
     """A prompt, or a JSON object. Raises ValueError."""
+    if text.lstrip().startswith(("[", '"')):
+        raise ValueError("a line is a prompt or a JSON object")
     if not text.lstrip().startswith("{"):
         return Line(number, text.strip(), seed, [])
     values = json.loads(text)

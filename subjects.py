@@ -89,7 +89,9 @@ def split_subject(argument: str) -> tuple[str | None, list[str], int | None]:
         rest, start = timed[1], int(timed[2])
         if not 0 < start <= 1000:
             raise ValueError(f"subject {argument}: the timestep behind @ must be in 1..1000, not {start}")
-    files = [rest] if Path(rest).exists() else rest.split(",")
+    files = [rest] if Path(rest).exists() else [file.strip() for file in rest.split(",")]
+    if not all(files):
+        raise ValueError(f"subject {argument!r}: the name of a file is empty")
     return word.strip().lower() if word else None, files, start
 
 

@@ -24,8 +24,7 @@ ITERATIONS = {"fixed-point": 3, "negative-prompt": 0}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command.Parser(__doc__)
     add = parser.add_argument
     add("--image", type=Path, required=True, metavar="FILE", help="the picture to be edited")
     add("--source-prompt", required=True, help="what it shows")

@@ -20,8 +20,7 @@ from subjects import SUBJECT, bind_subjects
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command.Parser(__doc__)
     add = parser.add_argument
     add("--prompt", required=True, help="what to draw")
     add("--subject", required=True, action="append", metavar=SUBJECT,

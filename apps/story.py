@@ -24,8 +24,7 @@ MOST_PEOPLE = 4  # in one picture, as in training
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command.Parser(__doc__)
     add = parser.add_argument
     add("story", type=Path, help="a JSON file, see above")
     add("--output", type=Path, default=Path("story.png"), metavar="PATH",

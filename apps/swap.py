@@ -23,11 +23,10 @@ from subjects import SUBJECT, bind_castings
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command.Parser(__doc__)
     add = parser.add_argument
     add("--prompt", required=True, help="what to draw")
-    add("--subjects", required=True, nargs="+", metavar="CASTING",
+    add("--subjects", required=True, nargs="+", action="extend", metavar="CASTING",
         help=f"who takes turns, a row each: {SUBJECT}, or several of them joined by +")
     add("--keep", action="append", default=[], metavar=SUBJECT, help="who is in every row; repeatable")
     add("--output", type=Path, default=Path("swap.png"), metavar="FILE", help="default swap.png")

@@ -18,8 +18,7 @@ from subjects import Place, bind_subjects, encode_person, find_words, make_subje
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command.Parser(__doc__)
     add = parser.add_argument
     add("--subject", required=True, metavar="FILE[,FILE...][@T]",
         help="photo of a person, or several of the same one; @T: not before the timestep falls below T")

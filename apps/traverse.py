@@ -18,11 +18,10 @@ from subjects import SUBJECT, bind_castings
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command.Parser(__doc__)
     add = parser.add_argument
     add("--prompt", required=True, help="what to draw")
-    add("--subjects", required=True, nargs="+", metavar="CASTING",
+    add("--subjects", required=True, nargs="+", action="extend", metavar="CASTING",
         help=f"a row each: {SUBJECT}, or several of them joined by +")
     add("--frames", type=int, default=8, help="pictures on the way, both ends included (default 8)")
     add("--output", type=Path, default=Path("traverse.png"), metavar="FILE", help="default traverse.png")

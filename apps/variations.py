@@ -22,8 +22,7 @@ PAIRS = 4  # of pictures, in a row of the sheet
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command.Parser(__doc__)
     add = parser.add_argument
     add("--prompt", required=True, help="what to draw")
     add("--subject", action="append", default=[], metavar=SUBJECT,

@@ -191,8 +191,12 @@ def test_swap_measures_inside_and_outside(capsys):
 
 
 @pytest.mark.parametrize("flags", [["--strength", 0], ["--prior-above", 0], ["--steps", 1]])
-def test_swap_where_the_prior_draws_all(app, flags):
-    assert app("swap", "--subjects", "ada.png", "--seeds", 0, *flags) == ["swap.png"]
+def test_swap_where_the_prior_draws_all(place, world, capsys, flags):
+    APPS["swap"].main(["--weights", str(world), "--prompt", PROMPT, "--subjects", "ada.png", "--seeds", "0",
+                       *map(str, flags)])
+    out, err = capsys.readouterr()
+    assert out.splitlines() == ["swap.png"]
+    assert ("somebody is in no step of the picture" in err) == (flags[0] != "--strength")
     sheet = pixels("swap.png")
     assert np.array_equal(tile(sheet, 0, 1), tile(sheet, 1, 1))
 
@@ -324,7 +328,7 @@ REFUSED = [
     (["swap", "--subjects", "ada.png+bob.png"], "more subjects than words"),
     (["swap", "--subjects", "ada.png", "--keep", "bob.png"], "more subjects than words"),
     (["swap", "--subjects", "ada.png+"], "a photo is missing before or behind"),
-    (["swap", "--subjects", ""], "is not a file"),
+    (["swap", "--subjects", ""], "a file is empty"),
     (["traverse", "--subjects", "ada.png", "--seeds", "1"], "--seeds must be two"),
     (["traverse", "--subjects", "ada.png", "--seeds", "1", "2", "3"], "must be two, where to begin and"),
     (["traverse", "--subjects", "ada.png", "--seeds", "2", "2"], "--seeds has 2 twice"),
@@ -342,7 +346,7 @@ REFUSED = [
         (["--prompt", "the beach"], "nobody in the prompt"), (["--weights", "ada.png"], "ada.png")]],
     *[([name, ONE[name][0], file], words) for name in APPS for file, words in [
         ("missing.png", "missing.png does not exist"), ("notes.png", "cannot be used as a picture"),
-        ("woman=", "is not a file")]]]
+        ("woman=", "a file is empty")]]]
 
 
 @pytest.mark.parametrize("arguments, words", REFUSED, ids=lambda value: " ".join(value)[:60])

@@ -101,6 +101,7 @@ def test_killed_in_the_middle(lines, world, place):
     (["a woman", '{"prompt": '], [], "line 2: Expecting value"),
     (["a woman", "", '{"seed": 1}'], [], "line 3: it has no prompt"),
     (['{"prompt": 3}'], [], "line 1: it has no prompt"),
+    (['["a woman"]'], [], "line 1: a line is a prompt or a JSON object"),
     (['{"prompt": "a man", "seed": -1}'], [], "line 1: seed must be a whole number in 0.."),
     (['{"prompt": "a man", "seed": NaN}'], [], "line 1: seed must be"),
     (['{"prompt": "a man", "seed": true}'], [], "line 1: seed must be"),
@@ -121,7 +122,7 @@ def test_refuses_before_the_first_picture(draw, lines, place, capsys, texts, fla
 
 
 def test_refuses_what_is_no_text(draw, place, capsys):
-    for file, words in (("ada.png", "is not a text file"), ("missing.txt", "No such file")):
+    for file, words in (("ada.png", "is not a text file"), ("missing.txt", "cannot be read: No such file")):
         with pytest.raises(SystemExit):
             draw(file)
         assert words in capsys.readouterr().err

@@ -34,7 +34,8 @@ PROMPT = "a woman on the beach"
 def draw(place, world, capsys):
     """Run the command; returns the lines of stdout and of stderr."""
     def run(*flags, prompt=PROMPT, weights=world):
-        sample.main(["--weights", str(weights), "--prompt", prompt, "--seed", "5", *map(str, flags)])
+        seed = [] if "--seed" in flags else ["--seed", "5"]
+        sample.main(["--weights", str(weights), "--prompt", prompt, *seed, *map(str, flags)])
         captured = capsys.readouterr()
         return captured.out.splitlines(), captured.err.splitlines()
     return run
@@ -114,6 +115,19 @@ def test_several_pictures_of_one_person_are_one_with_their_mean_feature(draw, wo
     assert np.abs(pixels("both.png") - pixels("ada_alone.png")).mean() > 0.1
     draw("--subject", "ada.png,ada.png", "--output", "twice.png")
     assert np.abs(pixels("twice.png") - pixels("ada_alone.png")).max() <= 1
+
+
+def test_flags_cannot_be_shortened(draw, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        draw("--guidance", "3")
+    assert stopped.value.code == 2 and "unrecognized arguments" in capsys.readouterr().err
+
+
+def test_a_person_in_no_step(draw):
+    for flags in (["ada.png@1"], ["ada.png", "--steps", 1], ["ada.png", "--prior-above", 0]):
+        _, err = draw("--subject", *flags)
+        assert len(err) == 1 and "somebody is in no step of the picture" in err[0]
+    assert draw("--subject", "ada.png")[1] == []
 
 
 def test_strength(draw):
@@ -228,7 +242,7 @@ def test_writes_into_folders_and_replaces_files(draw, place):
 
 
 @pytest.mark.parametrize("flags", [
-    ["--steps", 1], ["--steps", 5, "--sampler", "ddim"], ["--guidance-scale", 1], ["--guidance-scale", 0],
+    ["--steps", 2], ["--steps", 5, "--sampler", "ddim"], ["--guidance-scale", 1], ["--guidance-scale", 0],
     ["--seed", 0], ["--seed", 2 ** 63 - 1, "--num", 2], ["--negative-prompt", "man"],
     ["--negative-prompt", ""], ["--width", 8, "--height", 8], ["--device", "cpu"], ["--dtype", "fp16"],
     ["--dtype", "bf16"], ["--save-routing", "r.png"], ["--clip-skip", 2]])
@@ -397,7 +411,7 @@ def test_says_when_a_subject_is_foreign(draw, refuse, other_world):
     (["--device", ""], "--device '' is unknown"),
     (["--subject", "missing.png"], "missing.png does not exist"),
     (["--subject", "woman=missing.png"], "missing.png does not exist"),
-    (["--subject", "woman="], "is not a file"), (["--subject", ""], "is not a file"),
+    (["--subject", "woman="], "a file is empty"), (["--subject", ""], "a file is empty"),
     (["--subject", "=ada.png"], "the word before = is empty"),
     (["--subject", "."], ". is not a file"), (["--subject", str(SCRIPT)], "cannot be used as a picture"),
     (["--subject", "cat=ada.png"], "there is no 'cat' in the prompt"),
