@@ -1,6 +1,11 @@
 """Shared by all tests: the repository root on the path, a torchvision that can be imported, a tiny world."""
+import os
 import sys
 from pathlib import Path
+
+# The models are tiny and there is a process for each core (pyproject.toml): more threads only wait for each
+# other. Before torch is imported, which reads it once.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
@@ -32,6 +37,17 @@ def small_models(dim: int = 16, channels: tuple[int, ...] = (8, 16, 16, 16),
             "vae": AutoencoderKL(VAEConfig(channels=cells, layers=1, groups=4)),
             "text_encoder": CLIPTextEncoder(CLIPTextConfig(dim=dim, layers=2, heads=2, kept_tokens=kept)),
             "image_encoder": CLIPImageEncoder(image)}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def seeded_module() -> None:
+    """Before what a module makes once: a test gives the same result alone, in any order, in any process."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ import stages.moa
 from conftest import small_models
 from moa import MultimodalPrompt, PromptConfig, load_moa, moa_layers, record_routing, save_moa
 
-X, T, TEXT = torch.randn(2, 4, 8, 8), torch.tensor([300, 700]), torch.randn(2, 5, 16)
+T = torch.tensor([300, 700])
 
 
 @pytest.fixture
@@ -42,8 +42,9 @@ def built(tmp_path):
 
 
 def routing_of(unet) -> dict:
+    torch.manual_seed(1)
     with record_routing(unet) as routing, torch.no_grad():
-        unet(X, T, TEXT)
+        unet(torch.randn(2, 4, 8, 8), T, torch.randn(2, 5, 16))
     return dict(routing)
 
 
