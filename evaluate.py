@@ -270,7 +270,7 @@ def references_of(scene: toyworld.Scene, number: int, casting: int) -> np.ndarra
     return np.stack([toyworld.render_reference(s.identity, 10 * number + casting) for s in scene.subjects])
 
 
-def subjects_of(pipeline, scene: toyworld.Scene, photos: np.ndarray, start: int) -> list:
+def subjects_of(pipeline, scene: toyworld.Scene, photos: np.ndarray, start: int = 1000) -> list:
     """The subjects of a scene for `Pipeline.generate`, there at timesteps below `start`."""
     from pictures import to_picture
     from pipeline import Subject
