@@ -8,13 +8,14 @@
 write `{"folder": "woman", ...}` to subjects.json beside the folders. Each is drawn 4 times with each of 40
 prompts, with --multi each pair with each of 21. IP says how similar the faces are to those of the photos, PC
 how well the picture shows its prompt. The command can be given again after a stop: what is drawn and scored
-is left alone. Processes of `torchrun` share the pictures, the last prints the table.
+is left alone. Processes of `torchrun` share the pictures, and --output.
 
 FastComposer seeds once for all pictures; here each has its own, --seed + its number, so that a picture does
 not depend on those before it. Nothing is downloaded. docs/benchmark.md has more.
 """
 import argparse
 import json
+import time
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -47,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Check everything, draw this process's pictures, score them, and write the table if all are scored."""
+    """Check everything, draw this process's pictures, score them; the first process writes the table."""
     check(args)
     people = read_subjects(args.subjects)
     cases = plan(args, people)
@@ -70,11 +71,10 @@ def run(args: argparse.Namespace) -> None:
     del pipeline
     with torch.no_grad():
         score(mine, judges, references)
-    scores = [read_score(case, fingerprint(case, judges)) for case in cases]
-    if None not in scores:  # another process is still at it, and will come here last
+    if cases[0] in mine:  # this is the first process
         source = {"code": git_describe(), "torch": torch.__version__, "device": device_name(device),
                   "sha256": weights | judges.files}
-        write_results(args, cases, scores, source)
+        write_results(args, cases, gather(cases, judges), source)
 
 
 def check(args: argparse.Namespace) -> None:
@@ -129,7 +129,7 @@ def read_subjects(folder: Path) -> list[Person | None]:
     table = folder / "subjects.json"
     nouns = command.read_json(table) if table.exists() else SUBJECTS
     there = sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
-    if not isinstance(nouns, dict) or not nouns or not set(nouns.values()) <= set(PEOPLE):
+    if not isinstance(nouns, dict) or not nouns or not all(noun in PEOPLE for noun in nouns.values()):
         raise ValueError(f'{table} must say what to call each person, as {{"anna": "woman"}}, with one of '
                          f"the words {', '.join(PEOPLE)}")
     if not there:
@@ -200,7 +200,7 @@ def claim(args: argparse.Namespace) -> dict[str, str]:
     files = {name: checksum(file) for name, file in {**parts, "moa": args.moa}.items()
              if file and file.is_file()}
     note, mine = args.output / "run.json", {"protocol": "multi" if args.multi else "single", **files}
-    if note.exists():
+    if note.exists() and (args.output / "pictures").exists():
         found = command.read_json(note)
         if wrong := [name for name in {**mine, **found} if mine.get(name) != found.get(name)]:
             raise ValueError(f"--output {args.output} has pictures of another run, with another "
@@ -249,6 +249,16 @@ def score(cases: list[Case], judges, references: dict) -> None:
         write_json({"ip": identity_score(faces, known, judges.embed),
                     "pc": prompt_score(judges, picture, case.prompt),
                     "faces": 0 if faces is None else len(faces), "of": origin}, case.scores)
+
+
+def gather(cases: list[Case], judges) -> list[dict]:
+    """The scores of all pictures; waits for those of the other processes, whose end would end this one."""
+    scores = []
+    for case in cases:
+        while not (found := read_score(case, fingerprint(case, judges))):
+            time.sleep(1)
+        scores.append(found)
+    return scores
 
 
 # --- what is written ---
