@@ -222,6 +222,8 @@ def build_clip(state: dict[str, Tensor], path: Path) -> torch.nn.Module:
         model = build_model_from_openai_state_dict(dict(state)).float()
         model.load_state_dict({name: state[name] for name in model.state_dict()})  # which fp16 has rounded
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"--clip {path} is not all of a CLIP vision transformer in OpenAI's, open_clip's or "
-                         f"transformers' layout ({str(error)[:150]}): give CLIP ViT-L/14") from error
+        missing = [name for name in ("visual.conv1.weight", "text_projection") if name not in state]
+        why = f"it has no {missing[0]}" if missing else str(error)[:150]
+        raise ValueError(f"--clip {path} is not a whole CLIP, text and images, in OpenAI's, open_clip's "
+                         f"or transformers' layout ({why}): give CLIP ViT-L/14") from error
     return model.requires_grad_(False)
