@@ -8,7 +8,7 @@
 write `{"folder": "woman", ...}` to subjects.json beside the folders. Each is drawn 4 times with each of 40
 prompts, with --multi each pair with each of 21. IP says how similar the faces are to those of the photos, PC
 how well the picture shows its prompt. The command can be given again after a stop: what is drawn and scored
-is left alone. Processes of `torchrun` share the pictures, and --output.
+is left alone. Processes of `torchrun` share the pictures, and need one --output for all.
 
 FastComposer seeds once for all pictures; here each has its own, --seed + its number, so that a picture does
 not depend on those before it. Nothing is downloaded. docs/benchmark.md has more.

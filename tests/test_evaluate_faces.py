@@ -333,6 +333,12 @@ def nouns(text: str):
     return lambda folder: (folder / "subjects.json").write_text(text)
 
 
+def leave_one(folder: Path) -> None:
+    (folder / "ada").rename(folder / "000001")
+    (folder / "bob").rename(folder.parent / "gone")
+    (folder / "subjects.json").unlink()
+
+
 @pytest.mark.parametrize(("spoil", "flags", "words"), [
     (lambda folder: (folder / "subjects.json").unlink(), [], "ada is not a known subject: write what to"),
     (nouns('{"ada": "woman"}'), [], "bob is not a known subject"),
@@ -345,6 +351,7 @@ def nouns(text: str):
     (lambda folder: (folder / "cleo").mkdir(), [], "cleo is not a known subject"),
     (lambda folder: (folder / "ada").rename(folder.parent / "gone"), [], "names ada, but there is no folder"),
     (lambda folder: folder.rename(folder.parent / "gone"), [], "is not a folder: give one"),
+    (leave_one, ["--multi"], "has 1 person: --multi needs two"),
     (None, ["--max-subjects", "1", "--multi"], "--max-subjects must be at least 2, not 1"),
     (None, ["--max-images", "0"], "--max-images must be at least 1"),
     (None, ["--facenet", "none.pt"], "--facenet none.pt does not exist: give facenet-pytorch's vggface2"),
