@@ -29,18 +29,20 @@ class Parser(argparse.ArgumentParser):
                          allow_abbrev=False)
 
 
-def add_flags(parser: argparse.ArgumentParser, seeds: Sequence[int] = ()) -> None:
+def add_flags(parser: argparse.ArgumentParser, seeds: Sequence[int] = (), **defaults) -> None:
     """What every command that draws pictures understands. seeds: the default of --seeds, which then
-    takes the place of --seed."""
+    takes the place of --seed. defaults: of --seed, --steps and --guidance-scale, if they have their own."""
+    said = {"seed": "random, printed", "steps": "the weights', or 20", "guidance_scale": "the weights', or 5",
+            **defaults}
     add = parser.add_argument_group("drawing").add_argument
     if seeds:
         add("--seeds", type=int, nargs="+", default=list(seeds), metavar="SEED",
             help=f"of the noises (default {' '.join(map(str, seeds))})")
     else:
-        add("--seed", type=int, help="of the noise (default: random, printed)")
-    add("--steps", type=int, help="sampling steps (default: the weights', or 20)")
-    add("--guidance-scale", type=float,
-        help="classifier-free guidance; 1 is none (default: the weights', or 5)")
+        add("--seed", type=int, default=defaults.get("seed"), help=f"of the noise (default: {said['seed']})")
+    add("--steps", type=int, default=defaults.get("steps"), help=f"sampling steps (default: {said['steps']})")
+    add("--guidance-scale", type=float, default=defaults.get("guidance_scale"),
+        help=f"classifier-free guidance; 1 is none (default: {said['guidance_scale']})")
     add("--negative-prompt", default="", help="what to lead away from")
     add("--clip-skip", type=int, default=1, metavar="N",
         help="take the text encoder's N-th layer from the end, as web UIs count: 1 is the last (default), "

@@ -184,7 +184,8 @@ def load(args: argparse.Namespace):
 
 def checksum(path: Path) -> str:
     """The first 16 digits of a file's SHA-256."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def device_name(device) -> str:

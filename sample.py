@@ -15,7 +15,7 @@ there are left alone. Under `torchrun` processes share the lines.
 import argparse
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -146,7 +146,7 @@ def describe(args: argparse.Namespace, prompt: str, places: list[Place]) -> dict
 class Line:
     """One picture of a file of prompts."""
 
-    number: int
+    name: str  # for messages
     prompt: str
     seed: int
     subject: list[str]
@@ -167,23 +167,32 @@ def run_file(args: argparse.Namespace) -> None:
     folder = args.output.with_suffix("") if args.output.suffix == ".png" else args.output
     command.check_writable("--output", folder / "00000.png")
     lines = read_lines(args.from_file, args.seed)
-    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     pipeline = load(args, people=any(line.subject for line in lines))
-    mine = {folder / f"{k:05d}.png": line for k, line in enumerate(lines) if k % processes == rank}
+    draw_lines(args, pipeline, dict(own_share([(folder / f"{k:05d}.png", line)
+                                               for k, line in enumerate(lines)])))
+
+
+def own_share(items: Sequence) -> Sequence:
+    """Of what the processes of `torchrun` share, the part of this one; all of it without `torchrun`."""
+    return items[int(os.environ.get("RANK", 0))::int(os.environ.get("WORLD_SIZE", 1))]
+
+
+def draw_lines(args: argparse.Namespace, pipeline, lines: dict[Path, Line]) -> None:
+    """Draw the pictures of these files, except those that are there. Raises ValueError before the first."""
     if not args.prior_only:
-        cast(args, pipeline, mine.values())
-        places = [place for line in mine.values() for place in line.places]
-        command.keep_photos(args, places, list(mine))
+        cast(args, pipeline, lines.values())
+        places = [place for line in lines.values() for place in line.places]
+        command.keep_photos(args, places, list(lines))
     from pictures import read_settings
     settings = {file: {**describe(args, line.prompt, line.places), "seed": line.seed}
-                for file, line in mine.items()}
-    todo = [file for file in mine if read_settings(file) != settings[file]]
-    images = command.draw(args, pipeline, [mine[file].prompt for file in todo],
-                          [mine[file].seed for file in todo], [mine[file].people for file in todo],
+                for file, line in lines.items()}
+    todo = [file for file in lines if read_settings(file) != settings[file]]
+    images = command.draw(args, pipeline, [lines[file].prompt for file in todo],
+                          [lines[file].seed for file in todo], [lines[file].people for file in todo],
                           prior_only=args.prior_only)
     for file, image in zip(todo, images, strict=True):
         command.save(image, file, settings[file])
-    print(f"{len(todo)} drawn, {len(mine) - len(todo)} were there", flush=True)
+    print(f"{len(todo)} drawn, {len(lines) - len(todo)} were there", flush=True)
 
 
 def read_lines(file: Path, seed: int) -> list[Line]:
@@ -202,24 +211,25 @@ def read_lines(file: Path, seed: int) -> list[Line]:
         raise ValueError(f"--from-file {file} is empty: give it a prompt on each line")
     lines = []
     for number, text in texts:
+        name = f"--from-file {file}, line {number}"
         try:
-            lines.append(read_line(number, text, seed + len(lines)))
+            lines.append(read_line(name, text, seed + len(lines)))
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"--from-file {file}, line {number}: {error}") from error
+            raise ValueError(f"{name}: {error}") from error
     return lines
 
 
-def read_line(number: int, text: str, seed: int) -> Line:
+def read_line(name: str, text: str, seed: int) -> Line:
     """A prompt, or a JSON object. Raises ValueError."""
     if text.lstrip().startswith(("[", '"')):
         raise ValueError("a line is a prompt or a JSON object")
     if not text.lstrip().startswith("{"):
-        return Line(number, text.strip(), seed, [])
+        return Line(name, text.strip(), seed, [])
     values = json.loads(text)
     unknown = values.keys() - {"prompt", "subjects", "seed"}
     if unknown:
         raise ValueError(f"unknown key {sorted(unknown)[0]!r}: a line has prompt, subjects and seed")
-    line = Line(number, values.get("prompt"), values.get("seed", seed), values.get("subjects", []))
+    line = Line(name, values.get("prompt"), values.get("seed", seed), values.get("subjects", []))
     if not isinstance(line.prompt, str) or not line.prompt.strip():
         raise ValueError("it has no prompt")
     command.check_seed(line.seed)
@@ -241,7 +251,7 @@ def cast(args: argparse.Namespace, pipeline, lines: Iterable[Line]) -> None:
             line.people = make_subjects(pipeline, line.prompt, line.places,
                                         [known[tuple(place.files)] for place in line.places])
         except ValueError as error:
-            raise ValueError(f"--from-file {args.from_file}, line {line.number}: {error}") from error
+            raise ValueError(f"{line.name}: {error}") from error
 
 
 if __name__ == "__main__":
