@@ -13,7 +13,7 @@ scenes. That share is the render's: of a generated picture it is not known.
 """
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import pairwise, product
 from pathlib import Path
 
@@ -57,11 +57,14 @@ def main(argv: list[str] | None = None) -> None:
     options = {"steps": args.steps, "guidance_scale": read_config(args.weights)["sampling"]["guidance_scale"]}
     scenes = {group: [cast(n, *kind) for n in range(args.count)] for group, kind in GROUPS.items()}
     drawn = {group: draw(pipeline, judge, cases, options) for group, cases in scenes.items()}
+    prior = {group: draw(pipeline, judge, cases, {**options, "prior_only": True})
+             for group, cases in scenes.items()}
     rendered = {group: [reading for part in batches(cases) for reading in read_renders(judge, part)]
                 for group, cases in scenes.items()}
-    results = {"groups": {group: {name: evaluate.interval([score(*case) for case in
-                                                           zip(scenes[group], drawn[group], strict=True)])
-                                  for name, score in SCORES.items()} for group in GROUPS},
+    results = {"groups": {group: {**scores(scenes[group], drawn[group], SCORES),
+                                  **{f"prior's {name}": interval for name, interval in
+                                     scores(scenes[group], prior[group], ("activity", "context")).items()}}
+                          for group in GROUPS},
                "pairs": pairs_right(scenes, drawn), "covered": by_cover(scenes, drawn, rendered)}
     write_json(results, args.output / "results.json")
     for table in results.values():
@@ -98,6 +101,12 @@ def draw(pipeline, judge, scenes: list[toyworld.Scene], options: dict) -> list[e
         pictures = pipeline.generate([s.caption for s in part], [s.seed for s in part], people, **options)
         readings += evaluate.read(judge, pictures.to(pipeline.device))
     return readings
+
+
+def scores(scenes: list[toyworld.Scene], readings: list[evaluate.Reading], names: Iterable[str]) -> dict:
+    """Name -> interval of that score over the cases."""
+    return {name: evaluate.interval([SCORES[name](*case) for case in zip(scenes, readings, strict=True)])
+            for name in names}
 
 
 def read_renders(judge, scenes: list[toyworld.Scene]) -> list[evaluate.Reading]:
