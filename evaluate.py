@@ -139,14 +139,14 @@ def check(args: argparse.Namespace) -> list[int]:
 
     Raises ValueError for the first setting that cannot be evaluated, before anything is loaded.
     """
-    from samplers import timesteps
+    from samplers import SCHEDULES
     if args.count < 2:
         raise ValueError(f"--count must be at least 2, not {args.count}")
     if not 1 <= args.start <= START:
         raise ValueError(f"--start must be in 1..{START}, not {args.start}")
     if not 0 <= args.guidance_scale <= 100:
         raise ValueError(f"--guidance-scale must be in 0..100, not {args.guidance_scale}")
-    below = [t for t in timesteps(args.steps, "linspace", end_node=True) if t < args.prior_above]
+    below = [t for t in SCHEDULES["unipc"](args.steps) if t < args.prior_above]
     if not below:
         raise ValueError(f"--prior-above {args.prior_above} leaves nothing to MoA: none of the {args.steps} "
                          "steps' timesteps lies below it")
