@@ -305,7 +305,8 @@ def read(judge, pictures) -> list[Reading]:
     import torch
     device = next(judge.parameters()).device
     with torch.no_grad():
-        return [reading for images in pictures.split(BATCH) for reading in read_batch(judge, images.to(device))]
+        return [reading for images in pictures.split(BATCH)
+                for reading in read_batch(judge, images.to(device))]
 
 
 def read_batch(judge, images) -> list[Reading]:

@@ -446,7 +446,7 @@ def test_the_command_warns(room, place, capsys):
     (["--control-end", "-0.1"], "--control-end must be in 0..1"),
     (["--control-start", "0.5", "--control-end", "0.5"], "0.5 must be smaller than --control-end 0.5"),
     (["--control-scale", "1", "--control-scale", "2"], "2 --control-scale for 1 --controlnet"),
-    (["--output", "ada.png"], "is a subject's photo or a control image and would be replaced")])
+    (["--output", "ada.png"], "is a subject's photo or another file that is read")])
 def test_the_command_refuses(flags, message, room, place, capsys):
     check_refusal(room, flags, message, place, capsys)
 

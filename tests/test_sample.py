@@ -367,9 +367,11 @@ def test_refuses_loras(refuse, lora, flags, words):
 # What it warns of
 
 
-def test_warns_once_in_one_line_of_words_unknown_or_lost(draw):
+def test_warns_once_in_one_line(draw):
     _, err = draw("--num", 2, prompt="a purple woman on the zebra")
     assert len(err) == 1 and err[0].startswith("warning: ") and "purple, zebra" in err[0]
+    _, err = draw("--width", 136, "--height", 136, "--steps", 1)
+    assert len(err) == 1 and err[0].startswith("warning: pictures of 136 x 136 pixels are far larger than")
     _, err = draw("--subject", "ada.png", prompt="a woman " + "on the beach " * 40)
     assert len(err) == 1 and err[0].startswith("warning: ") and "longer than 75 tokens" in err[0]
 
