@@ -440,7 +440,8 @@ def test_paper_of_stable_diffusion(paper):
 
 
 @pytest.mark.parametrize("arguments, environment", [
-    ([], {}), ([""], {}), (["--steps", "2"], {}), (["out"], {"MEN": "a.png"})])
+    ([], {}), ([""], {}), (["--steps", "2"], {}), (["out"], {"MEN": "a.png"}),
+    (["ada.png"], {}), (["ada.png/out"], {}), (["/proc/out"], {})])
 def test_paper_refuses(place, arguments, environment):
     found = subprocess.run([ROOT / "apps" / "paper.sh", *arguments], capture_output=True, text=True,
                            env={**os.environ, **environment})

@@ -455,6 +455,7 @@ def test_the_command_refuses(flags, message, room, place, capsys):
     ({"--control-image": "missing.png"}, "missing.png does not exist"),
     ({"--control-image": "control/config.json"}, "cannot be used as a picture"),
     ({"--controlnet": "missing"}, "--controlnet missing: missing does not exist"),
+    ({"--controlnet": "control/missing"}, "control/missing does not exist"),
     ({"--controlnet": "ada.png"}, "--controlnet ada.png: ada.png is not a model file"),
     ({"--controlnet": "base.safetensors"}, "is no ControlNet"),
     ({"--controlnet": "other"}, "it has channels (24, 48, 72), not (8, 16, 16, 16)"),
