@@ -269,8 +269,9 @@ def save_sheet(sheet, path: Path, settings: dict, images: Sequence, files: Seque
                own: Sequence[dict]) -> None:
     """Save a sheet and, where `plan_sheet` gave files for them, its pictures, each with its own settings
     besides those of all."""
-    for image, file, more in zip(images, files, own) if files else ():
-        save(image, file, {**settings, **more})
+    if files:
+        for image, file, more in zip(images, files, own, strict=True):
+            save(image, file, {**settings, **more})
     save(sheet, path, settings)
 
 

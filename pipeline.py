@@ -101,8 +101,9 @@ def warn_if_absent(subjects: Sequence[Sequence[Subject] | None], timesteps: Sequ
     """Say so when somebody is in none of a picture's steps, which are at these falling timesteps."""
     starts = [min(person.start, prior_above) for people in subjects for person in people or ()]
     if starts and timesteps[-1] >= min(starts):
-        warnings.warn(f"somebody is in no step of the picture: they start below timestep {min(starts)}, and "
-                      f"the last of {len(timesteps)} steps is at {timesteps[-1]}; take more steps", stacklevel=3)
+        warnings.warn(f"somebody is in no step of the picture: they start below timestep {min(starts)}, "
+                      f"and the last of {len(timesteps)} steps is at {timesteps[-1]}; take more steps",
+                      stacklevel=3)
 
 
 def squared_distance(features: Tensor, mean: Tensor, precision: Tensor) -> Tensor:

@@ -57,8 +57,8 @@ def run(args: argparse.Namespace) -> None:
     command.check(args)
     if args.inversion == "negative-prompt":
         if args.negative_prompt:
-            raise ValueError("--inversion negative-prompt takes the source prompt for --negative-prompt: leave "
-                             "one of them out")
+            raise ValueError("--inversion negative-prompt takes the source prompt for --negative-prompt: "
+                             "leave one of them out")
         args.negative_prompt = args.source_prompt
     kept = [f"{number}={args.image}" for number in args.keep]
     places = bind_subjects(args.source_prompt, [*kept, *args.subject])

@@ -227,10 +227,10 @@ def refuse_widths(tensors: dict[str, dict[str, Tensor]], layers: dict[str, nn.Mo
     ours = {module.weight.shape[1] for name, module in layers.items()
             if re.search(r"attn2\.to_k$|self_attn\.q_proj$", name)}
     for name, parts in tensors.items():
-        width = parts["down"].shape[1:2]
-        if re.search(r"attn2[._](processor\.)?to_[kv]$|self_attn[._][qkv]_proj$", name) and width:
-            if width[0] in WIDTHS and width[0] not in ours:
-                raise LoRAError(f"{path} is {WIDTHS[width[0]]} ({name} reads {width[0]} channels): {TAKES}")
+        reads_text = re.search(r"attn2[._](processor\.)?to_[kv]$|self_attn[._][qkv]_proj$", name)
+        for width in parts["down"].shape[1:2] if reads_text else ():
+            if width in WIDTHS and width not in ours:
+                raise LoRAError(f"{path} is {WIDTHS[width]} ({name} reads {width} channels): {TAKES}")
 
 
 def check(found: dict[str, Factors], layers: dict[str, nn.Module], path: Path) -> None:

@@ -232,7 +232,7 @@ def pickle_globals(path: Path) -> list[str]:
                     names.append(value.replace(" ", ".") if value else ".".join(strings[-2:]))
                 elif isinstance(value, str):
                     strings.append(value)
-        except Exception:  # noqa: BLE001  no pickle, or one cut short
+        except Exception:  # no pickle, or one cut short
             names = names if started else []
     return [name for name in names if not TENSORS.match(name)]
 
