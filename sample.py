@@ -2,7 +2,7 @@
 
     python sample.py --subject examples/ada.png --prompt "a woman riding a bike on the beach"
     python sample.py --subject woman=a.png --subject man=b.png --prompt "a man and a woman dancing" --num 4
-    python sample.py --controlnet runs/controlnet --control-image examples/waving.png --prompt "a boy waving"
+    python sample.py --controlnet weights/toyworld --control-image examples/waving.png --prompt "a boy waving"
     python sample.py --from-file prompts.jsonl --output pictures
 
 Without --weights it uses the small cartoon world that ships with the code; for Stable Diffusion 1.5
