@@ -2,15 +2,16 @@
 
     python sample.py --subject examples/ada.png --prompt "a woman riding a bike on the beach"
     python sample.py --subject woman=a.png --subject man=b.png --prompt "a man and a woman dancing" --num 4
-    python sample.py --controlnet runs/controlnet --control-image examples/waving.png --prompt "a boy waving"
+    python sample.py --controlnet weights/toyworld --control-image examples/waving.png --prompt "a boy waving"
     python sample.py --from-file prompts.jsonl --output pictures
 
 Without --weights it uses the small cartoon world that ships with the code; for Stable Diffusion 1.5
 convert a checkpoint with weights/convert_sd15.py and give its folder.
 
 Each line of --from-file is a prompt, or a JSON object with `prompt` and, if you like, `subjects` (a list
-of what --subject takes) and `seed`. The command can be given again after a stop: pictures that are
-there are left alone. Under `torchrun` processes share the lines.
+of what --subject takes: paths start at the current folder, not at the file's) and `seed`. The command can
+be given again after a stop: pictures that are there are left alone. Under `torchrun` processes share the
+lines.
 """
 import argparse
 import json
@@ -33,8 +34,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--subject", action="append", default=[], metavar=SUBJECT,
         help="photo of a person, or several of the same one; bound to the prompt's words for people in "
-             "order, to WORD, or by N=FILE to the N-th of them; @T: not before the timestep falls below T; "
-             "repeatable")
+             "order, to WORD, or by N=FILE to the N-th of them; @T: not before the timestep falls below T, "
+             "which changes something for T below --prior-above only; repeatable")
     add("--output", type=Path, default=Path("sample.png"), metavar="PATH",
         help="a .png, or a folder (default sample.png; for several pictures a folder of that name)")
     add("--num", type=int, default=1, help="how many pictures; picture k has seed SEED + k (default 1)")
@@ -109,7 +110,6 @@ def save_all(args: argparse.Namespace, images: Iterator, files: list[Path], shee
 def check(args: argparse.Namespace) -> None:
     """Raise ValueError for the first setting that cannot be drawn."""
     command.check(args)
-    command.check_prompt("--prompt", args.prompt)
     if args.prior_only and args.save_routing:
         raise ValueError("--save-routing has nothing to show with --prior-only: leave one of them out")
 
@@ -128,9 +128,7 @@ def plan_files(args: argparse.Namespace) -> tuple[list[Path], Path | None]:
         sheet = folder / "sheet.png" if args.num > 1 else None
     command.check_writable("--output", files[0])
     if args.save_routing:
-        command.check_picture("--save-routing", args.save_routing)
-        if args.save_routing.resolve() in [path.resolve() for path in (*files, sheet or files[0])]:
-            raise ValueError(f"--save-routing {args.save_routing} is --output's file: give another name")
+        command.check_picture("--save-routing", args.save_routing, others=[*files, sheet or files[0]])
     return files, sheet
 
 
@@ -212,10 +210,8 @@ def read_lines(file: Path, seed: int) -> list[Line]:
     lines = []
     for number, text in texts:
         name = f"--from-file {file}, line {number}"
-        try:
+        with command.naming(name):
             lines.append(read_line(name, text, seed + len(lines)))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{name}: {error}") from error
     return lines
 
 
@@ -226,12 +222,9 @@ def read_line(name: str, text: str, seed: int) -> Line:
     if not text.lstrip().startswith("{"):
         return Line(name, text.strip(), seed, [])
     values = json.loads(text)
-    unknown = values.keys() - {"prompt", "subjects", "seed"}
-    if unknown:
-        raise ValueError(f"unknown key {sorted(unknown)[0]!r}: a line has prompt, subjects and seed")
-    line = Line(name, values.get("prompt"), values.get("seed", seed), values.get("subjects", []))
-    if not isinstance(line.prompt, str) or not line.prompt.strip():
-        raise ValueError("it has no prompt")
+    command.check_keys("it", values, optional=("subjects", "seed"), prompt=str)
+    line = Line(name, values["prompt"], values.get("seed", seed), values.get("subjects", []))
+    command.check_prompt("its prompt", line.prompt)
     command.check_seed(line.seed)
     if not isinstance(line.subject, list) or not all(isinstance(s, str) for s in line.subject):
         raise ValueError('subjects must be a list, such as ["woman=ada.png"]')
@@ -242,7 +235,7 @@ def cast(args: argparse.Namespace, pipeline, lines: Iterable[Line]) -> None:
     """Find the people of all lines; each photo is read once. Raises ValueError."""
     known = {}
     for line in lines:
-        try:
+        with command.naming(line.name):
             line.places = bind_subjects(line.prompt, line.subject)
             for place in line.places:
                 if tuple(place.files) not in known:
@@ -250,8 +243,6 @@ def cast(args: argparse.Namespace, pipeline, lines: Iterable[Line]) -> None:
                     known[tuple(place.files)] = encode_person(pipeline, args.weights, place.files, photos)
             line.people = make_subjects(pipeline, line.prompt, line.places,
                                         [known[tuple(place.files)] for place in line.places])
-        except ValueError as error:
-            raise ValueError(f"{line.name}: {error}") from error
 
 
 if __name__ == "__main__":

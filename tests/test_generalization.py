@@ -24,7 +24,8 @@ def test_cases_are_of_their_group(group):
 
 def people(activity: str, count: int) -> toyworld.Scene:
     rng = np.random.default_rng(0)
-    return toyworld.compose_scene(3, [toyworld.sample_identity(rng) for _ in range(count)], activity, "in Paris")
+    several = [toyworld.sample_identity(rng) for _ in range(count)]
+    return toyworld.compose_scene(3, several, activity, "in Paris")
 
 
 def test_the_covered_share_is_that_of_what_stands_in_front():

@@ -358,8 +358,8 @@ def test_loras(draw, lora):
     (["--lora", "a:b:2.safetensors:1:1e9"], "a scale must be in -100..100"),
     (["--lora", "a:b:2.safetensors:1:1:1"], "a:b:2.safetensors:1 is not a file"),
     (["--lora", "."], ". is not a file"), (["--lora", ""], "is not a file"), (["--lora", ":1"], "is not"),
-    (["--lora", "ada.png"], "ada.png is not a readable safetensors file"),
-    (["--lora", "a:b:2.safetensors", "--lora", "ada.png"], "ada.png is not a readable")])
+    (["--lora", "ada.png"], "ada.png is not a safetensors file, it looks like a picture"),
+    (["--lora", "a:b:2.safetensors", "--lora", "ada.png"], "ada.png is not a safetensors file")])
 def test_refuses_loras(refuse, lora, flags, words):
     assert words in refuse(*flags)
 
@@ -367,9 +367,11 @@ def test_refuses_loras(refuse, lora, flags, words):
 # What it warns of
 
 
-def test_warns_once_in_one_line_of_words_unknown_or_lost(draw):
+def test_warns_once_in_one_line(draw):
     _, err = draw("--num", 2, prompt="a purple woman on the zebra")
     assert len(err) == 1 and err[0].startswith("warning: ") and "purple, zebra" in err[0]
+    _, err = draw("--width", 136, "--height", 136, "--steps", 1)
+    assert len(err) == 1 and err[0].startswith("warning: pictures of 136 x 136 pixels are far larger than")
     _, err = draw("--subject", "ada.png", prompt="a woman " + "on the beach " * 40)
     assert len(err) == 1 and err[0].startswith("warning: ") and "longer than 75 tokens" in err[0]
 
@@ -547,5 +549,6 @@ def test_interrupted_as_a_process(place, world):
         time.sleep(0.5)
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=300)
-    assert process.returncode == 130 and out == "" and err == ""
+    assert process.returncode == 130 and out == ""
+    assert len(err.splitlines()) == 1 and err.startswith("warning: pictures of 512 x 512 pixels are far")
     assert sorted(os.listdir()) == ["ada.png", "bob.png"]
