@@ -20,7 +20,7 @@ MANY_PIXELS = 4  # times those of the weights' own pictures: behind it there is 
 # What a flag, or config.json in its place, may say; numbers that may have a fraction are floats here.
 LIMITS = {"num": (1, 1000), "seed": (0, 2 ** 63 - 1), "steps": (1, 999), "guidance_scale": (0.0, 100.0),
           "width": (8, 2048), "height": (8, 2048), "clip_skip": (1, 12), "prior_above": (0, 1000),
-          "strength": (0.0, 10.0), "frames": (2, 200)}
+          "strength": (0.0, 10.0), "sparse": (0.0, 1.0), "frames": (2, 200)}
 
 
 class Parser(argparse.ArgumentParser):
@@ -73,6 +73,9 @@ def add_flags(parser: argparse.ArgumentParser, seeds: Sequence[int] = (), withou
         help="the base model draws alone at timesteps from T on (default: the weights', or 800)")
     add("--strength", type=float, default=1.0,
         help="times the weight that the routers give to the subjects: 0 is the base model (default 1)")
+    add("--sparse", type=float, default=0.0, metavar="WEIGHT",
+        help="faster: pixels to which the routers give no more than this are left to the prior, such as 0.1 "
+             "(default 0, none)")
     add = parser.add_argument_group("models").add_argument
     add("--weights", type=Path, default=SHIPPED, metavar="FOLDER", help="default: the small world")
     add("--moa", type=Path, metavar="FILE", help="default: moa.safetensors in the weights folder")
@@ -388,7 +391,8 @@ def load_cast(args: argparse.Namespace, castings: Sequence[Sequence[Place]], out
 def drawing(args: argparse.Namespace) -> dict:
     """What the flags mean for `Pipeline.sample`."""
     return {"steps": args.steps, "guidance_scale": args.guidance_scale, "sampler": args.sampler,
-            "prior_above": args.prior_above, "strength": args.strength, "controls": args.controls}
+            "prior_above": args.prior_above, "strength": args.strength, "sparse": args.sparse,
+            "controls": args.controls}
 
 
 def draw(args: argparse.Namespace, pipeline, prompts, seeds: Sequence,
@@ -442,7 +446,7 @@ def draw_rows(args: argparse.Namespace, pipeline, castings: Sequence[Sequence | 
 def describe(args: argparse.Namespace, places: Sequence[Place], **more) -> dict:
     """The settings that go into a picture's metadata: names of files, never where they lie."""
     kept = ("negative_prompt", "seed", "steps", "sampler", "guidance_scale", "clip_skip", "width", "height",
-            "prior_above", "strength", "dtype")
+            "prior_above", "strength", "sparse", "dtype")
     return {**{name: getattr(args, name) for name in kept},
             "weights": args.weights.resolve().name, "moa": args.moa.name if args.moa else None,
             "vae": Path(args.vae).resolve().name if args.vae else None,

@@ -55,6 +55,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="the base model draws alone at timesteps from T on (default: the weights', or 800)")
     add("--start", type=int, default=START, metavar="T",
         help=f"the subjects are there at timesteps below T (default {START})")
+    add("--sparse", type=float, default=0.0, metavar="WEIGHT",
+        help="sparse routing: router weights up to this count as 0 (default 0)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default auto)")
     return parser.parse_args(argv)
 
@@ -81,7 +83,8 @@ def run(args: argparse.Namespace) -> None:
     fill_in(args)
     timesteps = check(args)
     pipeline, judge, files = load(args)
-    options = {"steps": args.steps, "guidance_scale": args.guidance_scale, "prior_above": args.prior_above}
+    options = {"steps": args.steps, "guidance_scale": args.guidance_scale, "prior_above": args.prior_above,
+               "sparse": args.sparse}
     settings = {"count": args.count, **options, "start": args.start, "weights": args.weights.resolve().name,
                 "moa": files["moa"].name}
     source = {"code": git_describe(), "torch": torch.__version__, "device": device_name(pipeline.device),
@@ -144,6 +147,8 @@ def check(args: argparse.Namespace) -> list[int]:
         raise ValueError(f"--count must be at least 2, not {args.count}")
     if not 1 <= args.start <= START:
         raise ValueError(f"--start must be in 1..{START}, not {args.start}")
+    if not 0 <= args.sparse <= 1:
+        raise ValueError(f"--sparse must be in 0..1, not {args.sparse}")
     if not 0 <= args.guidance_scale <= 100:
         raise ValueError(f"--guidance-scale must be in 0..100, not {args.guidance_scale}")
     below = [t for t in SCHEDULES["unipc"](args.steps) if t < args.prior_above]

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 import torch.nn as nn
 from torch import Tensor
 
-from moa import ExpertContext, MultimodalPrompt, base_modules, force_routing, load_moa, scale_personalized
+from moa import (ExpertContext, MultimodalPrompt, base_modules, force_routing, load_moa,
+                 scale_personalized, sparse_routing)
 from models import Models, load_models
 from models.controlnet import ControlNet, add_residuals, guess_ramp
 from models.lora import LoRASetting, MergedLoRAs
@@ -197,7 +198,7 @@ class Pipeline:
             text, self.prompt(text, features, positions, t[:, None] < start, t))
 
     def denoiser(self, text: Tensor, subjects: Sequence[Sequence[Subject] | None], prior_only: bool = False,
-                 prior_above: int = PRIOR_ABOVE, strength: float = 1.0,
+                 prior_above: int = PRIOR_ABOVE, strength: float = 1.0, sparse: float = 0.0,
                  steer: Callable[[Tensor, Tensor], list[Tensor]] = lambda x, t: []
                  ) -> Callable[[Tensor, Tensor], Tensor]:
         """The network as a sampler calls it: x (B, 4, h, w), t (B,), all alike -> eps (B, 4, h, w).
@@ -217,7 +218,8 @@ class Pipeline:
             eps, residuals = torch.empty_like(x), steer(x, t)
             rows = mixed if int(t[0]) < prior_above else []
             if rows:
-                with scale_personalized(unet, strength):
+                with (scale_personalized(unet, strength),
+                      sparse_routing(unet, sparse) if sparse else nullcontext()):
                     eps[rows] = unet(x[rows], t[rows], context(t[rows]), [r[rows] for r in residuals])
             # The same for all people: samples with the same text and noise are computed once, except
             # that each may be steered to its own hint.
@@ -240,7 +242,7 @@ class Pipeline:
                subjects: Sequence[Sequence[Subject] | None] | None = None, steps: int = 20,
                guidance_scale: float = 5.0, sampler: str = "unipc", controls: Sequence[Control] = (),
                progress: Callable[[int, int, int, Tensor], None] | None = None, prior_only: bool = False,
-               prior_above: int = PRIOR_ABOVE, strength: float = 1.0) -> Tensor:
+               prior_above: int = PRIOR_ABOVE, strength: float = 1.0, sparse: float = 0.0) -> Tensor:
         """From noise x (B, 4, h, w) to latents (B, 4, h, w), guided from the text states null (1 or
         B, 77, C) to text (B, 77, C). The rest as in `generate` and `denoiser`."""
         for control in controls:
@@ -252,7 +254,7 @@ class Pipeline:
             states = torch.cat([null.expand_as(text), text])
             people = [None if found is None else [] for found in people] + people
         steer = steering(controls, states, len(text), steps)
-        denoise = self.denoiser(states, people, prior_only, prior_above, strength, steer)
+        denoise = self.denoiser(states, people, prior_only, prior_above, strength, sparse, steer)
         if guidance_scale != 1:
             denoise = guided(denoise, guidance_scale)
         return SAMPLERS[sampler](denoise, x, steps=steps, progress=progress)
@@ -277,7 +279,8 @@ class Pipeline:
                 controls, whose effects are added up; progress, called after each step as
                 (step, steps, t, predicted clean latents); prior_only, to draw with the base model;
                 prior_above (800), the timesteps from which on it draws anyway; strength (1.0), a factor
-                of the personalized experts' weight.
+                of the personalized experts' weight; sparse (0.0), weights of theirs that are no larger
+                count as 0 and are not computed (see moa/sparse.py).
         Returns: (B, 3, H, W) in [-1, 1], float32 on the CPU.
         Raises ValueError for bad sizes and clip skips, ControlNets of other models and, from the
         sampler, for bad steps.

@@ -27,7 +27,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="photo of a person, bound to the prompt's words for people in order, or to WORD; repeatable")
     add("--output", type=Path, default=Path("routing.png"), metavar="FILE",
         help="default routing.png; the numbers go into a .json of the same name, in place of an older one")
-    command.add_flags(parser)
+    command.add_flags(parser, without=["--sparse"])  # the maps are of all pixels
+    parser.set_defaults(sparse=0.0)
     return parser.parse_args(argv)
 
 

@@ -86,7 +86,7 @@ def test_one_picture(draw, place):
     assert settings("new/folder/x.png") == {
         "prompt": PROMPT, "negative_prompt": "", "steps": 3, "sampler": "unipc", "guidance_scale": 3.0,
         "clip_skip": 1, "vae": None, "width": 64, "height": 64, "prior_only": False, "dtype": "fp32",
-        "prior_above": 800, "strength": 1.0, "controls": [], "loras": [], "lora_scope": None,
+        "prior_above": 800, "strength": 1.0, "sparse": 0.0, "controls": [], "loras": [], "lora_scope": None,
         "weights": "tiny", "moa": "moa.safetensors", "subjects": ["woman=ada.png"], "seed": 5}
 
 
@@ -139,6 +139,19 @@ def test_strength(draw):
     assert np.array_equal(pixels("1.png"), pixels("plain.png"))
     half, whole = (np.abs(pixels(name) - pixels("prior.png")).mean() for name in ("0.5.png", "1.png"))
     assert 0.5 < half < whole
+
+
+def test_sparse_routing(draw):
+    """From the picture with a person to the prior's, the more is left to the prior."""
+    draw("--prior-only", "--output", "prior.png")
+    draw("--subject", "ada.png", "--output", "dense.png")
+    changes = []
+    for weight in (1e-6, 0.5, 1):
+        draw("--subject", "ada.png", "--sparse", weight, "--output", "sparse.png")
+        changes.append([np.abs(pixels("sparse.png") - pixels(name)).mean()
+                        for name in ("dense.png", "prior.png")])
+    (nothing, _), (some, left), (_, all_prior) = changes
+    assert nothing < 0.1 and some > 1 and left > 1 and all_prior == 0
 
 
 def test_where_moa_and_a_person_start(draw):
