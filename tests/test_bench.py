@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from bench import lora, poses
+from bench import lora, poses, sparse
 from evaluate import SHIPPED
 
 
@@ -28,3 +28,10 @@ def test_poses(capsys):
     found = numbers(capsys.readouterr().out, 9)
     assert len(found) == 9 * 3 and all(0 <= value <= 1 for value in found)
     assert min(found[:2]) > 0.5  # the judge on the renders themselves
+
+
+def test_sparse(tmp_path):
+    sparse.main(["--output", str(tmp_path), "--count", "2", "--steps", "2", "--thresholds", "0.05", "1"])
+    some, none = json.loads((tmp_path / "sparse.json").read_text()).values()
+    assert 0.1 < some["share"] < 1 and none["share"] == none["share_largest"] == 0
+    assert some["psnr"] >= some["psnr_lowest"] > none["psnr"] > 5

@@ -1,0 +1,82 @@
+"""What sparse routing leaves out, and how much that changes pictures of the small world.
+
+    python bench/sparse.py --output runs/sparse
+
+Draws evaluate.py's first cases without sparse routing and with each threshold. Prints, and writes to
+sparse.json: the share of pixels whose personalized attention is still computed (of each layer and step that
+of the batch's busiest sample, which is what it costs), over all layers and over those of the largest maps,
+where nearly all of the cost is; and the PSNR to the picture without, mean and lowest. The scores
+of a threshold are `python evaluate.py --sparse WEIGHT`'s, its price bench/unet.py's.
+"""
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import evaluate
+
+THRESHOLDS = (0.01, 0.02, 0.03, 0.05, 0.1, 0.15, 0.2, 0.3)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--output", required=True, type=Path, help="folder for sparse.json")
+    add("--weights", type=Path, default=evaluate.SHIPPED, help="default: the small world's")
+    add("--count", type=int, default=16, help="cases (default 16)")
+    add("--steps", type=int, default=20, help="sampling steps (default 20)")
+    add("--thresholds", type=float, nargs="+", default=list(THRESHOLDS), metavar="WEIGHT",
+        help=f"default {' '.join(map(str, THRESHOLDS))}")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default auto)")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    from models.load import read_config, write_json
+    from moa import record_routing
+    args.output.mkdir(parents=True, exist_ok=True)
+    args.moa = args.judge = None
+    pipeline, _, _ = evaluate.load(args)
+    scale = read_config(args.weights)["sampling"]["guidance_scale"]
+    scenes = [evaluate.cast(number)[0] for number in range(args.count)]
+    people = [evaluate.subjects_of(pipeline, scene, evaluate.references_of(scene, number, 0))
+              for number, scene in enumerate(scenes)]
+    shares: list[tuple[int, float]] = []  # pixels of a layer's map, share of them that is computed
+
+    def draw(threshold: float):
+        def watch(step, steps, t, x0):
+            for weights in routing.values():
+                above = (weights[..., 1] > threshold).float().mean(1)
+                shares.append((weights.shape[1], float(above.max())))
+            routing.clear()
+
+        shares.clear()
+        with record_routing(pipeline.models.unet) as routing:
+            return pipeline.generate([s.caption for s in scenes], [7_000_000 + n for n in range(args.count)],
+                                     people, steps=args.steps, guidance_scale=scale, sparse=threshold,
+                                     progress=watch)
+
+    dense, rows = draw(0), {}
+    for threshold in args.thresholds:
+        error = ((draw(threshold) - dense) / 2).square().mean((1, 2, 3))
+        psnr = -10 * error.clamp(min=1e-12).log10()
+        pixels, found = np.array(shares).T
+        largest = pixels == pixels.max()
+        rows[str(threshold)] = {
+            "share": float(np.average(found, weights=pixels)), "share_largest": float(found[largest].mean()),
+            "psnr": float(psnr.mean()), "psnr_lowest": float(psnr.min())}
+    write_json(rows, args.output / "sparse.json")
+    print("| weights up to | pixels computed | of the largest maps | PSNR, dB | lowest |")
+    print("|---|---|---|---|---|")
+    for threshold, row in rows.items():
+        print(f"| {threshold} | {row['share']:.0%} | {row['share_largest']:.0%} | {row['psnr']:.1f} "
+              f"| {row['psnr_lowest']:.1f} |")
+
+
+if __name__ == "__main__":
+    main()
