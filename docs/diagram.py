@@ -58,8 +58,8 @@ def draw() -> str:
              text(32, 356, "attention both experts attend to Z", 13),
              text(20, 34, "the encoders: once per picture; the prompt: at each t", 14, 'font-weight="bold"')]
     for k, (colour, what) in enumerate(((FROZEN, "frozen, from the base model"), (TRAINED, "trained"))):
-        parts += [f'<rect x="740" y="{60 + 30 * k}" width="26" height="18" rx="3" fill="{colour}" stroke="#777"/>',
-                  text(776, 74 + 30 * k, what, 13)]
+        parts += [f'<rect x="740" y="{60 + 30 * k}" width="26" height="18" rx="3" fill="{colour}" '
+                  'stroke="#777"/>', text(776, 74 + 30 * k, what, 13)]
     for corners, label, (x, y) in ARROWS:
         points = " ".join(f"{a},{b}" for a, b in corners)
         parts.append(f'<polyline points="{points}" fill="none" stroke="#555" stroke-width="1.5" '
