@@ -9,6 +9,7 @@ given; visitors take turns. --seed, --steps and --strength are what the page sta
 flags hold for all pictures. What visitors upload is kept in a temporary folder until Ctrl-C.
 """
 import argparse
+import json
 import os
 import random
 import re
@@ -251,7 +252,8 @@ def build(gr, studio: Studio):
         with gr.Row():
             with gr.Column(scale=2, min_width=320):
                 prompt = gr.Textbox(EXAMPLES[0], label="Prompt", lines=2, elem_id="prompt")
-                gr.Examples(list(EXAMPLES), prompt, label="For example")
+                examples = gr.Dataset(components=[gr.Textbox(visible=False)], samples=[[e] for e in EXAMPLES],
+                                      label="For example")
                 with gr.Row():
                     first = person(gr, studio, "First person", FIRST)
                     second = person(gr, studio, "Second person", SECOND)
@@ -274,9 +276,9 @@ def build(gr, studio: Studio):
                     with gr.Column(min_width=280):
                         kind = gr.Radio(list(KINDS), value="self-attention", label="Routers of")
                         layer = gr.Slider(0, layers - 1, min(10, layers - 1), step=1, buttons=[],
-                                          label="Layer: transformer block l", elem_id="layer")
+                                          label="Transformer block l", elem_id="layer")
                         step = gr.Slider(1, args.steps, args.steps * 3 // 4, step=1, buttons=[],
-                                         label="Step, from noise to picture", elem_id="step")
+                                         label="Step (1: noise)", elem_id="step")
                         said = gr.Markdown(FIRST_DRAW, elem_id="said")
                     heat = picture(gr, "Weight of the personalized expert", "heat")
                 with gr.Tab("Swap"):
@@ -345,6 +347,8 @@ def build(gr, studio: Studio):
         morph.click(on_morph, [first, second, amount, *values], [status, frames, frame], **busy)
         gr.on([kind.change, layer.change, step.change], heat_map, [drawn, kind, layer, step], [heat, said],
               **quick)
+        # In the browser, so that no click on Draw can be faster.
+        examples.click(None, examples, prompt, js=f"(k) => {json.dumps(EXAMPLES)}[k]")
         amount.change(pick, [frames, amount], frame, **quick)
     return page
 

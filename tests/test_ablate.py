@@ -87,12 +87,13 @@ def test_the_token_without_encoding_is_the_same_at_all_times():
     prompt = MultimodalPrompt(PromptConfig(16, 16, 32, 4))
     torch.nn.init.normal_(prompt.mlp[-1].weight)
     place, present = torch.ones(2, 1, dtype=torch.int64), torch.ones(2, 1, dtype=torch.bool)
-    arguments = TEXT, torch.randn(2, 1, 16), place, present
+    text = torch.randn(2, 5, 16)
+    arguments = text, torch.randn(2, 1, 16), place, present
     assert (prompt(*arguments, T)[0] - prompt(*arguments, T)[1]).abs().max() > 1e-3
     with ablate.no_encoding():
         tokens = prompt(*arguments, T)
         assert torch.equal(tokens[0], tokens[3]) and torch.equal(tokens, prompt(*arguments, T - 100))
-        assert (tokens[0] - TEXT).abs().max() > 1e-3  # the person is there
+        assert (tokens[0] - text).abs().max() > 1e-3  # the person is there
 
 
 def test_the_mean_of_the_router_loss():

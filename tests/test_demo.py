@@ -200,6 +200,9 @@ def source(page, name: str) -> str:
 
 def test_a_visit(visit, tmp_path):
     page = visit()
+    page.get_by_text("a man reading a book on a mountain").click()
+    assert page.input_value("#prompt textarea") == "a man reading a book on a mountain"
+    page.get_by_text("a woman standing on the beach").last.click()
     press(page, "#draw")
     wait(page)
     assert source(page, "prior") != source(page, "mixed")
@@ -211,7 +214,7 @@ def test_a_visit(visit, tmp_path):
     assert settings["subjects"] == ["woman=woman-fair-red-short-yes-no-blue-plain-trousers-black.png"]
 
     before, heat = page.inner_text("#said"), source(page, "heat")
-    page.get_by_role("slider", name="range slider for Layer: transformer block l").fill("13")
+    page.get_by_role("slider", name="range slider for Transformer block l").fill("13")
     page.wait_for_function("document.querySelector('#said').innerText.includes('l = 13')")
     assert page.inner_text("#said") != before
     page.wait_for_function(f"document.querySelector('#heat img').src != {heat!r}")
