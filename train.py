@@ -92,8 +92,15 @@ class StopRequested(Exception):
     """A signal arrived; the arguments are its number and what to tell."""
 
 
+MAIN_PROCESS = os.getpid()
+
+
 def leave(number: int, frame) -> None:
-    """End before the first step. In the worker processes that read data, who inherit this, silently."""
+    """End before the first step. The worker processes that read data inherit this: they end silently and at
+    once, since Python drops an exception that is raised while a process is being forked, and their pool
+    would wait for them forever."""
+    if os.getpid() != MAIN_PROCESS:
+        os._exit(128 + number)
     sys.exit(128 + number)
 
 
