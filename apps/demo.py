@@ -30,7 +30,7 @@ import command
 from subjects import PEOPLE, bind_castings, cast, find_words, read_photos
 
 PREVIEWS = 5  # pictures shown while one is sampled
-FRAMES = 7  # of a morph
+FRAMES = 6  # of a morph
 OTHERS = {"woman": ("zoe", "mia", "ada"), "man": ("leo", "max", "tom")}  # examples/, for swapping
 EXAMPLES = ("a woman standing on the beach", "a woman and a man shaking hands in Paris",
             "a woman holding a bouquet of roses in Paris", "a man reading a book on a mountain",
@@ -294,10 +294,9 @@ def build(gr, studio: Studio):
 
         def follow(work: Callable, photos: list, *values) -> Iterator[dict]:
             """What is shown, with a line that says how far it is."""
-            photos = [photo for photo in photos if photo]
-            if not photos:
-                raise gr.Error("Upload a photo of the first person.")
             try:
+                if None in photos:
+                    raise ValueError(f"Upload a photo of the {('first', 'second')[photos.index(None)]} person.")
                 for value in studio.live(work, photos, *values):
                     for warning in value.get("warnings", ()):
                         gr.Warning(warning)
@@ -306,7 +305,7 @@ def build(gr, studio: Studio):
                 raise gr.Error(studio.clean(error), print_exception=False) from error
 
         def in_prompt(first: str | None, second: str | None, both: bool, prompt: str) -> list:
-            return [first, second] if both and len(find_words(prompt, PEOPLE)) > 1 else [first]
+            return [first, second] if both and second and len(find_words(prompt, PEOPLE)) > 1 else [first]
 
         def on_draw(first, second, both, kind, layer, step, prompt, *values):
             for value in follow(studio.draw, in_prompt(first, second, both, prompt), prompt, *values):
@@ -321,8 +320,6 @@ def build(gr, studio: Studio):
                 yield {status: value["line"], **({strip: value["strip"]} if "strip" in value else {})}
 
         def on_morph(first, second, amount, *values):
-            if not second:
-                raise gr.Error("Upload a photo of the second person.")
             for value in follow(studio.morph, [first, second], *values):
                 done = value.get("frames")
                 yield {status: value["line"], **({frames: done, frame: pick(done, amount)} if done else {})}
