@@ -88,6 +88,25 @@ def router_width(hidden: int) -> Iterator[None]:
 
 
 @contextmanager
+def deeper_routers(hidden: int) -> Iterator[None]:
+    """Routers with two hidden layers."""
+    import moa.install
+    import stages.moa
+    import torch.nn as nn
+    add_moa = moa.install.add_moa
+
+    def add(unet, router_hidden=None):
+        add_moa(unet, hidden)
+        for _, _, mixture in moa.install.moa_layers(unet):
+            first, act, last = mixture.router.f
+            mixture.router.f = nn.Sequential(first, act, nn.Linear(hidden, hidden), nn.GELU(), last)
+        return unet
+
+    with replaced(moa.install, "add_moa", add), replaced(stages.moa, "add_moa", add):
+        yield
+
+
+@contextmanager
 def no_encoding() -> Iterator[None]:
     """The same token at every timestep and in every layer: PE(t, l) is a constant."""
     from moa.prompt import PositionalEncoding
@@ -103,6 +122,37 @@ def mean_router_loss() -> Iterator[None]:
     router_loss = stages.moa.router_loss
     with replaced(stages.moa, "router_loss",
                   lambda routing, mask: router_loss(routing, mask) / mask[0].numel()):
+        yield
+
+
+# Pairs of attributes that `unseen-pairs` never shows together; each alone it does.
+UNSEEN = ((("hair_color", "red"), ("glasses", "yes")), (("shirt_color", "blue"), ("pattern", "stripes")),
+          (("bottom", "skirt"), ("bottom_color", "red")))
+
+
+def has_unseen_pair(person) -> bool:
+    """Does a `toyworld.Identity` have both attributes of a pair in UNSEEN?"""
+    return any(all(getattr(person, name) == value for name, value in pair) for pair in UNSEEN)
+
+
+@contextmanager
+def without_unseen_pairs() -> Iterator[None]:
+    """Training skips the scenes in which somebody has such a pair."""
+    from functools import cache
+
+    import numpy as np
+
+    import stages.stage
+    from data import toyworld
+    batch_indices = stages.stage.batch_indices
+
+    @cache
+    def allowed(count: int) -> np.ndarray:
+        return np.array([seed for seed in range(count) if not any(
+            has_unseen_pair(subject.identity) for subject in toyworld.sample_scene(seed).subjects)])
+
+    with replaced(stages.stage, "batch_indices", lambda seed, step, size, count:
+                  allowed(count)[batch_indices(seed, step, size, len(allowed(count)))]):
         yield
 
 
@@ -128,12 +178,15 @@ ROWS = {
     "no-object-loss": Row("without Eq. 12", {"lambda_object": 0.0}),
     "router-16": Row("routers with a hidden layer of 16", edits=(lambda: router_width(16),)),
     "router-64": Row("routers with a hidden layer of 64", edits=(lambda: router_width(64),)),
+    "router-deep": Row("routers with two hidden layers of 16", edits=(lambda: deeper_routers(16),)),
     "cross-only": Row("MoA in cross-attention only", edits=(only(lambda layer, kind: kind == "cross"),)),
     "self-only": Row("MoA in self-attention only", edits=(only(lambda layer, kind: kind == "self"),)),
     "decoder-only": Row("MoA in the decoder only", edits=(only(lambda layer, kind: layer in DECODER),)),
     "every-second": Row("MoA in every second block", edits=(only(lambda layer, kind: layer % 2 == 0),)),
     "half": Row("half the training", {"steps": STEPS // 2}),
     "double": Row("twice the training", {"steps": 2 * STEPS}),
+    "unseen-pairs": Row("trained without three pairs of attributes: see bench/generalization.py",
+                        edits=(without_unseen_pairs,)),
 }
 COLUMNS = ("identity", "mixup", "context", "activity", "locality", "prior_agreement", "router_iou", "variety")
 

@@ -6,7 +6,8 @@ import re
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import controls
@@ -15,10 +16,11 @@ from subjects import Place, cast, read_photos
 SHIPPED = Path(__file__).resolve().parent / "weights" / "toyworld"
 BATCH = 8  # pictures drawn at once, fewer where they are large
 BATCH_PIXELS = 8 * 512 * 512
+MANY_PIXELS = 4  # times those of the weights' own pictures: behind it there is a warning
 # What a flag, or config.json in its place, may say; numbers that may have a fraction are floats here.
 LIMITS = {"num": (1, 1000), "seed": (0, 2 ** 63 - 1), "steps": (1, 999), "guidance_scale": (0.0, 100.0),
           "width": (8, 2048), "height": (8, 2048), "clip_skip": (1, 12), "prior_above": (0, 1000),
-          "strength": (0.0, 10.0), "frames": (2, 200)}
+          "strength": (0.0, 10.0), "sparse": (0.0, 1.0), "frames": (2, 200)}
 
 
 class Parser(argparse.ArgumentParser):
@@ -29,18 +31,37 @@ class Parser(argparse.ArgumentParser):
                          allow_abbrev=False)
 
 
-def add_flags(parser: argparse.ArgumentParser, seeds: Sequence[int] = ()) -> None:
+class Once(argparse.Action):
+    """A flag that refuses to be given again, where the second would silently take the first one's place
+    though one may well want both."""
+
+    def __call__(self, parser, args, values, flag=None) -> None:
+        if getattr(args, self.dest) is not self.default:
+            parser.error(f"{flag} can be given only once")
+        setattr(args, self.dest, values)
+
+
+def add_flags(parser: argparse.ArgumentParser, seeds: Sequence[int] = (), without: Sequence[str] = (),
+              **defaults) -> None:
     """What every command that draws pictures understands. seeds: the default of --seeds, which then
-    takes the place of --seed."""
-    add = parser.add_argument_group("drawing").add_argument
+    takes the place of --seed. without: flags of "drawing" that mean nothing to a command, or that it
+    describes itself. defaults: of --seed, --steps and --guidance-scale, if it has its own."""
+    said = {"seed": "random, printed", "steps": "the weights', or 20", "guidance_scale": "the weights', or 5",
+            **defaults}
+    group = parser.add_argument_group("drawing")
+
+    def add(flag: str, **options) -> None:
+        if flag not in without:
+            group.add_argument(flag, **options)
+
     if seeds:
-        add("--seeds", type=int, nargs="+", default=list(seeds), metavar="SEED",
+        add("--seeds", type=int, nargs="+", action=Once, default=list(seeds), metavar="SEED",
             help=f"of the noises (default {' '.join(map(str, seeds))})")
     else:
-        add("--seed", type=int, help="of the noise (default: random, printed)")
-    add("--steps", type=int, help="sampling steps (default: the weights', or 20)")
-    add("--guidance-scale", type=float,
-        help="classifier-free guidance; 1 is none (default: the weights', or 5)")
+        add("--seed", type=int, default=defaults.get("seed"), help=f"of the noise (default: {said['seed']})")
+    add("--steps", type=int, default=defaults.get("steps"), help=f"sampling steps (default: {said['steps']})")
+    add("--guidance-scale", type=float, default=defaults.get("guidance_scale"),
+        help=f"classifier-free guidance; 1 is none (default: {said['guidance_scale']})")
     add("--negative-prompt", default="", help="what to lead away from")
     add("--clip-skip", type=int, default=1, metavar="N",
         help="take the text encoder's N-th layer from the end, as web UIs count: 1 is the last (default), "
@@ -52,13 +73,16 @@ def add_flags(parser: argparse.ArgumentParser, seeds: Sequence[int] = ()) -> Non
         help="the base model draws alone at timesteps from T on (default: the weights', or 800)")
     add("--strength", type=float, default=1.0,
         help="times the weight that the routers give to the subjects: 0 is the base model (default 1)")
+    add("--sparse", type=float, default=0.0, metavar="WEIGHT",
+        help="faster: pixels to which the routers give no more than this are left to the prior, such as 0.1 "
+             "(default 0, none)")
     add = parser.add_argument_group("models").add_argument
     add("--weights", type=Path, default=SHIPPED, metavar="FOLDER", help="default: the small world")
     add("--moa", type=Path, metavar="FILE", help="default: moa.safetensors in the weights folder")
     add("--vae", metavar="FILE", help="decode with this VAE: a file or folder that convert_sd15.py reads")
     add("--lora", action="append", default=[], metavar="FILE[:SCALE[:TEXT_SCALE]]",
         help="a style: a LoRA's .safetensors, and how much of it (default 1); repeatable, in any order")
-    add("--lora-scope", choices=["attn", "all"], default="attn",
+    add("--lora-scope", choices=["attn", "all"],
         help="attn (default, the paper's): only the prior's attention, and the text encoder where TEXT_SCALE "
              "is given. all: all layers of the file; TEXT_SCALE is SCALE where it is not given")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default auto)")
@@ -88,6 +112,15 @@ def fail(error: Exception | str) -> None:
     sys.exit(2)
 
 
+@contextmanager
+def naming(where: str) -> Iterator[None]:
+    """What is wrong inside, say with a line of a file, is said with where it is."""
+    try:
+        yield
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
 class WarningPrinter:
     """Prints each warning once, as one line that does not break the progress bar."""
 
@@ -114,8 +147,14 @@ def check(args: argparse.Namespace) -> None:
             raise ValueError(f"{flag} must be a multiple of 8, not {value}: {value // 8 * 8} or "
                              f"{value // 8 * 8 + 8}")
     controls.check(args)
+    if args.lora_scope and not args.lora:
+        raise ValueError("--lora-scope means nothing without --lora")
     if "seeds" in args:
         check_seeds(args)
+    for name in ("prompt", "source_prompt"):
+        prompt = getattr(args, name, None)
+        if prompt is not None:
+            check_prompt("--" + name.replace("_", "-"), prompt)
 
 
 def check_seeds(args: argparse.Namespace) -> None:
@@ -136,25 +175,29 @@ def check_seed(seed) -> None:
         raise ValueError(f"seed must be a whole number in {low}..{high}, not {seed!r}")
 
 
-def check_keys(where, values, **kinds: type) -> None:
+def check_keys(where, values, optional: Sequence[str] = (), **kinds: type) -> None:
     """Raise ValueError unless `values`, out of a JSON file, is an object with these keys, each filled with
-    its kind."""
+    its kind, and besides them with `optional` ones alone."""
     names = {dict: "an object", list: "a list", str: "a text"}
     for key, kind in kinds.items():
         found = values.get(key) if isinstance(values, dict) else None
         if not isinstance(found, kind) or not found:
             raise ValueError(f"{where} needs {key!r}: {names[kind]} that is not empty")
+    known = [*kinds, *optional]
+    if unknown := [key for key in values if key not in known]:
+        raise ValueError(f"{where} has an unknown key {unknown[0]!r}: it takes {', '.join(known)}")
 
 
-def read_json(path: Path, **kinds: type) -> dict:
-    """A JSON file with the keys of `check_keys`. Raises ValueError."""
+def read_json(path: Path, **kinds: type):
+    """A JSON file; where `kinds` are given, it has exactly the keys of `check_keys`. Raises ValueError."""
     try:
         values = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}. Give a JSON file") from error
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a JSON file: {error}") from error
-    check_keys(path, values, **kinds)
+    if kinds:
+        check_keys(path, values, **kinds)
     return values
 
 
@@ -172,10 +215,14 @@ def check_prompt(flag: str, prompt: str) -> None:
         raise ValueError(f"{flag} is empty: say what to draw")
 
 
-def check_picture(flag: str, path: Path, endings: Sequence[str] = (".png",)) -> None:
-    """Raise ValueError unless `path` has one of these endings and can be created or replaced."""
+def check_picture(flag: str, path: Path, endings: Iterable[str] = (".png",), others: Sequence[Path] = ()
+                  ) -> None:
+    """Raise ValueError unless `path` has one of these endings, is none of the other outputs and can be
+    created or replaced."""
     if path.suffix.lower() not in endings:
         raise ValueError(f"{flag} {path} must be a file whose name ends in {' or '.join(endings)}")
+    if path.resolve() in [other.resolve() for other in others]:
+        raise ValueError(f"{flag} {path} is --output's file: give another name")
     check_writable(flag, path)
 
 
@@ -194,13 +241,15 @@ def check_writable(flag: str, path: Path) -> None:
 
 def keep_photos(args: argparse.Namespace, places: Sequence[Place], outputs: Sequence[Path | None],
                 others: Sequence[Path] = ()) -> None:
-    """Raise ValueError if an output would replace a picture that is read: a subject's or another."""
-    read = [*(file for place in places for file in place.files), *args.control_image, *others]
+    """Raise ValueError if an output would replace what is read: a subject's photo, another picture or a
+    config.json."""
+    configs = [Path(folder) / "config.json" for folder in (args.weights, *args.controlnet)]
+    read = [*(file for place in places for file in place.files), *args.control_image, *configs, *others]
     taken = {Path(file).resolve() for file in read}
     for output in outputs:
         if output and output.resolve() in taken:
-            raise ValueError(f"{output} is a subject's photo or a control image and would be replaced: give "
-                             "another --output")
+            raise ValueError(f"{output} is a subject's photo or another file that is read, and would be "
+                             "replaced: give another --output")
 
 
 def plan_sheet(output: Path, count: int) -> tuple[Path, list[Path]]:
@@ -226,8 +275,9 @@ def save_sheet(sheet, path: Path, settings: dict, images: Sequence, files: Seque
                own: Sequence[dict]) -> None:
     """Save a sheet and, where `plan_sheet` gave files for them, its pictures, each with its own settings
     besides those of all."""
-    for image, file, more in zip(images, files, own) if files else ():
-        save(image, file, {**settings, **more})
+    if files:
+        for image, file, more in zip(images, files, own, strict=True):
+            save(image, file, {**settings, **more})
     save(sheet, path, settings)
 
 
@@ -261,7 +311,7 @@ def load_pipeline(args: argparse.Namespace, moa: bool | None = True, people: boo
         raise ValueError(f"--weights {args.weights} has no image_encoder.safetensors, which subjects need")
     if args.vae is not None:
         replace_vae(pipeline, args.vae)
-    pipeline.set_loras(args.lora, args.lora_scope)
+    pipeline.set_loras(args.lora, args.lora_scope or "attn")
     fill_in(args, pipeline.models.config)
     args.controls = controls.load_controls(args, hints, pipeline)
     return pipeline
@@ -311,6 +361,21 @@ def fill_in(args: argparse.Namespace, config: dict) -> None:
         if getattr(args, name) is None:
             setattr(args, name, default if found.get(name) is None else found[name])
     check(args)
+    side = size or defaults["width"]
+    if args.width * args.height > MANY_PIXELS * side ** 2:
+        warnings.warn(f"pictures of {args.width} x {args.height} pixels are far larger than the {side} x "
+                      f"{side} that these weights are made for: they take long and show things several times",
+                      stacklevel=2)
+
+
+def amounts(count: int) -> list[float]:
+    """How far each of `count` frames is on the way from the first to the last, from 0 to 1."""
+    return [round(k / (count - 1), 3) for k in range(count)]
+
+
+def frame_labels(count: int, first: str = "0.00", last: str = "1.00") -> list[str]:
+    """`amounts` to be shown, the first and the last by other names if given."""
+    return [first, *(f"{amount:.2f}" for amount in amounts(count)[1:-1]), last]
 
 
 def load_cast(args: argparse.Namespace, castings: Sequence[Sequence[Place]], outputs: Sequence[Path | None]):
@@ -326,7 +391,8 @@ def load_cast(args: argparse.Namespace, castings: Sequence[Sequence[Place]], out
 def drawing(args: argparse.Namespace) -> dict:
     """What the flags mean for `Pipeline.sample`."""
     return {"steps": args.steps, "guidance_scale": args.guidance_scale, "sampler": args.sampler,
-            "prior_above": args.prior_above, "strength": args.strength, "controls": args.controls}
+            "prior_above": args.prior_above, "strength": args.strength, "sparse": args.sparse,
+            "controls": args.controls}
 
 
 def draw(args: argparse.Namespace, pipeline, prompts, seeds: Sequence,
@@ -380,9 +446,10 @@ def draw_rows(args: argparse.Namespace, pipeline, castings: Sequence[Sequence | 
 def describe(args: argparse.Namespace, places: Sequence[Place], **more) -> dict:
     """The settings that go into a picture's metadata: names of files, never where they lie."""
     kept = ("negative_prompt", "seed", "steps", "sampler", "guidance_scale", "clip_skip", "width", "height",
-            "prior_above", "strength", "dtype")
+            "prior_above", "strength", "sparse", "dtype")
     return {**{name: getattr(args, name) for name in kept},
             "weights": args.weights.resolve().name, "moa": args.moa.name if args.moa else None,
             "vae": Path(args.vae).resolve().name if args.vae else None,
-             "loras": [str(lora) for lora in args.lora], "lora_scope": args.lora_scope if args.lora else None,
-             "subjects": [str(place) for place in places], "controls": controls.describe(args), **more}
+            "loras": [str(lora) for lora in args.lora],
+            "lora_scope": (args.lora_scope or "attn") if args.lora else None,
+            "subjects": [str(place) for place in places], "controls": controls.describe(args), **more}

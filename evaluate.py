@@ -28,6 +28,7 @@ SEEDS = 4  # per case in `variety`, which a sixteenth of the cases is enough for
 DILATION = 9  # pixels, a window: people's masks are widened by half of it before "outside" begins
 KINDS = ("self", "cross")
 SHOWN = 16  # cases on each contact sheet
+START = 1000  # the subjects are there at timesteps below this one: at all of them
 # Score -> what is good, and which of the judge's own numbers says how far to trust it.
 SCORES = {"context": ("high", "context"), "activity": ("high", "activity"), "count": ("high", "count"),
           "identity": ("high", "identity"), "mixup": ("low", "mixup"), "locality": ("low", "people_iou"),
@@ -54,8 +55,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="classifier-free guidance; 1 is none (default: the weights')")
     add("--prior-above", type=int, metavar="T",
         help="the base model draws alone at timesteps from T on (default: the weights', or 800)")
-    add("--start", type=int, default=1000, metavar="T",
-        help="the subjects are there at timesteps below T (default 1000)")
+    add("--start", type=int, default=START, metavar="T",
+        help=f"the subjects are there at timesteps below T (default {START})")
+    add("--sparse", type=float, default=0.0, metavar="WEIGHT",
+        help="sparse routing: router weights up to this count as 0 (default 0)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default auto)")
     return parser.parse_args(argv)
 
@@ -82,7 +85,8 @@ def run(args: argparse.Namespace) -> None:
     fill_in(args)
     timesteps = check(args)
     pipeline, judge, files = load(args)
-    options = {"steps": args.steps, "guidance_scale": args.guidance_scale, "prior_above": args.prior_above}
+    options = {"steps": args.steps, "guidance_scale": args.guidance_scale, "prior_above": args.prior_above,
+               "sparse": args.sparse}
     settings = {"count": args.count, **options, "start": args.start, "weights": args.weights.resolve().name,
                 "moa": files["moa"].name}
     source = {"code": git_describe(), "torch": torch.__version__, "device": device_name(pipeline.device),
@@ -95,7 +99,7 @@ def run(args: argparse.Namespace) -> None:
             drawn, took = draw(pipeline, judge, numbers, start=args.start, **options)
             cases += drawn
             seconds.append(took)
-        ceiling = judge_accuracy(judge, pipeline.device)
+        ceiling = judge_accuracy(judge)
         ratios = variety(pipeline, max(1, args.count // 16), start=args.start, **options)
     router = router_arrays(cases, timesteps)
     draw_sheets(cases, router, args.output)
@@ -140,14 +144,16 @@ def check(args: argparse.Namespace) -> list[int]:
 
     Raises ValueError for the first setting that cannot be evaluated, before anything is loaded.
     """
-    from samplers import timesteps
+    from samplers import SCHEDULES
     if args.count < 2:
         raise ValueError(f"--count must be at least 2, not {args.count}")
-    if not 1 <= args.start <= 1000:
-        raise ValueError(f"--start must be in 1..1000, not {args.start}")
+    if not 1 <= args.start <= START:
+        raise ValueError(f"--start must be in 1..{START}, not {args.start}")
+    if not 0 <= args.sparse <= 1:
+        raise ValueError(f"--sparse must be in 0..1, not {args.sparse}")
     if not 0 <= args.guidance_scale <= 100:
         raise ValueError(f"--guidance-scale must be in 0..100, not {args.guidance_scale}")
-    below = [t for t in timesteps(args.steps, "linspace", end_node=True) if t < args.prior_above]
+    below = [t for t in SCHEDULES["unipc"](args.steps) if t < args.prior_above]
     if not below:
         raise ValueError(f"--prior-above {args.prior_above} leaves nothing to MoA: none of the {args.steps} "
                          "steps' timesteps lies below it")
@@ -165,8 +171,6 @@ def load(args: argparse.Namespace):
 
     Raises ValueError or WeightsError when one is missing or broken.
     """
-    from data.judge import Judge
-    from models.load import check_exact, read_tensors
     from pipeline import Pipeline, pick_device
     judge_here = args.weights / "judge.safetensors"
     files = {part: args.weights / f"{part}.safetensors"
@@ -177,16 +181,24 @@ def load(args: argparse.Namespace):
         if not path.is_file():
             raise ValueError(f"{path} not found: the evaluation needs {name.replace('_', ' ')} weights")
     pipeline = Pipeline.load(args.weights, files["moa"], pick_device(args.device))
+    return pipeline, load_judge(files["judge"], pipeline.device), files
+
+
+def load_judge(path: Path, device="cpu"):
+    """The judge. Raises WeightsError."""
+    from data.judge import Judge
+    from models.load import check_exact, read_tensors
     judge = Judge()
-    state = {k: v.float() for k, v in read_tensors(files["judge"]).items()}
-    check_exact(state, judge.state_dict(), files["judge"])
+    state = {k: v.float() for k, v in read_tensors(path).items()}
+    check_exact(state, judge.state_dict(), path)
     judge.load_state_dict(state)
-    return pipeline, judge.eval().to(pipeline.device), files
+    return judge.eval().to(device)
 
 
 def checksum(path: Path) -> str:
     """The first 16 digits of a file's SHA-256."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def device_name(device) -> str:
@@ -230,7 +242,7 @@ def cast(number: int) -> list[toyworld.Scene]:
     return [toyworld.compose_scene(number, people, plan.activity, plan.context) for people in castings]
 
 
-def draw(pipeline, judge, numbers, start: int = 1000, **options) -> tuple[list[Case], dict[str, float]]:
+def draw(pipeline, judge, numbers, start: int = START, **options) -> tuple[list[Case], dict[str, float]]:
     """Draw a batch of cases and have them read; options are those of `Pipeline.generate`.
 
     Returns the cases and the seconds per picture of the prior and of MoA, taken in turns. MoA's is
@@ -253,7 +265,7 @@ def draw(pipeline, judge, numbers, start: int = 1000, **options) -> tuple[list[C
         if not torch.isfinite(images).all():
             raise ValueError("a picture came out as NaN: the weights are broken")
         pictures.append(to_uint8(images))
-        readings.append(read(judge, images.to(pipeline.device)))
+        readings.append(read(judge, images))
 
     people = [[subjects_of(pipeline, scenes[k], references_of(scenes[k], number, k), start)
                for number, scenes in zip(numbers, castings, strict=True)] for k in range(2)]
@@ -272,7 +284,7 @@ def references_of(scene: toyworld.Scene, number: int, casting: int) -> np.ndarra
     return np.stack([toyworld.render_reference(s.identity, 10 * number + casting) for s in scene.subjects])
 
 
-def subjects_of(pipeline, scene: toyworld.Scene, photos: np.ndarray, start: int) -> list:
+def subjects_of(pipeline, scene: toyworld.Scene, photos: np.ndarray, start: int = START) -> list:
     """The subjects of a scene for `Pipeline.generate`, there at timesteps below `start`."""
     from pictures import to_picture
     from pipeline import Subject
@@ -296,8 +308,17 @@ def collector(routing: dict, maps: list):
     return collect
 
 
-def read(judge, images) -> list[Reading]:
-    """Have the judge read (B, 3, S, S) pictures."""
+def read(judge, pictures) -> list[Reading]:
+    """Have the judge read (B, 3, S, S) pictures in [-1, 1], `BATCH` of them at once."""
+    import torch
+    device = next(judge.parameters()).device
+    with torch.no_grad():
+        return [reading for images in pictures.split(BATCH)
+                for reading in read_batch(judge, images.to(device))]
+
+
+def read_batch(judge, images) -> list[Reading]:
+    """`read`, of a batch on the judge's device."""
     import torch.nn.functional as F
     verdict = judge(images)
     people = F.interpolate(verdict.people.softmax(1), images.shape[-2:], mode="bilinear")[:, 0] < 0.5
@@ -386,7 +407,7 @@ def router_iou(case: Case) -> float:
     return float(map_iou(case.routing.mean((0, 1, 2)), coverage(case)))
 
 
-def variety(pipeline, count: int, start: int = 1000, **options) -> list[float]:
+def variety(pipeline, count: int, start: int = START, **options) -> list[float]:
     """How much a case's pictures differ over `SEEDS` seeds, relative to how much the prior's do.
 
     Mean absolute difference of pixels over all pairs of seeds, with the case's subjects over without;
@@ -459,7 +480,7 @@ def router_arrays(cases: list[Case], timesteps: list[int]) -> dict:
                       for name, value in values.items()} for view, axes in views.items()}}
 
 
-def judge_accuracy(judge, device, count: int = 400) -> dict[str, dict]:
+def judge_accuracy(judge, count: int = 400) -> dict[str, dict]:
     """The same scores of held-out renders, and the IoU of the people that the judge finds in them: what
     the judge gives where everything is right."""
     from pictures import to_picture
@@ -467,7 +488,7 @@ def judge_accuracy(judge, device, count: int = 400) -> dict[str, dict]:
     for first in range(0, count, 50):
         scenes = [toyworld.sample_scene(2_000_000 + k, "test") for k in range(first, first + 50)]
         images, masks = zip(*map(toyworld.render_scene, scenes), strict=True)
-        readings = read(judge, to_picture(np.stack(images)).to(device))
+        readings = read(judge, to_picture(np.stack(images)))
         for scene, mask, reading in zip(scenes, masks, readings, strict=True):
             hits += attribute_hits(scene, reading)
             values["people_iou"].append(iou(mask.any(0), reading.people))

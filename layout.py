@@ -1,5 +1,8 @@
 """Pictures beside and below each other, with text: strips, grids, contact sheets."""
 import math
+import re
+import unicodedata
+from functools import cache
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
@@ -18,9 +21,26 @@ def thumbnail(image: Image.Image) -> Image.Image:
     return small
 
 
+@cache
+def letter(character: str) -> str:
+    """The character where Pillow's own font has it, which is little more than ASCII; of other Latin
+    letters what they are without their marks; else a question mark."""
+    if bytes(FONT.getmask(character)) != bytes(FONT.getmask("\uffff")):
+        return character
+    latin = re.match(r"LATIN (CAPITAL|SMALL) LETTER (AE|OE|[A-Z])\b", unicodedata.name(character, ""))
+    if not latin:
+        return "?"
+    return latin[2] if latin[1] == "CAPITAL" else latin[2].lower()
+
+
+def printable(text: str) -> str:
+    """Text in characters that the font has; `letter` says what becomes of others."""
+    return "".join(map(letter, unicodedata.normalize("NFC", text)))
+
+
 def write(canvas: ImageDraw.ImageDraw, x: int, y: int, text: str, width: int) -> None:
     """One line of text, cut where it would leave `width`."""
-    text = shown = " ".join(text.split())
+    text = shown = printable(" ".join(text.split()))
     while FONT.getlength(shown) > width and text:
         text = text[:-1]
         shown = text + "…"
@@ -75,7 +95,7 @@ def beside(parts: list[Image.Image]) -> Image.Image:
 def heading(text: str, width: int, margin: int = 8) -> Image.Image:
     """Text in as many lines as it needs."""
     lines = []
-    for word in text.split():
+    for word in printable(text).split():
         if lines and FONT.getlength(f"{lines[-1]} {word}") <= width - 2 * margin:
             lines[-1] += f" {word}"
         else:

@@ -13,11 +13,12 @@ import torch.nn.functional as F
 import torch.nn as nn
 from torch import Tensor
 
-from moa import ExpertContext, MultimodalPrompt, base_modules, force_routing, load_moa, scale_personalized
+from moa import (ExpertContext, MultimodalPrompt, base_modules, force_routing, load_moa,
+                 scale_personalized, sparse_routing)
 from models import Models, load_models
 from models.controlnet import ControlNet, add_residuals, guess_ramp
 from models.lora import LoRASetting, MergedLoRAs
-from samplers import NUM_TIMESTEPS, SAMPLERS, guided
+from samplers import NUM_TIMESTEPS, SAMPLERS, SCHEDULES, guided
 
 PRIOR_ABOVE = 800  # MoA was trained below this timestep; above it the prior draws alone
 
@@ -94,6 +95,16 @@ def steering(controls: Sequence[Control], text: Tensor, prompted: int, steps: in
                              for control in controls if control.acts(step, steps))
 
     return steer
+
+
+def warn_if_absent(subjects: Sequence[Sequence[Subject] | None], timesteps: Sequence[int],
+                   prior_above: int) -> None:
+    """Say so when somebody is in none of a picture's steps, which are at these falling timesteps."""
+    starts = [min(person.start, prior_above) for people in subjects for person in people or ()]
+    if starts and timesteps[-1] >= min(starts):
+        warnings.warn(f"somebody is in no step of the picture: they start below timestep {min(starts)}, "
+                      f"and the last of {len(timesteps)} steps is at {timesteps[-1]}; take more steps",
+                      stacklevel=3)
 
 
 def squared_distance(features: Tensor, mean: Tensor, precision: Tensor) -> Tensor:
@@ -187,7 +198,7 @@ class Pipeline:
             text, self.prompt(text, features, positions, t[:, None] < start, t))
 
     def denoiser(self, text: Tensor, subjects: Sequence[Sequence[Subject] | None], prior_only: bool = False,
-                 prior_above: int = PRIOR_ABOVE, strength: float = 1.0,
+                 prior_above: int = PRIOR_ABOVE, strength: float = 1.0, sparse: float = 0.0,
                  steer: Callable[[Tensor, Tensor], list[Tensor]] = lambda x, t: []
                  ) -> Callable[[Tensor, Tensor], Tensor]:
         """The network as a sampler calls it: x (B, 4, h, w), t (B,), all alike -> eps (B, 4, h, w).
@@ -207,7 +218,8 @@ class Pipeline:
             eps, residuals = torch.empty_like(x), steer(x, t)
             rows = mixed if int(t[0]) < prior_above else []
             if rows:
-                with scale_personalized(unet, strength):
+                with (scale_personalized(unet, strength),
+                      sparse_routing(unet, sparse) if sparse else nullcontext()):
                     eps[rows] = unet(x[rows], t[rows], context(t[rows]), [r[rows] for r in residuals])
             # The same for all people: samples with the same text and noise are computed once, except
             # that each may be steered to its own hint.
@@ -229,32 +241,23 @@ class Pipeline:
     def sample(self, x: Tensor, text: Tensor, null: Tensor,
                subjects: Sequence[Sequence[Subject] | None] | None = None, steps: int = 20,
                guidance_scale: float = 5.0, sampler: str = "unipc", controls: Sequence[Control] = (),
-               progress: Callable[[int, int, int, Tensor], None] | None = None, **denoising) -> Tensor:
+               progress: Callable[[int, int, int, Tensor], None] | None = None, prior_only: bool = False,
+               prior_above: int = PRIOR_ABOVE, strength: float = 1.0, sparse: float = 0.0) -> Tensor:
         """From noise x (B, 4, h, w) to latents (B, 4, h, w), guided from the text states null (1 or
         B, 77, C) to text (B, 77, C). The rest as in `generate` and `denoiser`."""
         for control in controls:
             self.check_controlnet(control.net)
         states, people = text, list(subjects or [[]] * len(text))
+        if not prior_only:
+            warn_if_absent(people, SCHEDULES[sampler](steps), prior_above)
         if guidance_scale != 1:
             states = torch.cat([null.expand_as(text), text])
             people = [None if found is None else [] for found in people] + people
         steer = steering(controls, states, len(text), steps)
-        denoise = self.denoiser(states, people, steer=steer, **denoising)
+        denoise = self.denoiser(states, people, prior_only, prior_above, strength, sparse, steer)
         if guidance_scale != 1:
             denoise = guided(denoise, guidance_scale)
-        times: list[int] = []
-
-        def timed(x: Tensor, t: Tensor) -> Tensor:
-            times.append(int(t[0]))
-            return denoise(x, t)
-
-        latents = SAMPLERS[sampler](timed, x, steps=steps, progress=progress)
-        starts = [min(person.start, denoising.get("prior_above", PRIOR_ABOVE))
-                  for several in people for person in several or ()]
-        if starts and min(times) >= min(starts) and not denoising.get("prior_only"):
-            warnings.warn(f"somebody is in no step of the picture: they start below timestep {min(starts)}, "
-                          f"and the last of {steps} steps is at {min(times)}; take more steps", stacklevel=2)
-        return latents
+        return SAMPLERS[sampler](denoise, x, steps=steps, progress=progress)
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[str] | Tensor, seeds: Sequence[int | Tensor],
@@ -273,11 +276,11 @@ class Pipeline:
             size: (height, width) in pixels, multiples of the VAE's cell; None is config.json's.
             clip_skip: the text encoder's layer that is used, counted from the last, 1.
             sampling: of `sample`: steps (20), guidance_scale (5.0), sampler ("unipc" or "ddim"),
-                controls, whose effects are added up, and progress, called after each step as
-                (step, steps, t, predicted clean latents);
-                of `denoiser`: prior_only, to draw with the base model; prior_above (800), the
-                timesteps from which on it draws anyway; strength (1.0), a factor of the personalized
-                experts' weight.
+                controls, whose effects are added up; progress, called after each step as
+                (step, steps, t, predicted clean latents); prior_only, to draw with the base model;
+                prior_above (800), the timesteps from which on it draws anyway; strength (1.0), a factor
+                of the personalized experts' weight; sparse (0.0), weights of theirs that are no larger
+                count as 0 and are not computed (see moa/sparse.py).
         Returns: (B, 3, H, W) in [-1, 1], float32 on the CPU.
         Raises ValueError for bad sizes and clip skips, ControlNets of other models and, from the
         sampler, for bad steps.

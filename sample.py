@@ -2,20 +2,21 @@
 
     python sample.py --subject examples/ada.png --prompt "a woman riding a bike on the beach"
     python sample.py --subject woman=a.png --subject man=b.png --prompt "a man and a woman dancing" --num 4
-    python sample.py --controlnet runs/controlnet --control-image examples/waving.png --prompt "a boy waving"
+    python sample.py --controlnet weights/toyworld --control-image examples/waving.png --prompt "a boy waving"
     python sample.py --from-file prompts.jsonl --output pictures
 
 Without --weights it uses the small cartoon world that ships with the code; for Stable Diffusion 1.5
 convert a checkpoint with weights/convert_sd15.py and give its folder.
 
 Each line of --from-file is a prompt, or a JSON object with `prompt` and, if you like, `subjects` (a list
-of what --subject takes) and `seed`. The command can be given again after a stop: pictures that are
-there are left alone. Under `torchrun` processes share the lines.
+of what --subject takes: paths start at the current folder, not at the file's) and `seed`. The command can
+be given again after a stop: pictures that are there are left alone. Under `torchrun` processes share the
+lines.
 """
 import argparse
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,8 +34,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--subject", action="append", default=[], metavar=SUBJECT,
         help="photo of a person, or several of the same one; bound to the prompt's words for people in "
-             "order, to WORD, or by N=FILE to the N-th of them; @T: not before the timestep falls below T; "
-             "repeatable")
+             "order, to WORD, or by N=FILE to the N-th of them; @T: not before the timestep falls below T, "
+             "which changes something for T below --prior-above only; repeatable")
     add("--output", type=Path, default=Path("sample.png"), metavar="PATH",
         help="a .png, or a folder (default sample.png; for several pictures a folder of that name)")
     add("--num", type=int, default=1, help="how many pictures; picture k has seed SEED + k (default 1)")
@@ -109,7 +110,6 @@ def save_all(args: argparse.Namespace, images: Iterator, files: list[Path], shee
 def check(args: argparse.Namespace) -> None:
     """Raise ValueError for the first setting that cannot be drawn."""
     command.check(args)
-    command.check_prompt("--prompt", args.prompt)
     if args.prior_only and args.save_routing:
         raise ValueError("--save-routing has nothing to show with --prior-only: leave one of them out")
 
@@ -128,9 +128,7 @@ def plan_files(args: argparse.Namespace) -> tuple[list[Path], Path | None]:
         sheet = folder / "sheet.png" if args.num > 1 else None
     command.check_writable("--output", files[0])
     if args.save_routing:
-        command.check_picture("--save-routing", args.save_routing)
-        if args.save_routing.resolve() in [path.resolve() for path in (*files, sheet or files[0])]:
-            raise ValueError(f"--save-routing {args.save_routing} is --output's file: give another name")
+        command.check_picture("--save-routing", args.save_routing, others=[*files, sheet or files[0]])
     return files, sheet
 
 
@@ -146,7 +144,7 @@ def describe(args: argparse.Namespace, prompt: str, places: list[Place]) -> dict
 class Line:
     """One picture of a file of prompts."""
 
-    number: int
+    name: str  # for messages
     prompt: str
     seed: int
     subject: list[str]
@@ -167,23 +165,32 @@ def run_file(args: argparse.Namespace) -> None:
     folder = args.output.with_suffix("") if args.output.suffix == ".png" else args.output
     command.check_writable("--output", folder / "00000.png")
     lines = read_lines(args.from_file, args.seed)
-    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     pipeline = load(args, people=any(line.subject for line in lines))
-    mine = {folder / f"{k:05d}.png": line for k, line in enumerate(lines) if k % processes == rank}
+    draw_lines(args, pipeline, dict(own_share([(folder / f"{k:05d}.png", line)
+                                               for k, line in enumerate(lines)])))
+
+
+def own_share(items: Sequence) -> Sequence:
+    """Of what the processes of `torchrun` share, the part of this one; all of it without `torchrun`."""
+    return items[int(os.environ.get("RANK", 0))::int(os.environ.get("WORLD_SIZE", 1))]
+
+
+def draw_lines(args: argparse.Namespace, pipeline, lines: dict[Path, Line]) -> None:
+    """Draw the pictures of these files, except those that are there. Raises ValueError before the first."""
     if not args.prior_only:
-        cast(args, pipeline, mine.values())
-        places = [place for line in mine.values() for place in line.places]
-        command.keep_photos(args, places, list(mine))
+        cast(args, pipeline, lines.values())
+        places = [place for line in lines.values() for place in line.places]
+        command.keep_photos(args, places, list(lines))
     from pictures import read_settings
     settings = {file: {**describe(args, line.prompt, line.places), "seed": line.seed}
-                for file, line in mine.items()}
-    todo = [file for file in mine if read_settings(file) != settings[file]]
-    images = command.draw(args, pipeline, [mine[file].prompt for file in todo],
-                          [mine[file].seed for file in todo], [mine[file].people for file in todo],
+                for file, line in lines.items()}
+    todo = [file for file in lines if read_settings(file) != settings[file]]
+    images = command.draw(args, pipeline, [lines[file].prompt for file in todo],
+                          [lines[file].seed for file in todo], [lines[file].people for file in todo],
                           prior_only=args.prior_only)
     for file, image in zip(todo, images, strict=True):
         command.save(image, file, settings[file])
-    print(f"{len(todo)} drawn, {len(mine) - len(todo)} were there", flush=True)
+    print(f"{len(todo)} drawn, {len(lines) - len(todo)} were there", flush=True)
 
 
 def read_lines(file: Path, seed: int) -> list[Line]:
@@ -202,26 +209,22 @@ def read_lines(file: Path, seed: int) -> list[Line]:
         raise ValueError(f"--from-file {file} is empty: give it a prompt on each line")
     lines = []
     for number, text in texts:
-        try:
-            lines.append(read_line(number, text, seed + len(lines)))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"--from-file {file}, line {number}: {error}") from error
+        name = f"--from-file {file}, line {number}"
+        with command.naming(name):
+            lines.append(read_line(name, text, seed + len(lines)))
     return lines
 
 
-def read_line(number: int, text: str, seed: int) -> Line:
+def read_line(name: str, text: str, seed: int) -> Line:
     """A prompt, or a JSON object. Raises ValueError."""
     if text.lstrip().startswith(("[", '"')):
         raise ValueError("a line is a prompt or a JSON object")
     if not text.lstrip().startswith("{"):
-        return Line(number, text.strip(), seed, [])
+        return Line(name, text.strip(), seed, [])
     values = json.loads(text)
-    unknown = values.keys() - {"prompt", "subjects", "seed"}
-    if unknown:
-        raise ValueError(f"unknown key {sorted(unknown)[0]!r}: a line has prompt, subjects and seed")
-    line = Line(number, values.get("prompt"), values.get("seed", seed), values.get("subjects", []))
-    if not isinstance(line.prompt, str) or not line.prompt.strip():
-        raise ValueError("it has no prompt")
+    command.check_keys("it", values, optional=("subjects", "seed"), prompt=str)
+    line = Line(name, values["prompt"], values.get("seed", seed), values.get("subjects", []))
+    command.check_prompt("its prompt", line.prompt)
     command.check_seed(line.seed)
     if not isinstance(line.subject, list) or not all(isinstance(s, str) for s in line.subject):
         raise ValueError('subjects must be a list, such as ["woman=ada.png"]')
@@ -232,7 +235,7 @@ def cast(args: argparse.Namespace, pipeline, lines: Iterable[Line]) -> None:
     """Find the people of all lines; each photo is read once. Raises ValueError."""
     known = {}
     for line in lines:
-        try:
+        with command.naming(line.name):
             line.places = bind_subjects(line.prompt, line.subject)
             for place in line.places:
                 if tuple(place.files) not in known:
@@ -240,8 +243,6 @@ def cast(args: argparse.Namespace, pipeline, lines: Iterable[Line]) -> None:
                     known[tuple(place.files)] = encode_person(pipeline, args.weights, place.files, photos)
             line.people = make_subjects(pipeline, line.prompt, line.places,
                                         [known[tuple(place.files)] for place in line.places])
-        except ValueError as error:
-            raise ValueError(f"--from-file {args.from_file}, line {line.number}: {error}") from error
 
 
 if __name__ == "__main__":

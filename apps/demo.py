@@ -296,7 +296,8 @@ def build(gr, studio: Studio):
             """What is shown, with a line that says how far it is."""
             try:
                 if None in photos:
-                    raise ValueError(f"Upload a photo of the {('first', 'second')[photos.index(None)]} person.")
+                    who = ("first", "second")[photos.index(None)]
+                    raise ValueError(f"Upload a photo of the {who} person.")
                 for value in studio.live(work, photos, *values):
                     for warning in value.get("warnings", ()):
                         gr.Warning(warning)

@@ -7,8 +7,7 @@
 The prior takes the picture back to noise (DDIM inversion, with the source prompt, without guidance); from
 this noise MoA draws, with DDIM and the same steps, the new person and those to keep, cut from the picture.
 The strip shows the picture, what the prior alone makes of its noise, and the edit. The picture is scaled
-to cover --width x --height and cut around its middle. --guidance-scale is 1 unless given, which keeps most
-of the picture; for a stronger swap take --inversion negative-prompt and 2 to 4. --seed changes nothing.
+to cover --width x --height and cut around its middle. There is no seed: the noise is the picture's own.
 """
 import argparse
 import sys
@@ -30,7 +29,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--source-prompt", required=True, help="what it shows")
     add("--subject", action="append", required=True, metavar=SUBJECT,
         help="photo of somebody new, bound to the prompt as sample.py does, or to its N-th person by N=FILE")
-    add("--keep", type=int, nargs="+", default=[], metavar="N",
+    add("--keep", type=int, nargs="+", action="extend", default=[], metavar="N",
         help="these people of the prompt stay; --mask or --box says where they are")
     where = parser.add_mutually_exclusive_group().add_argument
     where("--mask", type=Path, metavar="FILE", help="of the picture's size: a colour per person on black")
@@ -40,10 +39,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--inversion", choices=list(ITERATIONS), default="fixed-point",
         help="fixed-point: each step is iterated (default); negative-prompt: it is not, and the source "
              "prompt is --negative-prompt (arXiv 2305.16807)")
+    add("--guidance-scale", type=float, default=1.0,
+        help="1 keeps most of the picture (default); a stronger swap: --inversion negative-prompt and 2 to 4")
     add("--output", type=Path, default=Path("edit.png"), metavar="PATH",
         help="a .png for the strip, or a folder for the strip and its pictures (default edit.png)")
-    command.add_flags(parser)
-    parser.set_defaults(sampler="ddim", guidance_scale=1.0)
+    command.add_flags(parser, without=("--seed", "--sampler", "--guidance-scale"))
+    parser.set_defaults(seed=0, sampler="ddim")
     return parser.parse_args(argv)
 
 
@@ -54,10 +55,10 @@ def main(argv: list[str] | None = None) -> None:
 def run(args: argparse.Namespace) -> None:
     """Find the people, invert the picture, draw it again without and with the new ones, save."""
     command.check(args)
-    command.check_prompt("--source-prompt", args.source_prompt)
-    if args.sampler != "ddim":
-        raise ValueError(f"--sampler {args.sampler} cannot be inverted: leave it out")
     if args.inversion == "negative-prompt":
+        if args.negative_prompt:
+            raise ValueError("--inversion negative-prompt takes the source prompt for --negative-prompt: "
+                             "leave one of them out")
         args.negative_prompt = args.source_prompt
     kept = [f"{number}={args.image}" for number in args.keep]
     places = bind_subjects(args.source_prompt, [*kept, *args.subject])

@@ -41,7 +41,6 @@ def main(argv: list[str] | None = None) -> None:
 def run(args: argparse.Namespace) -> None:
     """Encode both people, draw everybody between them, save."""
     command.check(args)
-    command.check_prompt("--prompt", args.prompt)
     places = [bind_subjects(args.prompt, [subject])[0] for subject in args.subjects]
     if places[0]._replace(files=places[1].files) != places[1]:
         raise ValueError(f"--subjects {' '.join(args.subjects)}: both must stand for one word, from one "
@@ -51,9 +50,7 @@ def run(args: argparse.Namespace) -> None:
     from pipeline import interpolate
     sheet, files = command.plan_sheet(args.output, args.frames)
     if args.animation:
-        command.check_picture("--animation", args.animation, tuple(ANIMATIONS))
-        if args.animation.resolve() in [path.resolve() for path in (sheet, *files)]:
-            raise ValueError(f"--animation {args.animation} is --output's file: give another name")
+        command.check_picture("--animation", args.animation, ANIMATIONS, [sheet, *files])
     command.keep_photos(args, places, [sheet, *files, args.animation])
 
     photos = read_photos(places)
@@ -67,12 +64,11 @@ def run(args: argparse.Namespace) -> None:
                                people))
 
     settings = {"prompt": args.prompt, **command.describe(args, places, interpolation=args.interpolation)}
-    amounts = [round(k / (args.frames - 1), 3) for k in range(args.frames)]
     first, last = ((portrait(pictures, frames[0].size), str(place))
                    for pictures, place in zip(photos, places, strict=True))
-    tiles = [first, *((frame, f"{amount:.2f}") for frame, amount in zip(frames, amounts, strict=True)), last]
+    tiles = [first, *zip(frames, command.frame_labels(args.frames), strict=True), last]
     command.save_sheet(strip(args.prompt, tiles), sheet, settings, frames, files,
-                       [{"amount": amount} for amount in amounts])
+                       [{"amount": amount} for amount in command.amounts(args.frames)])
     if args.animation:
         save_animation(frames, args.animation, settings)
         print(args.animation, flush=True)

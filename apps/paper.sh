@@ -23,7 +23,10 @@ if [ ${#men[@]} -lt 3 ] || [ ${#women[@]} -lt 2 ]; then
     echo "error: MEN must name three photos and WOMEN two" >&2
     exit 2
 fi
-mkdir -p "$output"
+if ! mkdir -p "$output" 2> /dev/null || [ ! -w "$output" ]; then
+    echo "error: $output cannot be made or written: give another folder for the pictures" >&2
+    exit 2
+fi
 
 app() {  # NAME FIGURE ARGUMENTS...
     python "$root/apps/$1.py" --output "$output/$2.png" "${@:3}" "${flags[@]}"

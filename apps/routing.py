@@ -26,8 +26,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--subject", required=True, action="append", metavar=SUBJECT,
         help="photo of a person, bound to the prompt's words for people in order, or to WORD; repeatable")
     add("--output", type=Path, default=Path("routing.png"), metavar="FILE",
-        help="default routing.png, with routing.json beside it")
-    command.add_flags(parser)
+        help="default routing.png; the numbers go into a .json of the same name, in place of an older one")
+    command.add_flags(parser, without=["--sparse"])  # the maps are of all pixels
+    parser.set_defaults(sparse=0.0)
     return parser.parse_args(argv)
 
 
@@ -37,7 +38,6 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(args: argparse.Namespace) -> None:
     command.check(args)
-    command.check_prompt("--prompt", args.prompt)
     command.check_picture("--output", args.output)
     numbers = args.output.with_suffix(".json")
     command.check_writable("--output", numbers)

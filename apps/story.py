@@ -2,7 +2,7 @@
 
     python apps/story.py examples/story.json
 
-The story is a JSON file, its photos lie beside it. The last word of `word` is fused with them:
+The story is a JSON file, at whose folder paths start. The last word of `word` is fused with the photos:
 
     {"characters": {"Ada": {"word": "a woman", "photos": ["ada.png"]}},
      "scenes": [{"prompt": "{Ada} reading a book in the snow"},
@@ -15,7 +15,6 @@ import re
 import sys
 from pathlib import Path
 
-# A script has only its own folder on the path.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import command
 from subjects import Place, encode_person, make_subjects, read_photos
@@ -25,9 +24,8 @@ MOST_PEOPLE = 4  # in one picture, as in training
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = command.Parser(__doc__)
-    add = parser.add_argument
-    add("story", type=Path, help="a JSON file, see above")
-    add("--output", type=Path, default=Path("story.png"), metavar="PATH",
+    parser.add_argument("story", type=Path, help="a JSON file, see above")
+    parser.add_argument("--output", type=Path, default=Path("story.png"), metavar="PATH",
         help="a .png for the strip, or a folder for the strip and each picture (default story.png)")
     command.add_flags(parser)
     return parser.parse_args(argv)
@@ -38,46 +36,49 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Read the story, encode each person once, draw every scene, save."""
     command.check(args)
     characters, scenes = read_story(args.story)
-    prompts, casts = zip(*(write_prompt(scene["prompt"], characters) for scene in scenes), strict=True)
+    prompts, casts, seeds = zip(*scenes, strict=True)
+    everybody = list(characters.values())
     sheet, files = command.plan_sheet(args.output, len(scenes))
-    command.keep_photos(args, list(characters.values()), [sheet, *files])
-
+    command.keep_photos(args, everybody, [sheet, *files])
     from layout import captioned, labelled, portrait, stack
-    photos = read_photos(list(characters.values()))
+    photos = read_photos(everybody)
     pipeline = command.load_pipeline(args)
-    command.check_words(pipeline, prompts)
     features = {tuple(person.files): encode_person(pipeline, args.weights, person.files, pictures)
-                for person, pictures in zip(characters.values(), photos, strict=True)}
-    people = [make_subjects(pipeline, prompt, cast, [features[tuple(person.files)] for person in cast])
-              for prompt, cast in zip(prompts, casts, strict=True)]
-    seeds = [scene.get("seed", args.seed + k) for k, scene in enumerate(scenes)]
+                for person, pictures in zip(everybody, photos, strict=True)}
+    people = []
+    for k, (prompt, cast) in enumerate(zip(prompts, casts, strict=True)):
+        with command.naming(f"{args.story}, scene {k}"):
+            command.check_words(pipeline, [prompt])
+            people.append(make_subjects(pipeline, prompt, cast, [features[tuple(p.files)] for p in cast]))
+    seeds = [args.seed + k if seed is None else seed for k, seed in enumerate(seeds)]
     print(f"seed {args.seed}", flush=True)
     images = list(command.draw(args, pipeline, prompts, seeds, people))
 
     portraits = [(portrait(pictures, images[0].size), name)
                  for name, pictures in zip(characters, photos, strict=True)]
-    told = captioned(list(zip(images, prompts, strict=True)))
-    command.save_sheet(stack([labelled(portraits, 5), told]), sheet,
-                       {"prompt": "\n".join(prompts), **command.describe(args, list(characters.values()))},
-                       images, files, [{**command.describe(args, cast), "prompt": prompt, "seed": seed}
-                                       for prompt, cast, seed in zip(prompts, casts, seeds, strict=True)])
+    told = stack([labelled(portraits, 5), captioned(list(zip(images, prompts, strict=True)))])
+    own = [{**command.describe(args, cast), "prompt": prompt, "seed": seed}
+           for prompt, cast, seed in zip(prompts, casts, seeds, strict=True)]
+    command.save_sheet(told, sheet, {"prompt": "\n".join(prompts), **command.describe(args, everybody)},
+                       images, files, own)
 
 
-def read_story(path: Path) -> tuple[dict[str, Place], list[dict]]:
-    """The characters by name, not yet in a prompt, and the scenes. Raises ValueError."""
+def read_story(path: Path) -> tuple[dict[str, Place], list[tuple]]:
+    """The characters by name, and per scene its prompt, the people in it and its seed. Raises ValueError."""
     story = command.read_json(path, characters=dict, scenes=list)
-    characters = {}
+    characters, scenes = {}, []
     for name, person in story["characters"].items():
         command.check_keys(f"{path}, character {name!r}", person, word=str, photos=list)
         characters[name] = Place(person["word"], 0, [str(path.parent / str(p)) for p in person["photos"]])
     for k, scene in enumerate(story["scenes"]):
-        command.check_keys(f"{path}, scene {k}", scene, prompt=str)
-        command.check_prompt(f"{path}, scene {k}: its prompt", scene["prompt"])
-        command.check_seed(scene.get("seed", 0))
-    return characters, story["scenes"]
+        with command.naming(f"{path}, scene {k}"):
+            command.check_keys("it", scene, optional=["seed"], prompt=str)
+            command.check_prompt("its prompt", scene["prompt"])
+            command.check_seed(scene.get("seed", 0))
+            scenes.append((*write_prompt(scene["prompt"], characters), scene.get("seed")))
+    return characters, scenes
 
 
 def write_prompt(prompt: str, characters: dict[str, Place]) -> tuple[str, list[Place]]:

@@ -40,7 +40,6 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(args: argparse.Namespace) -> None:
     command.check(args)
-    command.check_prompt("--prompt", args.prompt)
     command.check_picture("--output", args.output)
     castings = bind_castings(args.prompt, args.subjects, args.keep)
     names = [" + ".join(place.name for place in places) for places in castings]

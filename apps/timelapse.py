@@ -20,7 +20,7 @@ from subjects import Place, bind_subjects, encode_person, find_words, make_subje
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = command.Parser(__doc__)
     add = parser.add_argument
-    add("--subject", required=True, metavar="FILE[,FILE...][@T]",
+    add("--subject", required=True, action=command.Once, metavar="FILE[,FILE...][@T]",
         help="photo of a person, or several of the same one; @T: not before the timestep falls below T")
     add("--prompt", required=True, help="what to draw; it names the person by one of the words")
     add("--words", nargs=2, required=True, metavar="WORD", help="for the first and for the last frame")
@@ -38,7 +38,6 @@ def main(argv: list[str] | None = None) -> None:
 def run(args: argparse.Namespace) -> None:
     """Encode the person and both prompts, draw what lies between these, save."""
     command.check(args)
-    command.check_prompt("--prompt", args.prompt)
     prompts, places = name_by(args.words, args.prompt, args.subject)
     sheet, files = command.plan_sheet(args.output, args.frames)
     command.keep_photos(args, places[:1], [sheet, *files])
@@ -56,11 +55,10 @@ def run(args: argparse.Namespace) -> None:
     frames = list(command.draw(args, pipeline, text, [args.seed] * args.frames, [person] * args.frames))
 
     settings = {"prompt": prompts[0], **command.describe(args, places[:1], words=args.words)}
-    amounts = [round(k / (args.frames - 1), 3) for k in range(args.frames)]
-    labels = [args.words[0], *(f"{amount:.2f}" for amount in amounts[1:-1]), args.words[1]]
+    labels = command.frame_labels(args.frames, *args.words)
     photo = portrait(photos, frames[0].size), ",".join(Path(file).name for file in places[0].files)
     command.save_sheet(strip(args.prompt, [photo, *zip(frames, labels, strict=True)]), sheet, settings,
-                       frames, files, [{"amount": amount} for amount in amounts])
+                       frames, files, [{"amount": amount} for amount in command.amounts(args.frames)])
 
 
 def name_by(words: list[str], prompt: str, subject: str) -> tuple[list[str], list[Place]]:

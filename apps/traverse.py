@@ -41,13 +41,11 @@ def run(args: argparse.Namespace) -> None:
     pipeline, photos, people = command.load_cast(args, castings, [args.output, args.animation])
     from layout import casting_sheet, labelled
     from pictures import save_animation, save_png
-    from pipeline import slerp
-    first, last = pipeline.noise(args.seeds, (args.height, args.width))
-    amounts = [k / (args.frames - 1) for k in range(args.frames)]
-    rows = command.draw_rows(args, pipeline, [None, *people],
-                             [slerp(first, last, amount) for amount in amounts])
-    labels = [f"{amount:.2f}" for amount in amounts]
-    labels[0], labels[-1] = (f"seed {seed}" for seed in args.seeds)
+    from pipeline import interpolate
+    ends = pipeline.noise(args.seeds, (args.height, args.width))
+    noises = interpolate(*ends, args.frames, spherical=True)
+    rows = command.draw_rows(args, pipeline, [None, *people], noises)
+    labels = command.frame_labels(args.frames, *(f"seed {seed}" for seed in args.seeds))
     everybody = [place for places in castings for place in places]
     settings = {"prompt": args.prompt, **command.describe(
         args, everybody, seeds=args.seeds, frames=args.frames,
@@ -65,14 +63,12 @@ def run(args: argparse.Namespace) -> None:
 def check(args: argparse.Namespace) -> None:
     """Raise ValueError for the first setting that cannot be drawn."""
     command.check(args)
-    command.check_prompt("--prompt", args.prompt)
     command.check_picture("--output", args.output)
     if len(args.seeds) != 2:
         raise ValueError(f"--seeds must be two, where to begin and where to end, not {len(args.seeds)}")
     if args.animation:
-        command.check_picture("--animation", args.animation, (".gif", ".png"))
-        if args.animation.resolve() == args.output.resolve():
-            raise ValueError(f"--animation {args.animation} is --output's file: give another name")
+        from pictures import ANIMATIONS
+        command.check_picture("--animation", args.animation, ANIMATIONS, [args.output])
 
 
 if __name__ == "__main__":

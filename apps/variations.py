@@ -39,7 +39,6 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(args: argparse.Namespace) -> None:
     command.check(args)
-    command.check_prompt("--prompt", args.prompt)
     command.check_picture("--output", args.output)
     if args.num < 2:
         raise ValueError(f"--num must be at least 2, not {args.num}: one picture differs from nothing")

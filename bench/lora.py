@@ -40,24 +40,24 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main() -> None:
-    args = parse_args()
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
     import torch
 
     import evaluate
     from data import toyworld
-    from models.load import read_config, write_json
+    from models.load import write_json
     from models.lora import LoRASetting
     from pictures import to_uint8
     from stages.stage import save_grid
     args.output.mkdir(parents=True, exist_ok=True)
-    args.moa = args.judge = None
+    args.moa = args.judge = args.guidance_scale = args.prior_above = None
+    evaluate.fill_in(args)
     pipeline, judge, _ = evaluate.load(args)
-    scale = read_config(args.weights)["sampling"]["guidance_scale"]
     scenes = [evaluate.cast(number)[0] for number in range(2 * args.count)]
     photos = [evaluate.references_of(scene, number, 0) for number, scene in enumerate(scenes[:args.count])]
     people = [evaluate.subjects_of(pipeline, scene, photo)
-              for scene, photo in zip(scenes, photos, strict=False)]
+              for scene, photo in zip(scenes[:args.count], photos, strict=True)]
     drawn = {}
     for row, (with_subjects, scope) in ROWS.items():
         pipeline.set_loras([LoRASetting(args.lora)] if scope else [], scope or "attn")
@@ -67,14 +67,15 @@ def main() -> None:
             batches.append(pipeline.generate(
                 [scenes[n].caption for n in numbers], [7_000_000 + n for n in numbers],
                 [people[n] for n in numbers] if with_subjects else None, steps=args.steps,
-                guidance_scale=scale, prior_only=not with_subjects))
+                guidance_scale=args.guidance_scale, prior_above=args.prior_above,
+                prior_only=not with_subjects))
         drawn[row] = torch.cat(batches)
     target = render(pipeline, scenes[:args.count])
     drawn["filtered scenes"] = render(pipeline, scenes[args.count:])
-    results, wanted = {}, histograms(target, read(judge, target))
+    results, wanted = {}, histograms(target, evaluate.read(judge, target))
     for row, pictures in drawn.items():
         cases = scenes[args.count:] if row == "filtered scenes" else scenes[:args.count]
-        readings = read(judge, pictures)
+        readings = evaluate.read(judge, pictures)
         functions = {"activity": evaluate.activity_right, "place": evaluate.context_right,
                      "attributes": evaluate.identity}
         scores = {name: float(np.mean([function(scene, reading)
@@ -105,17 +106,6 @@ def render(pipeline, scenes: list):
     with torch.no_grad():
         return torch.cat([pipeline.decode(pipeline.models.vae.encode(part.to(pipeline.device)))
                           for part in images.split(BATCH)])
-
-
-def read(judge, pictures) -> list:
-    """The judge's readings of (B, 3, S, S) pictures."""
-    import torch
-
-    import evaluate
-    device = next(judge.parameters()).device
-    with torch.no_grad():
-        return [reading for part in pictures.split(BATCH)
-                for reading in evaluate.read(judge, part.to(device))]
 
 
 def histograms(pictures, readings: list) -> list[np.ndarray]:

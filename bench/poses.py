@@ -17,10 +17,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import toyworld
-from data.judge import Judge
 from data.skeleton import JOINTS, draw_skeletons, scene_joints
-from evaluate import SHIPPED, iou, read
-from models.load import read_tensors
+from evaluate import SHIPPED, iou, load_judge, read
 from pictures import to_picture
 from pipeline import Control, Pipeline
 from weights.convert_controlnet import load_controlnet
@@ -36,13 +34,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--controlnet", required=True, metavar="FILE", help="file or folder")
     add("--count", type=int, default=64, help="scenes (default 64)")
     add("--first", type=int, default=1000, help="seed of the first held-out scene (default 1000)")
+    add("--steps", type=int, default=20, help="sampling steps (default 20)")
     return parser.parse_args(argv)
-
-
-@torch.no_grad()
-def people(judge: Judge, pictures: torch.Tensor) -> np.ndarray:
-    """(B, 3, S, S) in [-1, 1] -> where the judge sees people, (B, S, S) bool."""
-    return np.stack([reading.people for batch in pictures.split(BATCH) for reading in read(judge, batch)])
 
 
 def score(found: np.ndarray, masks: np.ndarray, joints: list[np.ndarray]) -> list[float]:
@@ -54,11 +47,10 @@ def score(found: np.ndarray, masks: np.ndarray, joints: list[np.ndarray]) -> lis
     return [float(np.mean(overlap)), float(on.mean()), float(on[:, WRISTS].mean())]
 
 
-def main() -> None:
-    args = parse_args()
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
     pipeline, net = Pipeline.load(SHIPPED), load_controlnet(args.controlnet)
-    judge = Judge().eval()
-    judge.load_state_dict({k: v.float() for k, v in read_tensors(SHIPPED / "judge.safetensors").items()})
+    judge = load_judge(SHIPPED / "judge.safetensors")
     scenes = [toyworld.sample_scene(args.first + i, "test") for i in range(args.count)]
     images, masks = zip(*(toyworld.render_scene(scene) for scene in scenes), strict=True)
     masks = np.stack([several.any(0) for several in masks])
@@ -67,21 +59,25 @@ def main() -> None:
     order = list(range(args.count))
     shifted = order[1:] + order[:1]  # to each scene the next one's skeleton
 
+    def people(pictures: torch.Tensor) -> np.ndarray:
+        """(B, 3, S, S) in [-1, 1] -> where the judge sees people, (B, S, S) bool."""
+        return np.stack([reading.people for reading in read(judge, pictures)])
+
     def draw(prompts: list[str], skeletons: list[int] | None) -> np.ndarray:
         parts = []
         for start in range(0, args.count, BATCH):
             batch = order[start:start + BATCH]
             controls = [Control(net, hints[[skeletons[i] for i in batch]])] if skeletons else []
-            parts.append(pipeline.generate([prompts[i] for i in batch], batch, steps=20, guidance_scale=4.0,
-                                           controls=controls))
-        return people(judge, torch.cat(parts))
+            parts.append(pipeline.generate([prompts[i] for i in batch], batch, steps=args.steps,
+                                           guidance_scale=4.0, controls=controls))
+        return people(torch.cat(parts))
 
     def row(name: str, found: np.ndarray, truth: list[int]) -> None:
         values = score(found, masks[truth], [joints[i] for i in truth])
         print(f"| {name} | {' | '.join(f'{value:.3f}' for value in values)} |", flush=True)
 
     print(f"{args.count} scenes\n| | people IoU | joints on people | wrists on people |\n|---|---|---|---|")
-    row("render", people(judge, to_picture(np.stack(images))), order)
+    row("render", people(to_picture(np.stack(images))), order)
     for name, prompts in (("caption", [scene.caption for scene in scenes]), ("no prompt", [""] * args.count)):
         plain = draw(prompts, None)
         row(f"{name}, no ControlNet", plain, order)

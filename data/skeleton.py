@@ -81,7 +81,7 @@ def draw_skeletons(joints: np.ndarray, size: int = toyworld.SIZE) -> np.ndarray:
     draw, line, r = ImageDraw.Draw(image), round(side * WIDTH), side * RADIUS
     for person in joints * (side / toyworld.SIZE):
         points = [tuple(point) for point in person]
-        for (a, b), color in zip(LIMBS, COLORS, strict=False):
+        for (a, b), color in zip(LIMBS, COLORS[:len(LIMBS)], strict=True):
             draw.line([points[a], points[b]], tuple(round(LIMB_SHADE * c) for c in color), line)
         for (x, y), color in zip(points, COLORS, strict=True):
             draw.ellipse([x - r, y - r, x + r, y + r], color)

@@ -207,7 +207,7 @@ def read_moa(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
     try:
         with safe_open(path, "pt") as file:
             config = json.loads((file.metadata() or {}).get("moa", "null"))
-            state = {key: file.get_tensor(key) for key in file.keys()}
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  it has no iterator
     except (SafetensorError, OSError, RecursionError) as error:
         raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
     if not isinstance(config, dict):

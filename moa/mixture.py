@@ -37,11 +37,15 @@ class MixtureOfAttention(nn.Module):
 
     def forward(self, z: Tensor, context: Tensor | ExpertContext | None = None) -> Tensor:
         """(B, N, D), and for cross-attention a context -> (B, N, D). A tensor goes to both experts."""
-        prior_context, personalized_context = context, context
-        if isinstance(context, ExpertContext):
-            prior_context, personalized_context = context.prior, context.personalized[self.layer]
-        if isinstance(self.router.forced, float) and self.router.forced == 1:
+        prior_context, personalized_context = self.contexts(context)
+        if self.router.all_prior:
             return self.prior(z, prior_context)
         r = self.router(z)  # (B, N, 2)
         return (r[..., :1] * self.prior(z, prior_context)
                 + r[..., 1:] * self.personalized(z, personalized_context))
+
+    def contexts(self, context: Tensor | ExpertContext | None) -> tuple[Tensor | None, Tensor | None]:
+        """What the prior and what the personalized expert attend to in this layer, each (B, M, C)."""
+        if isinstance(context, ExpertContext):
+            return context.prior, context.personalized[self.layer]
+        return context, context

@@ -22,6 +22,11 @@ class Router(nn.Module):
         self.forced: float | Tensor | None = None
         self.strength = 1.0
 
+    @property
+    def all_prior(self) -> bool:
+        """Is it known without asking that the prior gets everything?"""
+        return isinstance(self.forced, float) and self.forced == 1
+
     def forward(self, z: Tensor) -> Tensor:
         """(B, N, D) hidden states that enter the attention -> (B, N, E) weights that sum to 1."""
         weights = self.f(z).softmax(dim=-1) if self.forced is None else self.forced_weights(z)

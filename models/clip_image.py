@@ -43,16 +43,20 @@ class CLIPImageEncoder(nn.Module):
         return self.visual(pixels)
 
     def preprocess(self, image: Tensor) -> Tensor:
-        """(B, 3, H, W) in [0, 1] -> (B, 3, S, S): shorter side to S, bicubic, centre crop, CLIP's
-        mean and spread."""
-        size = self.cfg.image_size
-        height, width = image.shape[-2:]
-        scale = size / min(height, width)
-        shape = (max(size, round(height * scale)), max(size, round(width * scale)))
-        if shape != (height, width):
-            image = F.interpolate(image, shape, mode="bicubic", antialias=True).clamp(0, 1)
-        top, left = (shape[0] - size) // 2, (shape[1] - size) // 2
-        image = image[..., top:top + size, left:left + size]
-        mean, std = (torch.tensor(v, device=image.device, dtype=image.dtype)[:, None, None]
-                     for v in (MEAN, STD))
-        return (image - mean) / std
+        """`preprocess` for this encoder's size S."""
+        return preprocess(image, self.cfg.image_size)
+
+
+def preprocess(image: Tensor, size: int) -> Tensor:
+    """(B, 3, H, W) in [0, 1] -> (B, 3, S, S): shorter side to the size S, bicubic, centre crop, CLIP's
+    mean and spread."""
+    height, width = image.shape[-2:]
+    scale = size / min(height, width)
+    shape = (max(size, round(height * scale)), max(size, round(width * scale)))
+    if shape != (height, width):
+        image = F.interpolate(image, shape, mode="bicubic", antialias=True).clamp(0, 1)
+    top, left = (shape[0] - size) // 2, (shape[1] - size) // 2
+    image = image[..., top:top + size, left:left + size]
+    mean, std = (torch.tensor(v, device=image.device, dtype=image.dtype)[:, None, None]
+                 for v in (MEAN, STD))
+    return (image - mean) / std

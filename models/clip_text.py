@@ -37,7 +37,7 @@ class CLIPTextConfig:
             raise ValueError(f"width {self.dim} is not divisible by {self.heads} heads")
         kept = self.kept_tokens
         if kept and not (list(kept) == sorted(set(kept)) and {BOS, EOS} <= set(kept)
-                         and 0 <= kept[0] and kept[-1] < self.vocabulary):
+                         and kept[0] >= 0 and kept[-1] < self.vocabulary):
             raise ValueError("kept_tokens must be ascending ids of the vocabulary and include the start and "
                              "end tokens")
 

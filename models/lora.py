@@ -170,17 +170,27 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not path.is_file():
         raise LoRAError(f"{path} not found: give a .safetensors file")
     with path.open("rb") as file:
-        head = file.read(9)
-    if head.startswith((b"PK", b"\x80")) and head[8:] != b"{":  # which is where safetensors begin
-        raise LoRAError(f"{path} is a pickle, which could run code: take the LoRA's .safetensors file")
-    if head.startswith((b"version", b"<")):
-        raise LoRAError(f"{path} is a git-LFS pointer or a web page, not the file: download it again")
+        head = file.read(64)
+    if head[8:9] != b"{":  # which is where safetensors begin
+        raise LoRAError(f"{path} is not a safetensors file, {mistaken(head)}")
     try:
         with safe_open(path, "pt") as file:
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  it has no iterator
             return state, file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise LoRAError(f"{path} is not a readable safetensors file ({error}): download it again") from error
+
+
+def mistaken(head: bytes) -> str:
+    """What a file that begins so is taken for a LoRA's by mistake, and what to do."""
+    if head.startswith((b"PK", b"\x80")):
+        return "it is a pickle, which could run code: take the LoRA's .safetensors file"
+    if head.startswith((b"version https://git-lfs", b"<")):
+        return "it is a git-LFS pointer or a web page: download it again"
+    pictures = head.startswith((b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF"))
+    looks = ("is empty" if not head else "looks like a picture" if pictures else
+             "looks like a text" if head.isascii() and 0 not in head else f"begins with {head[:8]!r}")
+    return f"it {looks}: give a LoRA's .safetensors file"
 
 
 def group(state: dict[str, Tensor], path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, float]]:
@@ -217,10 +227,10 @@ def refuse_widths(tensors: dict[str, dict[str, Tensor]], layers: dict[str, nn.Mo
     ours = {module.weight.shape[1] for name, module in layers.items()
             if re.search(r"attn2\.to_k$|self_attn\.q_proj$", name)}
     for name, parts in tensors.items():
-        width = parts["down"].shape[1:2]
-        if re.search(r"attn2[._](processor\.)?to_[kv]$|self_attn[._][qkv]_proj$", name) and width:
-            if width[0] in WIDTHS and width[0] not in ours:
-                raise LoRAError(f"{path} is {WIDTHS[width[0]]} ({name} reads {width[0]} channels): {TAKES}")
+        reads_text = re.search(r"attn2[._](processor\.)?to_[kv]$|self_attn[._][qkv]_proj$", name)
+        for width in parts["down"].shape[1:2] if reads_text else ():
+            if width in WIDTHS and width not in ours:
+                raise LoRAError(f"{path} is {WIDTHS[width]} ({name} reads {width} channels): {TAKES}")
 
 
 def check(found: dict[str, Factors], layers: dict[str, nn.Module], path: Path) -> None:

@@ -10,7 +10,9 @@ import ablate
 import moa.install
 import moa.prompt
 import stages.moa
+import stages.stage
 from conftest import small_models
+from data import toyworld
 from moa import MultimodalPrompt, PromptConfig, load_moa, moa_layers, record_routing, save_moa
 
 T = torch.tensor([300, 700])
@@ -54,7 +56,7 @@ def routing_of(unet) -> dict:
     ("self-only", {(layer, "cross"): 0.0 for layer in range(16)}),
     ("decoder-only", {(layer, kind): 0.0 for layer in range(7) for kind in ("self", "cross")}),
     ("every-second", {(layer, kind): 0.0 for layer in range(1, 16, 2) for kind in ("self", "cross")}),
-    ("router-16", {}), ("router-64", {})])
+    ("router-16", {}), ("router-64", {}), ("router-deep", {})])
 def test_where_the_personalized_expert_acts(built, name, fixed):
     for unet in built(name):
         for key, weights in routing_of(unet).items():
@@ -64,7 +66,8 @@ def test_where_the_personalized_expert_acts(built, name, fixed):
             else:
                 assert personalized.std() > 1e-3
         trained = {n for n, p in unet.named_parameters() if p.requires_grad and ".router." in n}
-        assert len(trained) == (32 - len(fixed)) * (4 if name.startswith("router-") else 2)
+        layers = {"router-16": 2, "router-64": 2, "router-deep": 3}.get(name, 1)
+        assert len(trained) == (32 - len(fixed)) * 2 * layers  # weights and biases
 
 
 def test_widths_of_routers(built):
@@ -94,6 +97,19 @@ def test_the_token_without_encoding_is_the_same_at_all_times():
         tokens = prompt(*arguments, T)
         assert torch.equal(tokens[0], tokens[3]) and torch.equal(tokens, prompt(*arguments, T - 100))
         assert (tokens[0] - text).abs().max() > 1e-3  # the person is there
+
+
+def test_training_without_pairs_of_attributes():
+    everything = stages.stage.batch_indices(0, 0, 300, 300)
+    with ablate.without_unseen_pairs():
+        seeds = np.concatenate([stages.stage.batch_indices(0, step, 50, 300) for step in range(4)])
+    assert set(seeds) < set(everything) and len(set(seeds)) == 200
+    people = [[subject.identity for subject in toyworld.sample_scene(seed).subjects] for seed in range(300)]
+    unseen = [seed for seed, several in enumerate(people) if any(map(ablate.has_unseen_pair, several))]
+    assert 20 < len(unseen) < 100 and not set(unseen) & set(seeds)
+    for pair in ablate.UNSEEN:  # each attribute alone is there
+        for name, value in pair:
+            assert any(getattr(person, name) == value for seed in seeds for person in people[seed])
 
 
 def test_the_mean_of_the_router_loss():

@@ -339,6 +339,8 @@ REFUSED = [
     (["variations", "--num", "1"], "--num must be at least 2, not 1"),
     (["variations", "--num", "1001"], "--num must be in 1..1000"),
     (["routing", "--subject", "ada.png", "--output", "text.png"], "text.json is a subject's photo"),
+    (["routing", "--subject", "ada.png", "--output", "config.png", "--weights", "."], "config.json is"),
+    (["swap", "--subjects", "ada.png", "--lora-scope", "all"], "--lora-scope means nothing without --lora"),
     *[([name, *ONE[name], *flags], words) for name in APPS for flags, words in [
         (["--output", "x.jpg"], "name ends in .png"), (["--output", "ada.png"], "would be replaced"),
         (["--output", "ada.png/x.png"], "cannot be written"), (["--steps", "0"], "--steps must be in"),
@@ -438,7 +440,8 @@ def test_paper_of_stable_diffusion(paper):
 
 
 @pytest.mark.parametrize("arguments, environment", [
-    ([], {}), ([""], {}), (["--steps", "2"], {}), (["out"], {"MEN": "a.png"})])
+    ([], {}), ([""], {}), (["--steps", "2"], {}), (["out"], {"MEN": "a.png"}),
+    (["ada.png"], {}), (["ada.png/out"], {}), (["/proc/out"], {})])
 def test_paper_refuses(place, arguments, environment):
     found = subprocess.run([ROOT / "apps" / "paper.sh", *arguments], capture_output=True, text=True,
                            env={**os.environ, **environment})

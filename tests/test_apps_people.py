@@ -50,7 +50,8 @@ def draw(place, world, capsys):
 
     def run(app, *flags, weights=world):
         main = sample.main if app == "sample" else importlib.import_module(f"apps.{app}").main
-        main(["--weights", str(weights), "--seed", "5", *map(str, flags)])
+        seed = [] if app == "edit" else ["--seed", "5"]
+        main(["--weights", str(weights), *seed, *map(str, flags)])
         captured = capsys.readouterr()
         return captured.out.splitlines(), captured.err.splitlines()
     return run
@@ -306,11 +307,19 @@ def test_morph_refuses(refuse, flags, words):
     (["--words", "man", "girl"], "--words man girl: neither is in the prompt"),
     (["--words", "woman", "lady"], "do not know the words: lady"),
     (["--words", "woman", "old man"], "'old man' is 2 tokens"), (["--words", "woman", ""], "is 0 tokens"),
-    (["--prompt", "on the beach " * 40 + "a woman"], "beyond the 77 tokens"),
-    (["--subject", "missing.png"], "missing.png does not exist"), (["--subject", "."], "is not a file"),
-    (["--subject", "ada.png@0"], "must be in 1..1000")], ids=str)
+    (["--prompt", "on the beach " * 40 + "a woman"], "beyond the 77 tokens")], ids=str)
 def test_timelapse_refuses(refuse, flags, words):
     assert words in refuse("timelapse", *FLAGS["timelapse"], *flags)
+
+
+def test_timelapse_refuses_subjects(refuse, draw, capsys):
+    for subject, words in (("missing.png", "missing.png does not exist"), (".", "is not a file"),
+                           ("ada.png@0", "must be in 1..1000")):
+        flags = [subject if flag == "ada.png" else flag for flag in FLAGS["timelapse"]]
+        assert words in refuse("timelapse", *flags)
+    with pytest.raises(SystemExit):
+        draw("timelapse", *FLAGS["timelapse"], "--subject", "bob.png")
+    assert "--subject can be given only once" in capsys.readouterr().err
 
 
 def story(**changes) -> str:
@@ -325,17 +334,22 @@ def story(**changes) -> str:
     (story(characters={"Ada": "ada.png"}), "character 'Ada' needs 'word': a text"),
     (story(characters={"Ada": {"word": "woman"}}), "character 'Ada' needs 'photos': a list"),
     (story(characters={"Ada": {"word": "woman", "photos": []}}), "needs 'photos'"),
-    (story(scenes=["a woman"]), "scene 0 needs 'prompt'"),
-    (story(scenes=[{"seed": 1}]), "scene 0 needs 'prompt'"),
-    (story(scenes=[{"prompt": "{Eve}"}]), "there is no character 'Eve'"),
+    (story(scenes=["a woman"]), "story.json, scene 0: it needs 'prompt'"),
+    (story(scenes=[{"seed": 1}]), "scene 0: it needs 'prompt'"),
+    (story(title="Ada"), "story.json has an unknown key 'title': it takes characters, scenes"),
+    (story(characters={"Ada": {"word": "a woman", "photos": ["ada.png"], "photo": "ada.png"}}),
+     "story.json, character 'Ada' has an unknown key 'photo': it takes word, photos"),
+    (story(scenes=[{"prompt": "a"}, {"prompt": "a", "steps": 3}]),
+     "story.json, scene 1: it has an unknown key 'steps': it takes prompt, seed"),
+    (story(scenes=[{"prompt": "{Eve}"}]), "story.json, scene 0: there is no character 'Eve'"),
     (story(scenes=[{"prompt": "{}"}]), "there is no character ''"),
     (story(scenes=[{"prompt": " "}]), "prompt is empty"),
-    (story(scenes=[{"prompt": "a", "seed": -1}]), "seed must be"),
+    (story(scenes=[{"prompt": "a", "seed": -1}]), "scene 0: seed must be"),
     (story(scenes=[{"prompt": "a", "seed": "1"}]), "seed must be"),
     (story(scenes=[{"prompt": "a", "seed": None}]), "seed must be"),
     (story(scenes=[{"prompt": "{Ada} " * 5}]), "5 people are too many"),
-    (story(scenes=[{"prompt": "{Ada} on a zebra"}]), "do not know the words: zebra"),
-    (story(scenes=[{"prompt": "on the beach " * 40 + "{Ada}"}]), "beyond the 77 tokens"),
+    (story(scenes=[{"prompt": "{Ada} on a zebra"}]), "scene 0: these weights do not know the words: zebra"),
+    (story(scenes=[{"prompt": "on the beach " * 40 + "{Ada}"}]), "scene 0: subject ada.png: its word"),
     (story(characters={**STORY["characters"], "Eve": {"word": "lady", "photos": ["ada.png"]}},
            scenes=[{"prompt": "{Eve}"}]), "do not know the words: lady"),
     (story(characters={"Ada": {"word": "a woman", "photos": ["missing.png"]}}, scenes=[{"prompt": "{Ada}"}]),
@@ -355,7 +369,8 @@ def test_story_refuses_what_is_no_file(refuse):
 
 @pytest.mark.parametrize("flags, words", [
     (["--image", "missing.png"], "missing.png does not exist"), (["--image", "story.json"], "as a picture"),
-    (["--source-prompt", ""], "--source-prompt is empty"), (["--sampler", "unipc"], "cannot be inverted"),
+    (["--source-prompt", ""], "--source-prompt is empty"),
+    (["--inversion", "negative-prompt", "--negative-prompt", "x"], "leave one of them out"),
     (["--source-prompt", "the beach"], "the prompt has 0 words for people"),
     (["--keep", "0"], "the prompt has 2 words for people, each for one subject, and no free one"),
     (["--keep", "2"], "no free one of number 2"), (["--keep", "3"], "no free one of number 3"),
@@ -405,6 +420,7 @@ def test_help_is_quick_and_works_from_anywhere(app, tmp_path):
             "assert not {'torch', 'numpy', 'PIL'} & sys.modules.keys()")
     shown = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert shown.returncode == 0 and "--output" in shown.stdout, shown.stderr
+    assert ("--seed" in shown.stdout) == ("--sampler" in shown.stdout) == (app != "edit")
 
 
 def test_apps_are_short():

@@ -354,7 +354,7 @@ def test_the_hint_is_brought_to_the_picture_s_size(pipeline, net):
     large, same = (args[3] for args in spy.calls)
     assert large.shape[-2:] == same.shape[-2:] == (64, 64)
     assert torch.equal(same, hints())
-    assert 0 <= large.min() and large.max() <= 1
+    assert large.min() >= 0 and large.max() <= 1
 
 
 def test_a_controlnet_of_another_base_model_is_refused(pipeline):
@@ -446,7 +446,7 @@ def test_the_command_warns(room, place, capsys):
     (["--control-end", "-0.1"], "--control-end must be in 0..1"),
     (["--control-start", "0.5", "--control-end", "0.5"], "0.5 must be smaller than --control-end 0.5"),
     (["--control-scale", "1", "--control-scale", "2"], "2 --control-scale for 1 --controlnet"),
-    (["--output", "ada.png"], "is a subject's photo or a control image and would be replaced")])
+    (["--output", "ada.png"], "is a subject's photo or another file that is read")])
 def test_the_command_refuses(flags, message, room, place, capsys):
     check_refusal(room, flags, message, place, capsys)
 
@@ -455,6 +455,7 @@ def test_the_command_refuses(flags, message, room, place, capsys):
     ({"--control-image": "missing.png"}, "missing.png does not exist"),
     ({"--control-image": "control/config.json"}, "cannot be used as a picture"),
     ({"--controlnet": "missing"}, "--controlnet missing: missing does not exist"),
+    ({"--controlnet": "control/missing"}, "control/missing does not exist"),
     ({"--controlnet": "ada.png"}, "--controlnet ada.png: ada.png is not a model file"),
     ({"--controlnet": "base.safetensors"}, "is no ControlNet"),
     ({"--controlnet": "other"}, "it has channels (24, 48, 72), not (8, 16, 16, 16)"),

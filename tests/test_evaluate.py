@@ -380,6 +380,7 @@ def weights(tmp_path) -> Path:
     (["--guidance-scale", "nan"], "--guidance-scale must be in 0..100"),
     (["--guidance-scale", -1], "--guidance-scale must be in 0..100"),
     (["--prior-above", 0], "leaves nothing to MoA"), (["--start", 0], "--start must be in 1..1000"),
+    (["--sparse", 1.5], "--sparse must be in 0..1"),
     (["--steps", 1], "leaves nothing to MoA"),
     (["--device", "tpu"], "--device 'tpu' is unknown")])
 def test_refuses_settings(refuse, flags, words):

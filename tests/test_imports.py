@@ -10,7 +10,8 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = {"models", "moa", "samplers", "data", "weights", "apps", "bench", "examples", "stages"}
 ROOMS = FOLDERS | {script.stem for script in ROOT.glob("*.py")}
 # What a script does without where it is not installed.
-OPTIONAL = {"sheets.py": {"matplotlib"}, "ablate.py": {"matplotlib"}, "apps/demo.py": {"gradio"}}
+OPTIONAL = {"sheets.py": {"matplotlib"}, "ablate.py": {"matplotlib"}, "apps/demo.py": {"gradio"},
+            "face_scores.py": {"facenet_pytorch"}}
 # Room -> what it must not import.
 FORBIDDEN = {
     "models": ROOMS - {"models"},

@@ -573,10 +573,12 @@ def test_settings_beside_a_file_of_another_program_are_not_its_own(untouched, tm
 
 
 @pytest.mark.parametrize(("content", "match"), [
-    (None, "not found"), (b"", "not a readable safetensors file"), (b"PK\x03\x04", "is a pickle"),
+    (None, "not found"), (b"", "not a safetensors file, it is empty"), (b"PK\x03\x04", "is a pickle"),
     (b"\x80\x02}q\x00.", "is a pickle"), (b"version https://git-lfs", "git-LFS pointer"),
-    (b"<!DOCTYPE html>", "web page"), (b"\xff" * 40, "not a readable safetensors file"),
-    ("folder", "is a folder"),
+    (b"<!DOCTYPE html>", "web page"), (b"\xff" * 40, "not a safetensors file, it begins with"),
+    (b"\x89PNG\r\n", "not a safetensors file, it looks like a picture: give"), (b"\xff\xd8\xff", "a picture"),
+    (b"a woman\n", "not a safetensors file, it looks like a text"), ("folder", "is a folder"),
+    (b"\xff" * 8 + b"{", "not a readable safetensors file"),
 ])
 def test_files_that_are_no_safetensors(content, match, untouched, tmp_path):
     file = tmp_path / "style.safetensors"

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from models.attention import CrossAttention
 from models.unet import UNet, UNetConfig
 from moa import (ExpertContext, MixtureOfAttention, MultimodalPrompt, PromptConfig, Router, add_moa,
-                 force_routing, load_moa, moa_layers, record_routing, record_subject_attention, save_moa)
+                 force_routing, load_moa, moa_layers, record_routing, record_subject_attention, save_moa,
+                 scale_personalized, sparse_routing)
 from moa.loss import masked_loss, mean_routing, object_loss, router_loss
 from moa.router import grid
 
@@ -155,6 +156,71 @@ def test_forcing_ends_with_the_block_and_refuses_what_is_no_weight():
     for wrong in (1.1, -0.1, float("nan"), torch.tensor([[0.5, 2.0]])):
         with pytest.raises(ValueError, match="must be in"), force_routing(unet, wrong):
             pass
+
+
+# Sparse routing
+
+@torch.no_grad()
+def test_sparse_at_0_is_the_dense_layer_and_at_1_the_base():
+    unet, prompt = base(), new_prompt()
+    x, t, *rest = inputs()
+    plain = unet(x, t, rest[0])
+    add_moa(unet)
+    shake(unet, prompt)
+    context = contexts(prompt, *rest)
+    dense = unet(x, t, context)
+    with sparse_routing(unet, 0):
+        assert relative_error(unet(x, t, context), dense) < 2e-5
+    with sparse_routing(unet, 1):
+        assert torch.equal(unet(x, t, context), plain)
+    assert torch.equal(unet(x, t, context), dense)  # it ends with the block
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("context", [None, random(3, 7, 24, seed=1),
+                                     ExpertContext(random(3, 7, 24, seed=1), random(2, 3, 7, 24, seed=2))])
+@pytest.mark.parametrize("threshold", [0.3, 0.5, 0.9])
+def test_a_sparse_layer_is_dense_above_the_threshold_and_the_prior_below(context, threshold):
+    unet = add_moa(base(SMALL))
+    layer = MixtureOfAttention(randomize(CrossAttention(24, 24, 4), 1), layer=1)
+    randomize(layer.personalized, 2)
+    layer.router.f.weight.normal_(generator=torch.Generator().manual_seed(3))
+    unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1 = layer
+    z = random(3, 20, 24, seed=4)
+    z[1] *= 3  # samples that need different numbers of pixels
+    dense, prior = layer(z, context), layer.prior(z, layer.contexts(context)[0])
+    above = layer.router(z)[..., 1] > threshold
+    counts = above.sum(1)
+    assert 0 < counts.max() < 18 and counts.min() < counts.max()  # neither none nor all of them
+    queries = []
+    layer.personalized.to_q.register_forward_pre_hook(lambda module, args: queries.append(args[0].shape))
+    with sparse_routing(unet, threshold):
+        found = layer(z, context)
+    assert queries == [(3, counts.max(), 24)]
+    assert relative_error(found[above], dense[above]) < 2e-6
+    assert torch.equal(found[~above], prior[~above])
+
+
+@torch.no_grad()
+def test_sparse_routing_takes_forced_and_scaled_weights():
+    unet = add_moa(base())
+    shake(unet)
+    x, t, text, *_ = inputs()
+    half = torch.zeros(8, 8)
+    half[:, :4] = 1
+    for inside in (force_routing(unet, half), force_routing(unet, 0.4), scale_personalized(unet, 0.5)):
+        with inside:
+            dense = unet(x, t, text)
+            with sparse_routing(unet, 0):
+                assert relative_error(unet(x, t, text), dense) < 2e-5
+
+
+@pytest.mark.parametrize("threshold", [-0.1, 1.1, float("nan")])
+def test_thresholds_that_are_no_weight_are_refused(threshold):
+    unet = add_moa(base(SMALL))
+    with pytest.raises(ValueError, match="threshold of sparse routing"), sparse_routing(unet, threshold):
+        pass
+
 
 
 def test_add_moa_twice_is_refused():

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import pictures
-from layout import contact_sheet
+from layout import contact_sheet, labelled, printable
 from pictures import read_picture
 from routing_sheet import NO_MAP, PERSONALIZED, PRIOR, RoutingSheet
 
@@ -279,6 +279,14 @@ def odd_levels(h: int, w: int, levels: int = 4):
     for _ in range(levels):
         yield h, w
         h, w = -(-h // 2), -(-w // 2)
+
+
+def test_text_that_the_font_has_not():
+    assert printable("Zoë and Łukasz, Søren’s “Æon”…") == "Zoe and Lukasz, Soren’s “AEon”…"
+    assert printable("Zoe\u0308 日本.png ß") == "Zoe ??.png ?"
+    assert printable(ascii_text := "".join(map(chr, range(32, 127)))) == ascii_text
+    tiles = [[(Image.new("RGB", (128, 8)), name)] for name in ("Zoë, 日本", "Zoe, ??")]
+    assert np.array_equal(*(np.array(labelled(tile, 1)) for tile in tiles))
 
 
 @pytest.mark.parametrize("size", [(16, 16), (15, 17), (1, 256), (256, 1), (9, 31)])

@@ -125,7 +125,7 @@ def test_processes_meet_again_after_a_restart():
     store.set("hello 2", "of a dead process, too")
     for _ in range(3):
         found = {}
-        threads = [threading.Thread(target=lambda rank=rank: found.__setitem__(
+        threads = [threading.Thread(target=lambda rank=rank, found=found: found.__setitem__(
             rank, distributed.meet(store, rank, 3))) for rank in range(3)]
         for thread in threads:
             thread.start()

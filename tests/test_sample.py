@@ -86,7 +86,7 @@ def test_one_picture(draw, place):
     assert settings("new/folder/x.png") == {
         "prompt": PROMPT, "negative_prompt": "", "steps": 3, "sampler": "unipc", "guidance_scale": 3.0,
         "clip_skip": 1, "vae": None, "width": 64, "height": 64, "prior_only": False, "dtype": "fp32",
-        "prior_above": 800, "strength": 1.0, "controls": [], "loras": [], "lora_scope": None,
+        "prior_above": 800, "strength": 1.0, "sparse": 0.0, "controls": [], "loras": [], "lora_scope": None,
         "weights": "tiny", "moa": "moa.safetensors", "subjects": ["woman=ada.png"], "seed": 5}
 
 
@@ -139,6 +139,19 @@ def test_strength(draw):
     assert np.array_equal(pixels("1.png"), pixels("plain.png"))
     half, whole = (np.abs(pixels(name) - pixels("prior.png")).mean() for name in ("0.5.png", "1.png"))
     assert 0.5 < half < whole
+
+
+def test_sparse_routing(draw):
+    """From the picture with a person to the prior's, the more is left to the prior."""
+    draw("--prior-only", "--output", "prior.png")
+    draw("--subject", "ada.png", "--output", "dense.png")
+    changes = []
+    for weight in (1e-6, 0.5, 1):
+        draw("--subject", "ada.png", "--sparse", weight, "--output", "sparse.png")
+        changes.append([np.abs(pixels("sparse.png") - pixels(name)).mean()
+                        for name in ("dense.png", "prior.png")])
+    (nothing, _), (some, left), (_, all_prior) = changes
+    assert nothing < 0.1 and some > 1 and left > 1 and all_prior == 0
 
 
 def test_where_moa_and_a_person_start(draw):
@@ -358,8 +371,8 @@ def test_loras(draw, lora):
     (["--lora", "a:b:2.safetensors:1:1e9"], "a scale must be in -100..100"),
     (["--lora", "a:b:2.safetensors:1:1:1"], "a:b:2.safetensors:1 is not a file"),
     (["--lora", "."], ". is not a file"), (["--lora", ""], "is not a file"), (["--lora", ":1"], "is not"),
-    (["--lora", "ada.png"], "ada.png is not a readable safetensors file"),
-    (["--lora", "a:b:2.safetensors", "--lora", "ada.png"], "ada.png is not a readable")])
+    (["--lora", "ada.png"], "ada.png is not a safetensors file, it looks like a picture"),
+    (["--lora", "a:b:2.safetensors", "--lora", "ada.png"], "ada.png is not a safetensors file")])
 def test_refuses_loras(refuse, lora, flags, words):
     assert words in refuse(*flags)
 
@@ -367,9 +380,11 @@ def test_refuses_loras(refuse, lora, flags, words):
 # What it warns of
 
 
-def test_warns_once_in_one_line_of_words_unknown_or_lost(draw):
+def test_warns_once_in_one_line(draw):
     _, err = draw("--num", 2, prompt="a purple woman on the zebra")
     assert len(err) == 1 and err[0].startswith("warning: ") and "purple, zebra" in err[0]
+    _, err = draw("--width", 136, "--height", 136, "--steps", 1)
+    assert len(err) == 1 and err[0].startswith("warning: pictures of 136 x 136 pixels are far larger than")
     _, err = draw("--subject", "ada.png", prompt="a woman " + "on the beach " * 40)
     assert len(err) == 1 and err[0].startswith("warning: ") and "longer than 75 tokens" in err[0]
 
@@ -547,5 +562,6 @@ def test_interrupted_as_a_process(place, world):
         time.sleep(0.5)
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=300)
-    assert process.returncode == 130 and out == "" and err == ""
+    assert process.returncode == 130 and out == ""
+    assert len(err.splitlines()) == 1 and err.startswith("warning: pictures of 512 x 512 pixels are far")
     assert sorted(os.listdir()) == ["ada.png", "bob.png"]

@@ -8,6 +8,7 @@ import torch
 from samplers import (
     NUM_TIMESTEPS,
     SAMPLERS,
+    SCHEDULES,
     SPACINGS,
     add_noise,
     alpha_bar,
@@ -292,6 +293,14 @@ def test_inversion_comes_back_and_iterations_are_why():
 
 
 # The calling convention
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_schedules_are_the_samplers_own(name):
+    for steps in (1, 7, 20):
+        denoise, calls = recorded(lambda x, t: x)
+        SAMPLERS[name](denoise, normal(2, 3, seed=1), steps=steps)
+        assert SCHEDULES[name](steps) == [t for _, t in calls]
 
 
 @pytest.mark.parametrize("name, options", [("unipc", {}), ("ddim", {}), ("ddim", {"eta": 0.7})])

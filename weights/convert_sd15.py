@@ -232,7 +232,7 @@ def pickle_globals(path: Path) -> list[str]:
                     names.append(value.replace(" ", ".") if value else ".".join(strings[-2:]))
                 elif isinstance(value, str):
                     strings.append(value)
-        except Exception:  # noqa: BLE001  no pickle, or one cut short
+        except Exception:  # no pickle, or one cut short
             names = names if started else []
     return [name for name in names if not TENSORS.match(name)]
 
@@ -261,7 +261,8 @@ def locate(source: str) -> Path:
     """The local path of a source, downloaded if it is a Hugging Face repository. Raises Refusal."""
     if Path(source).exists():
         return Path(source)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or re.search(r"\.(safetensors|ckpt|bin|pth?)$", source):
+    elsewhere = re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not Path(source).parent.exists()
+    if not elsewhere or re.search(r"\.(safetensors|ckpt|bin|pth?)$", source):
         raise WrongKind(f"{source} does not exist: give a file, a folder or a Hugging Face repository")
     try:
         import huggingface_hub  # comes with open_clip

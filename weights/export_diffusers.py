@@ -64,7 +64,7 @@ def export(folder: Path, output: Path) -> None:
                    new / "scheduler" / "scheduler_config.json")
         write_tokenizer(new / "tokenizer", parts["text_encoder"].cfg.length)
         write_json({"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False,
-                    **{name: (None, None) for name in ABSENT}, **CLASSES}, new / "model_index.json")
+                    **dict.fromkeys(ABSENT, (None, None)), **CLASSES}, new / "model_index.json")
     print(f"written to {output}")
 
 
