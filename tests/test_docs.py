@@ -17,7 +17,9 @@ def commands() -> list[tuple[str, list[str]]]:
     found = []
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
-        for block in re.findall(r"^```\w*\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        for kind, block in re.findall(r"^```(\w*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+            if kind:  # a program, an edit, an equation
+                continue
             for line in block.replace("\\\n", " ").splitlines():
                 if "[" in line:  # a synopsis
                     continue
