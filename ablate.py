@@ -192,7 +192,7 @@ COLUMNS = ("identity", "mixup", "context", "activity", "locality", "prior_agreem
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__,
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     what = parser.add_mutually_exclusive_group(required=True)
@@ -201,7 +201,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     what.add_argument("--all", action="store_true", help="all rows with all seeds that are not there")
     what.add_argument("--table", action="store_true", help="print what is there; plots beside it")
     add("--output", type=Path, default=Path("runs/ablations"), metavar="FOLDER",
-        help="default runs/ablations")
+        help="of all rows' folders (default runs/ablations)")
     add("--seed", type=int, default=0, help="of the training (default 0)")
     add("--jobs", type=int, default=1, help="rows at the same time, one core each (default 1)")
     return parser.parse_args(argv)

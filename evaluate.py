@@ -41,23 +41,25 @@ SCORES = {"context": ("high", "context"), "activity": ("high", "activity"), "cou
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__,
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--output", required=True, type=Path, help="folder for results and sheets")
-    add("--weights", type=Path, default=SHIPPED, help="default: the small world")
-    add("--moa", type=Path, help="default: moa.safetensors in the weights folder")
-    add("--judge", type=Path, help="default: judge.safetensors in the weights folder, or the shipped one")
-    add("--count", type=int, default=256, help="cases (default 256)")
+    add("--output", required=True, type=Path, metavar="FOLDER", help="for results and sheets")
+    add("--weights", type=Path, default=SHIPPED, metavar="FOLDER", help="default: the small world")
+    add("--moa", type=Path, metavar="FILE", help="default: moa.safetensors in the weights folder")
+    add("--judge", type=Path, metavar="FILE",
+        help="default: judge.safetensors in the weights folder, or the shipped one")
+    add("--count", type=int, default=256, metavar="N", help="how many cases, the first ones (default 256)")
     add("--steps", type=int, default=20, help="sampling steps (default 20)")
-    add("--guidance-scale", type=float, help="default: the weights'")
+    add("--guidance-scale", type=float,
+        help="classifier-free guidance; 1 is none (default: the weights')")
     add("--prior-above", type=int, metavar="T",
         help="the base model draws alone at timesteps from T on (default: the weights', or 800)")
     add("--start", type=int, default=START, metavar="T",
         help=f"the subjects are there at timesteps below T (default {START})")
     add("--sparse", type=float, default=0.0, metavar="WEIGHT",
         help="sparse routing: router weights up to this count as 0 (default 0)")
-    add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default auto)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default auto)")
     return parser.parse_args(argv)
 
 

@@ -34,33 +34,41 @@ from pathlib import Path
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__,
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["vae", "clip", "prior", "moa", "controlnet", "lora", "judge"])
-    parser.add_argument("--output", required=True, type=Path, help="folder of the run")
+    parser.add_argument("stage", choices=["vae", "clip", "prior", "moa", "controlnet", "lora", "judge"],
+                        help="what is trained; --preset sd15 has moa and lora")
+    parser.add_argument("--output", required=True, type=Path, metavar="FOLDER",
+                        help="folder of the run: a new one, or with --resume that of an earlier run")
     parser.add_argument("--preset", default="toyworld", choices=["toyworld", "sd15"],
                         help="sizes and hyperparameters (default toyworld)")
-    parser.add_argument("--weights", type=Path,
+    parser.add_argument("--weights", type=Path, metavar="FOLDER",
                         help="folder with the models that the stage builds on (all but vae and judge)")
-    parser.add_argument("--moa", type=Path, help="MoA file to go on from (moa; default: from the base model)")
-    parser.add_argument("--data", type=Path,
+    parser.add_argument("--moa", type=Path, metavar="FILE",
+                        help="MoA file to go on from (stage moa; default: from the base model)")
+    parser.add_argument("--data", type=Path, metavar="FOLDER",
                         help="dataset in FastComposer's layout (default: the small world, rendered)")
     parser.add_argument("--cache", type=Path, metavar="FOLDER",
                         help="keep latents, text states and image features of --data there, so that a step "
                              "is the UNet alone; augmentations are then drawn once (prior, moa, lora)")
-    parser.add_argument("--samples", type=int, help="how many samples to render or read")
-    parser.add_argument("--steps", type=int, help="optimizer steps (default: the preset's)")
-    parser.add_argument("--batch-size", type=int, help="pictures per step (default: the preset's)")
+    parser.add_argument("--samples", type=int, metavar="N",
+                        help="how many samples to render (default: the preset's) or to read (default: all of "
+                             "--data)")
+    parser.add_argument("--steps", type=int, metavar="N", help="optimizer steps (default: the preset's)")
+    parser.add_argument("--batch-size", type=int, metavar="N",
+                        help="pictures per step, of all processes together (default: the preset's)")
     parser.add_argument("--accumulate", type=int, metavar="N",
-                        help="work on a batch in N parts, to save memory (default: the preset's)")
+                        help="each process works on its share of a batch in N parts, to save memory "
+                             "(default: the preset's)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, data order and noise (default 0)")
-    parser.add_argument("--log-every", type=int, default=50, metavar="STEPS", help="default 50")
+    parser.add_argument("--log-every", type=int, default=50, metavar="STEPS",
+                        help="steps from line to line of metrics.jsonl (default 50)")
     parser.add_argument("--checkpoint-every", type=int, default=1000, metavar="STEPS",
-                        help="checkpoint and sample sheet (default 1000)")
+                        help="steps from one checkpoint and sample sheet to the next (default 1000)")
     parser.add_argument("--keep", type=int, default=1, metavar="N",
                         help="how many checkpoints stay, the newest (default 1)")
     parser.add_argument("--resume", action="store_true", help="go on from the run's newest checkpoint")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default auto)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default auto)")
     args = parser.parse_args()
     for name in ("samples", "steps", "batch_size", "accumulate", "log_every", "checkpoint_every", "keep"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
@@ -84,8 +92,15 @@ class StopRequested(Exception):
     """A signal arrived; the arguments are its number and what to tell."""
 
 
+MAIN_PROCESS = os.getpid()
+
+
 def leave(number: int, frame) -> None:
-    """End before the first step. In the worker processes that read data, who inherit this, silently."""
+    """End before the first step. The worker processes that read data inherit this: they end silently and at
+    once, since Python drops an exception that is raised while a process is being forked, and their pool
+    would wait for them forever."""
+    if os.getpid() != MAIN_PROCESS:
+        os._exit(128 + number)
     sys.exit(128 + number)
 
 

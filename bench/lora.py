@@ -27,15 +27,16 @@ BATCH, SHOWN, BINS = 16, 8, 6
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__,
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--output", required=True, type=Path, help="folder for the results")
-    add("--lora", type=Path, default=WEIGHTS / "crayons.safetensors", help="default: the shipped one")
-    add("--weights", type=Path, default=WEIGHTS, help="default: the small world")
+    add("--output", required=True, type=Path, metavar="FOLDER", help="for the results")
+    add("--lora", type=Path, default=WEIGHTS / "crayons.safetensors", metavar="FILE",
+        help="default: the shipped one")
+    add("--weights", type=Path, default=WEIGHTS, metavar="FOLDER", help="default: the small world")
     add("--count", type=int, default=64, help="cases (default 64)")
     add("--steps", type=int, default=20, help="sampling steps (default 20)")
-    add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default auto)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default auto)")
     return parser.parse_args(argv)
 
 

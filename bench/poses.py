@@ -28,7 +28,7 @@ WRISTS = [i for i, name in enumerate(JOINTS) if name.endswith("wrist")]
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__,
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--controlnet", required=True, metavar="FILE", help="file or folder")

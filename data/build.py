@@ -38,6 +38,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.fastcomposer import (
     MAX_PEOPLE,
     PERSON,
@@ -67,13 +68,15 @@ COLORS = ((255, 190, 0), (0, 190, 255), (255, 80, 160), (90, 220, 90))  # of the
 
 
 def parse_args(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m data.build", description=__doc__,
+    parser = argparse.ArgumentParser(prog="python -m data.build", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", nargs="?", type=Path, metavar="FOLDER", help="pictures, captions and masks")
-    parser.add_argument("--output", type=Path, metavar="DATA", help="dataset to write")
-    parser.add_argument("--check", type=Path, metavar="DATA", help="dataset to check; nothing is written")
-    parser.add_argument("--sheet", type=Path, metavar="PNG",
-                        help="with --check: contact sheet to write")
+    parser.add_argument("folder", nargs="?", type=Path, metavar="FOLDER",
+                        help="folder with pictures, captions and masks")
+    parser.add_argument("--output", type=Path, metavar="DATA", help="folder to write: a new dataset")
+    parser.add_argument("--check", type=Path, metavar="DATA",
+                        help="folder of a dataset to check in place of building one; nothing is written")
+    parser.add_argument("--sheet", type=Path, metavar="FILE",
+                        help="with --check: contact sheet to write (.png)")
     parser.add_argument("--nouns", nargs="+", default=[], metavar="WORD",
                         help=f"more words for a person, besides {', '.join(NOUNS)}")
     parser.add_argument("--without-people", action="store_true",

@@ -20,11 +20,12 @@ PANELS = {
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__,
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of runs")
-    parser.add_argument("--names", nargs="+", help="what to call them (default: the folders' names)")
-    parser.add_argument("--output", required=True, type=Path, help="PNG to write")
+    parser.add_argument("--names", nargs="+", metavar="NAME",
+                        help="what to call them (default: the folders' names)")
+    parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="PNG to write")
     args = parser.parse_args()
     args.names = args.names or [run.name for run in args.runs]
     if len(args.names) != len(args.runs):

@@ -1,4 +1,5 @@
-"""README and docs: links lead somewhere, commands are understood."""
+"""README and docs: links lead somewhere, commands are understood, edits fit the code."""
+import ast
 import importlib
 import re
 import shlex
@@ -16,18 +17,41 @@ def commands() -> list[tuple[str, list[str]]]:
     found = []
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
-        for block in re.findall(r"^```\w*\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        for kind, block in re.findall(r"^```(\w*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+            if kind:  # a program, an edit, an equation
+                continue
             for line in block.replace("\\\n", " ").splitlines():
                 if "[" in line:  # a synopsis
                     continue
                 words = shlex.split(line, comments=True)
                 if words[:2] == ["python", "-m"] and words[2] != "pytest":
-                    found.append((words[2], words[3:]))
+                    package = (ROOT / words[2] / "__main__.py").exists()
+                    found.append((f"{words[2]}.__main__" if package else words[2], words[3:]))
                 elif words and words[0] in ("python", "torchrun"):
                     script = next((i for i, word in enumerate(words) if word.endswith(".py")), None)
                     if script:
                         found.append((words[script][:-3].replace("/", "."), words[script + 1:]))
     return found
+
+
+def edits(page: Path) -> list[tuple[str, str, str]]:
+    """(file, lines before, lines after) of every edit in a page's diff blocks: a line `--- FILE`, then lines
+    that stay, go (-) or come (+)."""
+    found = []
+    text = page.read_text(encoding="utf-8")
+    for block in re.findall(r"^```diff\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        for part in re.split(r"^--- ", block, flags=re.MULTILINE)[1:]:
+            file, *lines = part.splitlines()
+            found.append((file, *("\n".join(line[1:] for line in lines if line[0] in kept)
+                                  for kept in (" -", " +"))))
+    return found
+
+
+def anchors(page: Path) -> set[str]:
+    """What # can lead to in a page, as GitHub makes it of the headings."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+            for heading in re.findall(r"^#+ (.*?) *$", text, re.MULTILINE)}
 
 
 def targets(text: str) -> list[str]:
@@ -41,6 +65,34 @@ def test_links_lead_to_files(page):
     for target in targets(page.read_text(encoding="utf-8")):
         if not target.startswith("http"):
             assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_headings(page):
+    for target, anchor in re.findall(r"\]\(([^)#]*)#([^)]+)\)", page.read_text(encoding="utf-8")):
+        if not target.startswith("http"):
+            assert anchor in anchors(page.parent / target if target else page), f"{target}#{anchor}"
+
+
+@pytest.mark.parametrize(("file", "before", "after"), edits(ROOT / "docs" / "ablate.md"))
+def test_edits_fit_the_code(file, before, after):
+    code = (ROOT / file).read_text(encoding="utf-8")
+    assert code.count(before) == 1 and before != after
+    ast.parse(code.replace(before, after))
+
+
+def test_each_ablation_has_its_row():
+    from ablate import ROWS
+    text = (ROOT / "docs" / "ablate.md").read_text(encoding="utf-8")
+    titles = re.findall(r"^## (\d+)\. .*: (`.*`)$", text, re.MULTILINE)
+    assert [int(number) for number, _ in titles] == list(range(1, 11))
+    assert {name for _, names in titles for name in re.findall("`(.*?)`", names)} < set(ROWS)
+
+
+def test_requirements_are_there():
+    for page in PAGES:
+        for file in re.findall(r"-r (\S*requirements\S*\.txt)", page.read_text(encoding="utf-8")):
+            assert (ROOT / file).is_file(), f"{page.name}: {file}"
 
 
 @pytest.mark.parametrize(("module", "arguments"), commands(), ids=lambda v: v if isinstance(v, str) else None)
@@ -60,4 +112,5 @@ def test_pictures_in_html_are_links():
 
 
 def test_there_are_commands():
-    assert {"train", "sample", "evaluate", "data.build", "weights.convert_sd15"} <= {m for m, _ in commands()}
+    wanted = {"train", "sample", "evaluate", "data.build", "moa.__main__", "weights.convert_sd15"}
+    assert wanted <= {module for module, _ in commands()}

@@ -10,7 +10,8 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = {"models", "moa", "samplers", "data", "weights", "apps", "bench", "examples", "stages"}
 ROOMS = FOLDERS | {script.stem for script in ROOT.glob("*.py")}
 # What a script does without where it is not installed.
-OPTIONAL = {"sheets.py": {"matplotlib"}, "ablate.py": {"matplotlib"}, "face_scores.py": {"facenet_pytorch"}}
+OPTIONAL = {"sheets.py": {"matplotlib"}, "ablate.py": {"matplotlib"}, "apps/demo.py": {"gradio"},
+            "face_scores.py": {"facenet_pytorch"}}
 # Room -> what it must not import.
 FORBIDDEN = {
     "models": ROOMS - {"models"},
@@ -46,7 +47,7 @@ def name(path: Path) -> str:
 
 @pytest.mark.parametrize("path", sources(), ids=name)
 def test_imports_point_one_way(path):
-    room = path.relative_to(ROOT).parts[0]
+    room = "a script" if path.name == "__main__.py" else path.relative_to(ROOT).parts[0]
     tops = {module.split(".")[0] for module in imported(path)}
     wrong = tops & FORBIDDEN.get(room, set())
     if path == ROOT / "weights" / "export_moa.py":

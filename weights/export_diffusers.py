@@ -141,7 +141,7 @@ def write_tokenizer(folder: Path, length: int) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__,
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="a weights folder")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the folder to write")

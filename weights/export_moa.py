@@ -35,7 +35,7 @@ def export(checkpoint: Path, output: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__,
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint of train.py moa")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the MoA file to write")

@@ -1,0 +1,403 @@
+"""A page to play with: design people, put them into pictures, swap and morph them, watch the routers.
+
+    pip install -r requirements-demo.txt
+    python apps/demo.py
+    python apps/demo.py --weights weights/sd15 --moa runs/sd15/moa.safetensors --device cuda
+
+Open the address that is printed in a browser. Only this machine sees the page unless --host 0.0.0.0 is
+given; visitors take turns. --seed, --steps and --strength are what the page starts with, the other
+flags hold for all pictures. What visitors upload is kept in a temporary folder until Ctrl-C.
+"""
+import argparse
+import json
+import os
+import random
+import re
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+from queue import SimpleQueue
+from threading import Event
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import command
+from subjects import PEOPLE, bind_castings, cast, find_words, read_photos
+
+PREVIEWS = 5  # pictures shown while one is sampled
+FRAMES = 6  # of a morph
+OTHERS = {"woman": ("zoe", "mia", "ada"), "man": ("leo", "max", "tom")}  # examples/, for swapping
+EXAMPLES = ("a woman standing on the beach", "a woman and a man shaking hands in Paris",
+            "a woman holding a bouquet of roses in Paris", "a man reading a book on a mountain",
+            "a woman wearing a space suit on Mars", "a girl and a boy standing in the snow")
+# Noun, skin, hair colour and style, glasses, beard, shirt colour and pattern, bottom and its colour.
+FIRST = ("woman", "fair", "red", "short", "yes", "no", "blue", "plain", "trousers", "black")
+SECOND = ("man", "brown", "black", "curly", "no", "no", "orange", "stripes", "trousers", "gray")
+KINDS = {"self-attention": "self", "cross-attention": "cross", "mean of all": None}
+INTRO = """# Mixture-of-Attention
+Design people or upload photos, say what is to be seen, and compare: what the base model draws, and the same
+picture with your people in it. [What is this?](https://arxiv.org/abs/2404.11565)"""
+FIRST_DRAW = "Draw a picture first."
+CSS = """
+.gradio-container {max-width: 1200px !important; margin: auto !important}
+.picture {padding-top: 28px !important}
+.picture .image-frame, .picture img {width: 100% !important; height: auto !important}
+.picture img {object-fit: contain !important}
+.picture .empty {aspect-ratio: 1; min-height: 0 !important; height: auto !important}
+.strip .grid-container {grid-template-columns: repeat(3, minmax(0, 1fr)) !important}
+.strip .grid-wrap {height: auto !important; max-height: none !important}
+"""
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = command.Parser(__doc__)
+    add = parser.add_argument_group("page").add_argument
+    add("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1, this machine only)")
+    add("--port", type=int, default=7860, help="default 7860; 0: the first free one from there on")
+    command.add_flags(parser)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    command.execute(run, parse_args(argv))
+
+
+def run(args: argparse.Namespace) -> None:
+    command.check(args)
+    if not 0 <= args.port <= 65535:
+        raise ValueError(f"--port must be in 0..65535, not {args.port}")
+    with tempfile.TemporaryDirectory(prefix="moa-demo-") as folder:
+        # Read when gradio is imported: it reports to nobody, and visitors can ask for what lies in its
+        # folder. Its own fonts would come from Google.
+        os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1",
+                       "GRADIO_TEMP_DIR": f"{folder}/cache"}
+        try:
+            import gradio
+        except ImportError as error:
+            raise ValueError(f"the page needs gradio ({error}): pip install -r requirements-demo.txt"
+                             ) from error
+        args.seed = args.seed or 0
+        page = build(gradio, Studio(args, Path(folder)))
+        theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
+        page.queue(max_size=20).launch(
+            server_name=args.host, server_port=args.port or None, theme=theme, css=CSS, quiet=True,
+            prevent_thread_lock=True, ssr_mode=False, footer_links=[], max_file_size="20mb",
+            state_session_capacity=100)
+        print(f"open {page.local_url} in a browser; Ctrl-C ends", flush=True)
+        Event().wait()
+
+
+class Studio:
+    """The model and what the page asks of it. One thread draws for all visitors, one after the other:
+    forced and recorded routing are states of the model that they share."""
+
+    def __init__(self, args: argparse.Namespace, folder: Path):
+        self.pipeline = command.load_pipeline(args)
+        self.args, self.folder, self.numbers = args, folder, count()
+        self.small_world = self.pipeline.models.config.get("world") == "toyworld"
+        self.pool = ThreadPoolExecutor(1)
+
+    def place(self, name: str) -> Path:
+        """A file of about this name in a folder of its own."""
+        folder = self.folder / f"{next(self.numbers)}"
+        folder.mkdir()
+        return folder / f"{re.sub('[^a-zA-Z0-9]+', '-', name)[:100]}.png"
+
+    def portrait(self, *looks: str) -> str:
+        """A picture file of the person with these looks, whose name tells them."""
+        from PIL import Image
+
+        from data import toyworld
+        person = toyworld.Identity(*looks, width=1.0, height=1.0)
+        file = self.place(toyworld.identity_key(person))
+        Image.fromarray(toyworld.render_reference(person, 0)).save(file)
+        return str(file)
+
+    def photo(self, upload: str) -> str:
+        """Any picture file as a PNG. Raises ValueError."""
+        from pictures import read_picture, to_images
+        image, = to_images(read_picture(upload)[None] * 2 - 1)
+        file = self.place(Path(upload).stem)
+        image.save(file)
+        return str(file)
+
+    def settings(self, prompt: str, seed: float, steps: float, strength: float) -> argparse.Namespace:
+        """The flags with what the page says. Raises ValueError."""
+        if not find_words(prompt, PEOPLE):
+            raise ValueError(f"nobody in the prompt to stand for: write one of {', '.join(PEOPLE[:6])}, ...")
+        args = argparse.Namespace(**{**vars(self.args), "prompt": prompt, "seed": int(seed or 0),
+                                     "steps": int(steps), "strength": float(strength)})
+        command.check(args)
+        return args
+
+    def people(self, args: argparse.Namespace, rows: list[list[str]]) -> tuple[list, list]:
+        """Where each row's people stand in the prompt, and the people themselves. Raises ValueError."""
+        castings = bind_castings(args.prompt, ["+".join(row) for row in rows])
+        photos = [read_photos(places) for places in castings]
+        return castings, cast(self.pipeline, args.weights, args.prompt, castings, photos)
+
+    def draw(self, show: Callable, args: argparse.Namespace, photos: list[str]) -> dict:
+        """The prior's picture, the one with the people, and what the routers did meanwhile."""
+        from moa import record_routing
+        from pictures import save_png, to_images
+        from routing_sheet import RoutingSheet
+        (places,), (people,) = self.people(args, [photos])
+        sheet = RoutingSheet(args.steps)
+        with record_routing(self.pipeline.models.unet) as routing:
+            def watch(step, steps, t, x0):
+                sheet.add(step, t, routing, x0[1:])
+                routing.clear()
+                seen = step < steps and step % max(1, round(steps / PREVIEWS)) == 0
+                show({"done": step / steps,
+                      **({"pictures": to_images(self.pipeline.decode(x0))} if seen else {})})
+            pictures = list(command.draw(args, self.pipeline, [args.prompt] * 2, [args.seed] * 2,
+                                         [None, people], watch))
+        file = self.place(f"seed-{args.seed}")
+        save_png(pictures[1], file, {"prompt": args.prompt, **command.describe(args, places)})
+        return {"pictures": pictures, "sheet": sheet, "file": str(file)}
+
+    def swap(self, show: Callable, args: argparse.Namespace, photos: list[str]) -> dict:
+        """One after the other in the place of the first person, under their names."""
+        (first, *_), = bind_castings(args.prompt, photos[:1])
+        others = OTHERS.get(first.word, sum(OTHERS.values(), ())) if self.small_world else ()
+        in_turn = [*photos, *(str(ROOT / "examples" / f"{name}.png") for name in others)]
+        _, people = self.people(args, [[one, *photos[1:]] for one in in_turn])
+        rows = command.draw_rows(args, self.pipeline, [None, *people], [args.seed], counting(show))
+        names = ["base", "first", *["second"] * len(photos[1:]), *others]
+        return {"strip": [(row[0], name) for row, name in zip(rows, names, strict=True)]}
+
+    def morph(self, show: Callable, args: argparse.Namespace, photos: list[str]) -> dict:
+        """From the first person to the second, all in the first one's place."""
+        from pipeline import interpolate
+        _, (first, last) = self.people(args, [[photo] for photo in photos])
+        people = [[replace(first[0], feature=feature)]
+                  for feature in interpolate(first[0].feature, last[0].feature, FRAMES)]
+        return {"frames": list(command.draw(args, self.pipeline, [args.prompt] * FRAMES, [args.seed] * FRAMES,
+                                            people, counting(show)))}
+
+    def live(self, work: Callable[..., dict], photos: list[str], *values) -> Iterator[dict]:
+        """Yield what `work(show, args, photos)` shows and, at last, returns. It works in the drawing thread
+        until its next step after the visitor has left. Raises what it raises."""
+        found, left = SimpleQueue(), Event()
+
+        def show(value: dict) -> None:
+            if left.is_set():
+                raise InterruptedError
+            found.put(value)
+
+        def job() -> None:
+            try:
+                with warnings.catch_warnings(record=True) as said:
+                    warnings.simplefilter("always", UserWarning)
+                    show({"done": 0.0})
+                    result = work(show, self.settings(*values), photos)
+                found.put({**result, "warnings": {self.clean(each.message) for each in said}})
+            except Exception as error:
+                found.put(error)
+
+        self.pool.submit(job)
+        try:
+            value = {}
+            while "warnings" not in value:
+                value = found.get()
+                if isinstance(value, Exception):
+                    raise value
+                yield value
+        finally:
+            left.set()
+
+    def clean(self, message: object) -> str:
+        """In one line, without the folders that files lie in."""
+        return " ".join(re.sub(rf"{re.escape(str(self.folder))}/(cache/)?\w+/", "", str(message)).split())
+
+
+def counting(show: Callable) -> Callable:
+    """For `command.draw`: says how far it is."""
+    return lambda step, steps, t, x0: show({"done": step / steps})
+
+
+def heat_map(drawn: dict | None, kind: str, layer: int, step: int) -> tuple:
+    """The picture below the weight of the personalized expert, and what there is to see."""
+    from PIL import Image
+    if not drawn:
+        return None, FIRST_DRAW
+    sheet, picture = drawn["sheet"], drawn["pictures"][1]
+    t, maps = sheet.columns[min(step, len(sheet.columns)) - 1]
+    weights = maps.get((layer, KINDS[kind]))
+    if KINDS[kind] is None:
+        tile = sheet.mean(picture.size)
+        said = "Mean over layers and steps; dark is its lowest value, yellow its highest."
+    elif weights is None:
+        return picture, f"t = {t}: the prior draws this step alone."
+    else:
+        tile = sheet.tile(weights)
+        said = (f"Block l = {layer}, t = {t}: the personalized expert gets {weights.mean():.2f} on average, "
+                f"{weights.min():.2f} to {weights.max():.2f}. Dark is 0, yellow 1.")
+    return Image.blend(picture, tile.resize(picture.size, Image.Resampling.NEAREST), 0.6), said
+
+
+# --- the page ---
+
+
+def build(gr, studio: Studio):
+    """All that a visitor sees, and what happens when they touch it."""
+    args, layers = studio.args, len(list(studio.pipeline.models.unet.transformer_blocks()))
+    with gr.Blocks(title="Mixture-of-Attention", analytics_enabled=False, delete_cache=(3600, 7200)) as page:
+        gr.Markdown(INTRO)
+        with gr.Row():
+            with gr.Column(scale=2, min_width=320):
+                prompt = gr.Textbox(EXAMPLES[0], label="Prompt", lines=2, elem_id="prompt")
+                examples = gr.Dataset(components=[gr.Textbox(visible=False)], samples=[[e] for e in EXAMPLES],
+                                      label="For example")
+                with gr.Row():
+                    first = person(gr, studio, "First person", FIRST)
+                    second = person(gr, studio, "Second person", SECOND)
+                both = gr.Checkbox(True, label="Second person, too, if the prompt names two")
+                seed = gr.Number(args.seed, label="Seed", precision=0, minimum=0)
+                steps = gr.Slider(1, max(50, args.steps), args.steps, step=1, label="Steps", buttons=[])
+                strength = gr.Slider(0, max(2, args.strength), args.strength, step=0.05, buttons=[],
+                                     label="Strength of the people (1: as trained)")
+            with gr.Column(scale=3, min_width=320):
+                with gr.Row():
+                    start = gr.Button("Draw", variant="primary", scale=2, min_width=140, elem_id="draw")
+                    again = gr.Button("New seed", min_width=140, elem_id="again")
+                status = gr.Markdown(" ", elem_id="status", height=32)
+                with gr.Row():
+                    prior = picture(gr, "Base model", "prior")
+                    mixed = picture(gr, "With your people", "mixed")
+                download = gr.DownloadButton("Download, settings inside", size="sm", interactive=False)
+                drawn, frames = gr.State(), gr.State()
+                with gr.Tab("Routers"), gr.Row():
+                    with gr.Column(min_width=280):
+                        kind = gr.Radio(list(KINDS), value="self-attention", label="Routers of")
+                        layer = gr.Slider(0, layers - 1, min(10, layers - 1), step=1, buttons=[],
+                                          label="Transformer block l", elem_id="layer")
+                        step = gr.Slider(1, args.steps, args.steps * 3 // 4, step=1, buttons=[],
+                                         label="Step (1: noise)", elem_id="step")
+                        said = gr.Markdown(FIRST_DRAW, elem_id="said")
+                    heat = picture(gr, "Weight of the personalized expert", "heat")
+                with gr.Tab("Swap"):
+                    swap = gr.Button("Draw the same with others in the first person's place", elem_id="swap")
+                    strip = gr.Gallery(columns=3, object_fit="contain", show_label=False, format="png",
+                                       buttons=[], elem_id="strip", elem_classes="strip")
+                with gr.Tab("Morph"), gr.Row():
+                    with gr.Column(min_width=280):
+                        morph = gr.Button("Draw from the first to the second person", elem_id="morph")
+                        amount = gr.Slider(0, 1, 0.5, step=1 / (FRAMES - 1), buttons=[], elem_id="amount",
+                                           label="How much of the second")
+                    frame = picture(gr, "Between the two", "frame")
+
+        def follow(work: Callable, photos: list, *values) -> Iterator[dict]:
+            """What is shown, with a line that says how far it is."""
+            try:
+                if None in photos:
+                    who = ("first", "second")[photos.index(None)]
+                    raise ValueError(f"Upload a photo of the {who} person.")
+                for value in studio.live(work, photos, *values):
+                    for warning in value.get("warnings", ()):
+                        gr.Warning(warning)
+                    yield {**value, "line": f"Drawing: {value['done']:.0%}" if "done" in value else "Done."}
+            except (ValueError, OSError) as error:
+                raise gr.Error(studio.clean(error), print_exception=False) from error
+
+        def in_prompt(first: str | None, second: str | None, both: bool, prompt: str) -> list:
+            return [first, second] if both and second and len(find_words(prompt, PEOPLE)) > 1 else [first]
+
+        def on_draw(first, second, both, kind, layer, step, prompt, *values):
+            for value in follow(studio.draw, in_prompt(first, second, both, prompt), prompt, *values):
+                update = {status: value["line"], **dict(zip((prior, mixed), value.get("pictures", ())))}
+                if "sheet" in value:
+                    update |= dict(zip((heat, said), heat_map(value, kind, layer, step)))
+                    update |= {drawn: value, download: gr.update(value=value["file"], interactive=True)}
+                yield update
+
+        def on_swap(first, second, both, prompt, *values):
+            for value in follow(studio.swap, in_prompt(first, second, both, prompt), prompt, *values):
+                yield {status: value["line"], **({strip: value["strip"]} if "strip" in value else {})}
+
+        def on_morph(first, second, amount, *values):
+            for value in follow(studio.morph, [first, second], *values):
+                done = value.get("frames")
+                yield {status: value["line"], **({frames: done, frame: pick(done, amount)} if done else {})}
+
+        def pick(frames: list | None, amount: float):
+            return frames[round(amount * (FRAMES - 1))] if frames else None
+
+        def fit(drawn: dict, step: int):
+            columns = len(drawn["sheet"].columns)
+            return gr.update(maximum=columns, value=min(step, columns))
+
+        values = [prompt, seed, steps, strength]
+        busy = {"concurrency_id": "model", "concurrency_limit": 1, "show_progress": "minimal",
+                "show_progress_on": status}
+        quick = {"show_progress": "hidden", "trigger_mode": "always_last"}
+        drawing = [on_draw, [first, second, both, kind, layer, step, *values],
+                   [status, prior, mixed, drawn, heat, said, download]]
+        for asked in (start.click, prompt.submit,
+                      again.click(lambda: random.randrange(10_000), None, seed, **quick).then):
+            asked(*drawing, **busy).success(fit, [drawn, step], step, **quick)
+        swap.click(on_swap, [first, second, both, *values], [status, strip], **busy)
+        morph.click(on_morph, [first, second, amount, *values], [status, frames, frame], **busy)
+        gr.on([kind.change, layer.change, step.change], heat_map, [drawn, kind, layer, step], [heat, said],
+              **quick)
+        # In the browser, so that no click on Draw can be faster.
+        examples.click(None, examples, prompt, js=f"(k) => {json.dumps(EXAMPLES)}[k]")
+        amount.change(pick, [frames, amount], frame, **quick)
+    return page
+
+
+def picture(gr, label: str, name: str):
+    """Where a picture will be."""
+    return gr.Image(label=label, interactive=False, format="png", buttons=["fullscreen"], min_width=140,
+                    elem_id=name, elem_classes="picture")
+
+
+def person(gr, studio: Studio, title: str, looks: tuple[str, ...]):
+    """Somebody to be uploaded or, in the small world, designed: the state that holds their picture file."""
+    portrait = studio.portrait(*looks) if studio.small_world else None
+    with gr.Column(min_width=140):
+        file = gr.State(portrait)
+        image = gr.Image(portrait, label=title, interactive=False, format="png", buttons=[], min_width=140,
+                         elem_classes="picture")
+        upload = gr.UploadButton("Upload a photo", size="sm", file_types=["image"])
+        if studio.small_world:
+            design(gr, studio, looks, [file, image])
+
+    def on_upload(upload: str) -> list[str]:
+        try:
+            return [studio.photo(upload)] * 2
+        except ValueError as error:
+            raise gr.Error(studio.clean(error), print_exception=False) from error
+
+    upload.upload(on_upload, upload, [file, image], show_progress="hidden")
+    return file
+
+
+def design(gr, studio: Studio, looks: tuple[str, ...], outputs: list) -> None:
+    """Menus for the looks of a person of the small world; `outputs` get the picture file."""
+    from numpy.random import default_rng
+
+    from data import toyworld
+    attributes = {"noun": toyworld.NOUNS, **toyworld.ATTRIBUTES}
+    chance = gr.Button("Somebody else", size="sm")
+    with gr.Accordion("Design", open=False):
+        menus = [gr.Dropdown(list(values), value=look, label=name.replace("_", " "), filterable=False)
+                 for (name, values), look in zip(attributes.items(), looks, strict=True)]
+
+    def on_chance(noun: str) -> list[str]:
+        someone = toyworld.sample_identity(default_rng(), "test", noun)
+        looks = [getattr(someone, name) for name in attributes]
+        return [studio.portrait(*looks)] * 2 + looks
+
+    gr.on([menu.input for menu in menus], lambda *looks: [studio.portrait(*looks)] * 2, menus, outputs,
+          show_progress="hidden", trigger_mode="always_last")
+    chance.click(on_chance, menus[0], [*outputs, *menus], show_progress="hidden")
+
+
+if __name__ == "__main__":
+    main()
