@@ -137,7 +137,7 @@ def read_settings(path: Path) -> dict | None:
         with Image.open(path, formats=("PNG",)) as image:
             image.load()
             return json.loads(image.text["moa"])
-    except (OSError, KeyError, ValueError, SyntaxError):
+    except (OSError, KeyError, ValueError, SyntaxError, RecursionError):
         return None
 
 

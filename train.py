@@ -329,9 +329,11 @@ def load_checkpoint(path: Path, run: dict, trained: dict, averages: dict, optimi
     state = read_checkpoint(path)
     different = [f"{k} {v}, not {run.get(k)}" for k, v in state["run"].items() if v != run.get(k)]
     pairs = [(trained, state["parameters"]), (averages, state["average"])]
-    # With the order of the names, since the optimizer's state has none.
-    if any([(name, v.shape) for name, v in values.items()] != [(name, v.shape) for name, v in found.items()]
-           for values, found in pairs):
+    ours, moments = optimizer.state_dict(), state["optimizer"].get("state")
+    wanted = {number: {"step": torch.empty(()), "exp_avg": p, "exp_avg_sq": p}
+              for number, p in enumerate(trained.values())}
+    if not (all(same_shapes(*pair) for pair in pairs) and isinstance(moments, dict) and all(
+            same_shapes(wanted.get(number, {}), found) for number, found in moments.items())):
         different.append("a model of other sizes")
     if different:
         raise ValueError(f"{path} is of another run: {', '.join(different)}")
@@ -339,8 +341,15 @@ def load_checkpoint(path: Path, run: dict, trained: dict, averages: dict, optimi
         for values, found in pairs:
             for name, value in values.items():
                 value.copy_(found[name])
-    optimizer.load_state_dict(state["optimizer"])
+    optimizer.load_state_dict({**ours, "state": moments})
     return state["step"]
+
+
+def same_shapes(wanted: dict, found) -> bool:
+    """Whether `found` has tensors of these names and shapes, in this order: an optimizer's state knows its
+    tensors by nothing else."""
+    return isinstance(found, dict) and [(name, value.shape) for name, value in wanted.items()] == [
+        (name, getattr(value, "shape", None)) for name, value in found.items()]
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def describe(folder: Path, description: dict) -> None:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         different = [f"{k} {found.get(k)}, not {v}" for k, v in description.items() if found.get(k) != v]
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise ShardError(f"{path} cannot be read: {error}") from error
     if different:
         raise ShardError(f"{folder} was made of something else ({'; '.join(different)}): "
@@ -125,5 +125,5 @@ class Shards:
                 file = safe_open(path, "pt")
                 self.files[number] = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             return {name: part[place] for name, part in self.files[number].items()}
-        except (ValueError, OSError, SafetensorError) as error:
+        except (ValueError, IndexError, OSError, SafetensorError) as error:
             raise ShardError(f"{self.folder}: shard {number:06d} cannot be read: {error}") from error

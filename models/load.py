@@ -30,6 +30,7 @@ PARTS: dict[str, tuple[type[nn.Module], type]] = {
 }
 # The same with what may lie beside it, or in a folder of its own.
 ALL_PARTS = {**PARTS, "controlnet": (ControlNet, ControlNetConfig)}
+MOST_LAYERS = 100  # of one part; a file may claim any number, and each layer takes its time
 # What a checkpoint of train.py holds. `moa` is the config of the MoA file that can be made of it.
 CHECKPOINT = {"run": dict, "step": int, "parameters": dict, "average": dict, "optimizer": dict,
               "moa": dict | None}
@@ -86,15 +87,23 @@ def build_config(config: dict, part: str):
         raise WeightsError(f"config.json has no usable sizes for {part!r}: {error}") from error
 
 
+def build_empty(part: str, cfg) -> nn.Module:
+    """One part whose tensors have shapes but no memory. Raises WeightsError where the sizes make no model."""
+    try:
+        for name in ("layers", "channels", "hint_channels"):
+            value = getattr(cfg, name, 0)
+            if (value if isinstance(value, int) else len(value)) > MOST_LAYERS:
+                raise ValueError(f"{name} has or is more than {MOST_LAYERS}")
+        with torch.device("meta"):
+            return ALL_PARTS[part][0](cfg)
+    except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise WeightsError(f"the sizes of {part!r} make no model: {error}") from error
+
+
 def load_part(folder: Path, part: str, device="cpu", dtype: torch.dtype = torch.float32) -> nn.Module:
     """Build one part without memory, then hand it the file's tensors. Raises WeightsError."""
     folder = Path(folder)
-    cfg = build_config(read_config(folder), part)
-    try:
-        with torch.device("meta"):
-            module = ALL_PARTS[part][0](cfg)
-    except (ArithmeticError, AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
-        raise WeightsError(f"the sizes of {part!r} in config.json do not make a model: {error}") from error
+    module = build_empty(part, build_config(read_config(folder), part))
     path = folder / f"{part}.safetensors"
     state = {k: v.to(device=device, dtype=dtype) for k, v in read_tensors(path).items()}
     check_exact(state, module.state_dict(), path)

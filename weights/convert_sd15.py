@@ -28,7 +28,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,7 +39,8 @@ from tqdm import tqdm
 
 # A script has only its own folder on the path. Sizes, names and the writer are those of the loader.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from models.load import ALL_PARTS, PARTS, WeightsError, build_config, differences, write_json, write_whole
+from models.load import (ALL_PARTS, PARTS, WeightsError, build_config, build_empty, differences, write_json,
+                         write_whole)
 
 REQUIRED = ("unet", "vae", "text_encoder")
 DTYPES = {"keep": None, "fp16": torch.float16, "fp32": torch.float32}
@@ -600,20 +601,13 @@ def find_sizes(name: str, part: Part):
     return ALL_PARTS[name][1](**sizes)
 
 
-@cache
-def expected_state(name: str, cfg) -> dict[str, Tensor]:
-    """The names and shapes that our module has at these sizes; the tensors have no values."""
-    with torch.device("meta"):
-        return ALL_PARTS[name][0](cfg).state_dict()
-
-
 def fit(name: str, part: Part, notes: Notes) -> None:
     """Set the sizes, reshape 1x1 convolutions, require exactly our names and shapes. Raises Refusal."""
     try:
         part.cfg = part.cfg or find_sizes(name, part)
-        expected = expected_state(name, part.cfg)
-    except (ArithmeticError, AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
-        raise WrongTensors(f"{part.path}: the sizes of its {LABELS[name]} make no model: {error}") from error
+        expected = build_empty(name, part.cfg).state_dict()
+    except (TypeError, ValueError, WeightsError) as error:
+        raise WrongTensors(f"{part.path}, {LABELS[name]}: {error}") from error
     found = part.tensors
     convolutions = [k for k in sorted(found.keys() & expected.keys())
                     if found[k].shape != expected[k].shape
@@ -655,8 +649,7 @@ def load_vae(source: str) -> torch.nn.Module:
 def build(name: str, part: Part) -> torch.nn.Module:
     """A part as found, for inference in float32. Raises Refusal."""
     fit(name, part, Notes())
-    with torch.device("meta"):
-        module = ALL_PARTS[name][0](part.cfg)
+    module = build_empty(name, part.cfg)
     module.load_state_dict({key: read_value(part, key, torch.float32) for key in part.tensors}, assign=True)
     return module.eval().requires_grad_(False)
 
