@@ -45,6 +45,7 @@ from data.fastcomposer import (
     find_places,
     in_processes,
     naming,
+    open_picture,
     open_sample,
     people_of,
     read_ids,
@@ -203,7 +204,7 @@ def convert(index: int, path: Path, output: Path, nouns: tuple[str, ...] | None)
 
 def read_picture(path: Path) -> Image.Image:
     """RGB as a viewer shows it: turned as its EXIF data say, transparent parts over white."""
-    with Image.open(path, formats=("JPEG", "PNG", "WEBP")) as image:
+    with open_picture(path, ("JPEG", "PNG", "WEBP")) as image:
         if image.mode.startswith(("I", "F")):
             raise ValueError("more than 8 bits per channel: save it with 8")
         image = ImageOps.exif_transpose(image)
@@ -215,7 +216,7 @@ def read_picture(path: Path) -> Image.Image:
 
 def read_mask(path: Path, size: tuple[int, int], people: int, caption: str) -> np.ndarray:
     """(H, W) uint8 person numbers from 1 to `people`, 0 where nobody is."""
-    with Image.open(path, formats=("PNG",)) as image:
+    with open_picture(path, ("PNG",)) as image:
         if image.mode not in ("1", "L", "P", "I", "I;16"):
             raise ValueError(f"a mask is greyscale or palette, not {image.mode}")
         if image.size != size:

@@ -4,6 +4,7 @@ import os
 import pickle
 import shutil
 import warnings
+import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -121,9 +122,20 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise WeightsError(f"{path} is not a readable safetensors file: {error}") from error
 
 
+def check_archive(path: Path) -> None:
+    """Raise WeightsError for a zip file that unpacks to more than it is: torch compresses nothing, and a
+    bomb unpacks to anything."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+        if size > path.stat().st_size:
+            raise WeightsError(f"it would unpack to {size} bytes, and no file that torch has written does")
+
+
 def read_checkpoint(path: Path) -> dict:
     """A checkpoint of train.py; no code in the file is run. Raises WeightsError."""
     try:
+        check_archive(path)
         with warnings.catch_warnings(action="ignore"):  # of a pickle that is not torch's
             state = torch.load(path, map_location="cpu", weights_only=True)
         wrong = [name for name, kind in CHECKPOINT.items() if not isinstance(state.get(name), kind)]

@@ -39,8 +39,8 @@ from tqdm import tqdm
 
 # A script has only its own folder on the path. Sizes, names and the writer are those of the loader.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from models.load import (ALL_PARTS, PARTS, WeightsError, build_config, build_empty, differences, write_json,
-                         write_whole)
+from models.load import (ALL_PARTS, PARTS, WeightsError, build_config, build_empty, check_archive,
+                         differences, write_json, write_whole)
 
 REQUIRED = ("unet", "vae", "text_encoder")
 DTYPES = {"keep": None, "fp16": torch.float16, "fp32": torch.float32}
@@ -164,14 +164,18 @@ def open_pickle(path: Path, notes: Notes) -> State:
     if isinstance(found.get("state_dict"), dict):
         notes.dropped.update(str(k) for k in found if k != "state_dict")
         found = found["state_dict"]
-    return dict(flatten("", found))
+    try:
+        return dict(flatten("", found, set()))
+    except RecursionError as error:
+        raise WrongKind(f"{path} nests its dictionaries without end: it is no checkpoint") from error
 
 
-def flatten(prefix: str, tree: dict) -> Iterator[tuple[str, Lazy]]:
-    """The usual tensors in nested dicts, with their full names; anything else is left out."""
+def flatten(prefix: str, tree: dict, seen: set[int]) -> Iterator[tuple[str, Lazy]]:
+    """The usual tensors in nested dicts, each dict once, with their full names; anything else is left out."""
+    seen.add(id(tree))
     for key, value in tree.items():
         if isinstance(value, dict):
-            yield from flatten(f"{prefix}{key}.", value)
+            yield from flatten(f"{prefix}{key}.", value, seen) if id(value) not in seen else ()
         elif isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta:
             yield f"{prefix}{key}", Lazy(tuple(value.shape), value.dtype, lambda value=value: value)
 
@@ -201,6 +205,7 @@ def load_pickle(path: Path):
     while True:
         inert = torch.serialization.safe_globals([(cls, name) for name, cls in allowed.items()])
         try:
+            check_archive(path)
             with inert, warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # about pickle protocols and TorchScript
                 return torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
