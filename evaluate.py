@@ -66,6 +66,11 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, WeightsError, OSError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if "allocate" not in str(error):  # on a CPU, torch has no error class for it
+            raise
+        print("error: not enough memory", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -74,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
     """Draw all cases, read them, write scores and sheets."""
     import torch
 
-    from models.load import write_json
+    from models.load import write_json, write_whole
     from train import git_describe
     start = time.perf_counter()
     fill_in(args)
@@ -104,7 +109,7 @@ def run(args: argparse.Namespace) -> None:
                "router": router}
     write_json(results, args.output / "results.json")
     table = markdown(results)
-    (args.output / "results.md").write_text(table, encoding="utf-8")
+    write_whole(args.output / "results.md", lambda temporary: temporary.write_text(table, encoding="utf-8"))
     print(table)
 
 

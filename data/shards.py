@@ -6,6 +6,7 @@ the rows were made from; a folder with another description is never touched.
 """
 import json
 import os
+import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -67,6 +68,10 @@ def build_shards(folder: Path, count: int, make: Callable[[range], dict[str, Ten
                 with open(path, "rb+") as file:
                     os.fsync(file.fileno())
                 path.rename(folder / f"{number:06d}-{checksum(path):08x}.safetensors")
+            except (OSError, SafetensorError) as error:
+                free = shutil.disk_usage(folder).free / 1e6
+                raise ShardError(f"{folder}: shard {number} of {len(ranges)} cannot be written ({error}): "
+                                 f"{free:.1f} MB are free there; the others stay") from error
             finally:
                 path.unlink(missing_ok=True)
             progress.update(len(ranges[number]))

@@ -172,6 +172,8 @@ def write_moa(state: dict[str, Tensor], config: dict, path: str | Path,
         save_file(state, temporary, {"moa": json.dumps(config)})
         temporary.chmod(0o644)
         temporary.replace(path)
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
 

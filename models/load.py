@@ -5,7 +5,8 @@ import pickle
 import shutil
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -188,7 +189,7 @@ def save_tensors(state: dict[str, Tensor], path: Path, dtype: torch.dtype | None
                  metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file under a temporary name, then rename it. `dtype` None keeps each."""
     state = {k: v.detach().to("cpu", dtype).contiguous() for k, v in state.items()}
-    write_whole(path, lambda temporary: save_file(state, temporary, metadata))
+    write_whole(path, lambda temporary: save_file(state, temporary, metadata), tensor_bytes(state.values()))
 
 
 def write_json(value, path: Path) -> None:
@@ -197,8 +198,16 @@ def write_json(value, path: Path) -> None:
     write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """`write` to a temporary file beside `path`, flush it to disk, rename: whole or not at all."""
+def tensor_bytes(tensors: Iterable[Tensor]) -> int:
+    """The memory that tensors take, which is nearly their file's."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def write_whole(path: Path, write: Callable[[Path], object], size: int = 0) -> None:
+    """`write` to a temporary file beside `path`, flush it to disk, rename: whole or not at all.
+
+    size: in bytes, where it is known, for the message. Raises OSError.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -207,5 +216,13 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)  # safetensors writes 0600
         os.replace(temporary, path)
+    except (OSError, RuntimeError, SafetensorError) as error:  # of Python, torch and safetensors
+        need = f"it needs {size / 1e6:.1f} MB, " if size else ""
+        with suppress(OSError):
+            need += f"{shutil.disk_usage(path.parent).free / 1e6:.1f} MB are free there; "
+        reason = getattr(error, "strerror", None) or str(error)
+        raise OSError(f"{path} cannot be written ({reason}): {need}what was there before is left as it "
+                      "was") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
