@@ -613,7 +613,7 @@ def shards(folder: Path) -> Case:
 
 # Texts and flags ---------------------------------------------------------------------------------
 
-@family("files of prompts", ValueError)
+@family("files of prompts", *COMMAND)
 def prompts(folder: Path) -> Case:
     lines = [{"prompt": "a woman and a man shaking hands", "subjects": ["woman=a.png,b.png@600", "2=b.png"],
               "seed": 7}, {"prompt": "a man"}, {"prompt": "a boy", "subjects": []}]
