@@ -361,7 +361,7 @@ def load_checkpoint(path: Path, run: dict, trained: dict, averages: dict, optimi
     wanted = {number: {"step": torch.empty(()), "exp_avg": p, "exp_avg_sq": p}
               for number, p in enumerate(trained.values())}
     if not (all(same_shapes(*pair) for pair in pairs) and isinstance(moments, dict) and all(
-            same_shapes(wanted.get(number, {}), found) for number, found in moments.items())):
+            number in wanted and same_shapes(wanted[number], found) for number, found in moments.items())):
         different.append("a model of other sizes")
     if different:
         raise ValueError(f"{path} is of another run: {', '.join(different)}")

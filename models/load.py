@@ -179,7 +179,8 @@ def carry_over(source: Path, folder: Path) -> None:
     config = read_config(source)
     names = [name for name in ALL_PARTS if (source / f"{name}.safetensors").exists()]
     for name in names:
-        write_whole(folder / f"{name}.safetensors", partial(shutil.copyfile, source / f"{name}.safetensors"))
+        file = source / f"{name}.safetensors"
+        write_whole(folder / file.name, partial(shutil.copyfile, file), file.stat().st_size)
     kept = {k: v for k, v in config.items() if k != "training"}
     mine = read_config(folder) if (folder / "config.json").exists() else {}
     write_json({**kept, **mine}, folder / "config.json")

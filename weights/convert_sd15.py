@@ -746,7 +746,7 @@ def write_tensors(part: Part, path: Path, dtype: torch.dtype | None, bar: tqdm) 
             for key in order:
                 file.write(read_value(part, key, types[key]).reshape(-1).view(torch.uint8).numpy())
                 bar.update()
-    write_whole(path, stream)
+    write_whole(path, stream, 8 + len(text) + end)
 
 
 @contextmanager

@@ -36,7 +36,7 @@ def run(*words, folder: Path) -> subprocess.CompletedProcess:
 
 
 def damage(data: Path) -> list[str]:
-    """Break every twentieth sample in another way; returns their ids. The clean rest gets a list of its own."""
+    """Break every twentieth sample, each in another way; returns their ids."""
     ids = (data / "image_ids_train.txt").read_text().split()
     chosen = ids[7::EACH]
     for kind, image_id in zip(KINDS, chosen, strict=True):
@@ -59,8 +59,8 @@ def main() -> None:
         broken = damage(data)
         checked = run("-m", "data.build", "--check", data, folder=folder)
         named = {image_id for image_id in broken if f"{image_id}." in checked.stdout}
-        train = [ROOT / "tests" / "test_train.py", "moa", "--weights", folder / "base", "--data", data, "--steps",
-                 args.steps, "--batch-size", 4, "--log-every", 1, "--device", "cpu", "--output"]
+        train = [ROOT / "tests" / "test_train.py", "moa", "--weights", folder / "base", "--data", data,
+                 "--steps", args.steps, "--batch-size", 4, "--log-every", 1, "--device", "cpu", "--output"]
         first = run(*train, folder / "broken", folder=folder)
         whole = listed.read_text().split()
         listed.write_text("\n".join(image_id for image_id in whole if image_id not in broken))
@@ -72,10 +72,11 @@ def main() -> None:
         states = [load_file(folder / name / "moa.safetensors") for name in ("broken", "clean")]
         equal = states[0].keys() == states[1].keys() and all(
             torch.equal(states[0][key], states[1][key]) for key in states[0])
+    alike = "yes" if logs[0] == logs[1] else "**no**"
     rows = {"broken samples": f"{len(broken)} of {len(whole)}, of {len(set(KINDS))} kinds",
             "named by data.build --check": f"{len(named)} (exit status {checked.returncode})",
             "counted and left out by train.py": "yes" if warned else "**no**",
-            f"numbers of {args.steps} steps equal those on the clean rest": "yes" if logs[0] == logs[1] else "**no**",
+            f"numbers of {args.steps} steps equal those on the clean rest": alike,
             "weights equal those on the clean rest, bit for bit": "yes" if equal else "**no**"}
     print("what | found", "---|---", *(f"{name} | {value}" for name, value in rows.items()), sep="\n")
     held = len(named) == len(broken) and checked.returncode == 1 and warned and equal and logs[0] == logs[1]

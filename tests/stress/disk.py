@@ -38,7 +38,7 @@ COMMANDS = {
     "sample": ("sample.py --weights {world} --prompt 'a man' --num 3 --output {out}/pictures", 12_000, 3_000),
     "sample, a file of prompts": ("sample.py --weights {world} --from-file {prompts} --output {out}/pictures",
                                   12_000, 3_000),
-    "evaluate": ("evaluate.py --count 2 --steps 1 --output {out}/evaluation", 40_000, 20_000),
+    "evaluate": ("evaluate.py --count 2 --steps 3 --output {out}/evaluation", 40_000, 20_000),
     "data.build": ("-m data.build {pictures} --output {out}/data", 20_000, 3_000),
 }
 

@@ -43,10 +43,11 @@ def main() -> None:
         folder = Path(temporary)
         lines = [{"prompt": toyworld.sample_scene(seed).caption} for seed in range(args.pictures)]
         for k in range(0, args.pictures, 3):
-            lines[k] = {"prompt": "a woman standing on the beach", "subjects": [str(ROOT / "examples/zoe.png")]}
+            lines[k] = {"prompt": "a woman standing on the beach",
+                        "subjects": [str(ROOT / "examples" / "zoe.png")]}
         (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
-        command = [sys.executable, str(ROOT / "sample.py"), "--from-file", str(folder / "prompts.jsonl"), "--output",
-                   str(folder / "pictures"), "--steps", str(args.steps)]
+        command = [sys.executable, str(ROOT / "sample.py"), "--from-file", str(folder / "prompts.jsonl"),
+                   "--output", str(folder / "pictures"), "--steps", str(args.steps)]
         stops = sorted(rng.randrange(args.pictures // 4, 3 * args.pictures // 4) for _ in range(args.kills))
         memory, stamps, said = [], {}, ""
         for stop in [*stops, None]:
@@ -61,7 +62,8 @@ def main() -> None:
                     process.wait()
                 time.sleep(0.05)
             if stop is not None:
-                stamps = {path.name: path.stat().st_mtime_ns for path in (folder / "pictures").glob("[0-9]*.png")}
+                stamps = {path.name: path.stat().st_mtime_ns
+                          for path in (folder / "pictures").glob("[0-9]*.png")}
             said = (folder / "log.txt").read_text().splitlines()[-1]
         files = sorted((folder / "pictures").glob("[0-9]*.png"))
         settings = [read_settings(path) for path in files]
@@ -72,7 +74,8 @@ def main() -> None:
         names = {path.name for path in (folder / "pictures").iterdir()}
         left = [name for name in names if not (name[:5].isdecimal() or name.startswith("."))]
         torn = [name for name in names if name.startswith(".")]
-    early, late = (max(mb for _, mb in part) for part in (memory[:len(memory) // 3], memory[-len(memory) // 3:]))
+    third = len(memory) // 3
+    early, late = (max(mb for _, mb in part) for part in (memory[:third], memory[-third:]))
     rows = {"pictures asked for": args.pictures, "killed after": ", ".join(map(str, stops)),
             "there, each with its own prompt and seed": sum(right),
             "missing": args.pictures - sum(right), "drawn twice": len(again) + len(left),
