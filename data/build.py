@@ -195,10 +195,14 @@ def convert(index: int, path: Path, output: Path, nouns: tuple[str, ...] | None)
             **({"identity": names[number]} if number in names else {})})
     record = {"image_id": image_id, "caption": caption, "segments": segments, "source": path.name}
     stem = output / image_id[:5] / image_id
-    stem.parent.mkdir(exist_ok=True)
-    picture.save(stem.with_suffix(".jpg"), quality=95, subsampling=0)
-    np.save(stem.with_suffix(".npy"), instances)
-    stem.with_suffix(".json").write_text(json.dumps(record), encoding="utf-8")
+    try:
+        stem.parent.mkdir(exist_ok=True)
+        picture.save(stem.with_suffix(".jpg"), quality=95, subsampling=0)
+        np.save(stem.with_suffix(".npy"), instances)
+        stem.with_suffix(".json").write_text(json.dumps(record), encoding="utf-8")
+    except OSError as error:  # numpy's names no file
+        raise OSError(f"{stem} cannot be written ({error.strerror or error}): "
+                      f"{shutil.disk_usage(output).free / 1e6:.1f} MB are free there") from error
     return image_id
 
 

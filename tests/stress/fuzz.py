@@ -19,6 +19,7 @@ import multiprocessing
 import os
 import random
 import resource
+import shutil
 import signal
 import struct
 import sys
@@ -28,7 +29,7 @@ import traceback
 import warnings
 import zipfile
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -251,6 +252,18 @@ def spoil_pickle(value, rng: random.Random) -> bytes:
     return spoil_bytes(file.getvalue(), rng) if rng.random() < 0.05 else file.getvalue()
 
 
+@cache
+def shared() -> tempfile.TemporaryDirectory:
+    """A small world, which is made once for all processes."""
+    folder = tempfile.TemporaryDirectory(prefix="fuzz-")
+    save_world(Path(folder.name) / "world")
+    return folder
+
+
+def copy_world(folder: Path) -> Path:
+    return Path(shutil.copytree(Path(shared().name) / "world", folder))
+
+
 def put(path: Path, data: bytes) -> Path:
     path.unlink(missing_ok=True)
     path.write_bytes(data)
@@ -264,7 +277,7 @@ COMMAND = (ValueError, OSError)  # what `command.execute` turns into one line
 
 @family("weights: a part's safetensors", WeightsError)
 def weights_files(folder: Path) -> Case:
-    save_world(folder / "world")
+    copy_world(folder / "world")
     state = load_file(folder / "world" / "vae.safetensors")
 
     def case(rng: random.Random) -> Read:
@@ -275,7 +288,7 @@ def weights_files(folder: Path) -> Case:
 
 @family("weights: config.json", WeightsError, *COMMAND)
 def configs(folder: Path) -> Case:
-    save_world(folder / "world")
+    copy_world(folder / "world")
     config = read_config(folder / "world")
 
     def read(world: Path) -> None:
@@ -300,7 +313,7 @@ def configs(folder: Path) -> Case:
 
 @family("MoA files", ValueError)
 def moa_files(folder: Path) -> Case:
-    world = save_world(folder / "world")
+    world = copy_world(folder / "world")
     state, unet = load_file(world / "moa.safetensors"), load_part(world, "unet")
     load_moa(unet, world / "moa.safetensors")
     from moa.install import read_moa
@@ -357,6 +370,7 @@ def checkpoints(folder: Path) -> Case:
 CONVERTING = (Refusal, WeightsError, OSError, MemoryError, SafetensorError)  # what `run` there expects
 
 
+@cache
 def plain_states() -> dict[str, dict]:
     """The tensors of models whose sizes the shapes tell, as those of Stable Diffusion 1.5 do."""
     sizes = {"unet": {"channels": (32,) * 4, "context_dim": 64}, "vae": {"channels": (32,) * 4},
@@ -411,7 +425,7 @@ def whole_models(folder: Path) -> Case:
 
 @family("convert: JSON of a diffusers folder", *CONVERTING)
 def diffusers_folders(folder: Path) -> Case:
-    vae = read_tensors(save_world(folder / "world") / "vae.safetensors")
+    vae = read_tensors(copy_world(folder / "world") / "vae.safetensors")
     (folder / "model" / "vae").mkdir(parents=True)
     put(folder / "model" / "vae" / "diffusion_pytorch_model.safetensors", save(vae))
     files = {"model_index.json": {"_class_name": "StableDiffusionPipeline"},
@@ -449,7 +463,7 @@ def controlnets(folder: Path) -> Case:
 @family("LoRA", LoRAError)
 def loras(folder: Path) -> Case:
     from tests.test_lora import diffusers, kohya, make_lora, peft, peft_metadata
-    pipeline = Pipeline(load_models(save_world(folder / "world")))
+    pipeline = Pipeline(load_models(copy_world(folder / "world")))
     pipeline.set_loras([])
     low = make_lora(pipeline.merged.layers)
     forms = [(kohya(low), None), (diffusers(low), None), (peft(low), peft_metadata(low))]
@@ -804,6 +818,7 @@ def main() -> None:
         return repeat(args.family, args.seed, args.case)
     head = ["family", "cases", "taken", "refused", "failures", "slowest, s", "memory, MB"]
     print(" | ".join(head), "---|" * (len(head) - 1) + "---", sep="\n", flush=True)
+    shared(), plain_states()  # before there are other processes
     failed = 0
     for name in [args.family] if args.family else FAMILIES:
         row, failures = fuzz(name, args.seed, args.cases)
