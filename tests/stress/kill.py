@@ -205,23 +205,23 @@ def main() -> None:
     args = parser.parse_args()
     stages = list(STEPS) if args.stage == "all" else [args.stage]
     shares = [args.kills // len(stages) + (k < args.kills % len(stages)) for k in range(len(stages))]
-    rows = []
+    head = ["kill", "what", "stage", "after step", "ended in, s", "checkpoints", "torn files"]
+    widths = [4, 20, 10, 10, 11, 13, 10]
+    print("  ".join(cell.ljust(width) for cell, width in zip(head, widths, strict=True)).rstrip())
     with tempfile.TemporaryDirectory() as temporary:
         try:
             for stage, kills in zip(stages, shares, strict=True):
                 folder = (args.output or Path(temporary)).resolve() / (stage if len(stages) > 1 else "")
                 folder.mkdir(parents=True, exist_ok=True)
-                rows += stress(folder, kills, args.seed, args.cache and stage == "moa", stage)
+                for row in stress(folder, kills, args.seed, args.cache and stage == "moa", stage):
+                    cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+                    print("  ".join(cells).rstrip(), flush=True)
         except (Unexpected, subprocess.TimeoutExpired) as error:
             print("error:", error, file=sys.stderr)
             sys.exit(2)
         except AssertionError as error:
             print(f"different from the undisturbed run: {error or 'see --output'}", file=sys.stderr)
             sys.exit(1)
-    head = ["kill", "what", "stage", "after step", "ended in, s", "checkpoints", "torn files"]
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    for row in (head, *rows):
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     print(f"{args.kills} kills: weights, averages, optimizer states and logs are equal bit for bit")
 
 
