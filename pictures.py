@@ -216,8 +216,8 @@ def cut_person(picture: Tensor, mask: Tensor) -> Tensor:
     picture: (3, H, W) in [0, 1]. mask: (H, W) bool, not empty. Returns (3, S, S) in [0, 1].
     """
     rows, columns = mask.any(1).nonzero().flatten(), mask.any(0).nonzero().flatten()
-    box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
-    person = torch.where(mask, picture, CUT_GROUND)[:, *box]
+    box = slice(None), slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+    person = torch.where(mask, picture, CUT_GROUND)[box]
     side = math.ceil(max(person.shape[1:]) * CUT_SIDE)
     square = torch.full((3, side, side), CUT_GROUND)
     top, left = ((side - length) // 2 for length in person.shape[1:])

@@ -137,7 +137,8 @@ def read_checkpoint(path: Path) -> dict:
     """A checkpoint of train.py; no code in the file is run. Raises WeightsError."""
     try:
         check_archive(path)
-        with warnings.catch_warnings(action="ignore"):  # of a pickle that is not torch's
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about a pickle that is not torch's
             state = torch.load(path, map_location="cpu", weights_only=True)
         wrong = [name for name, kind in CHECKPOINT.items() if not isinstance(state.get(name), kind)]
     except Exception as error:  # a broken file raises whatever its bytes lead to
