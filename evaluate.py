@@ -563,6 +563,7 @@ def draw_sheets(cases: list[Case], router: dict, folder: Path) -> None:
 
     Where no case has a number to be worst by there is no sheet, and an older one is removed.
     """
+    from models.load import write_whole
     from sheets import case_sheet, plot_router, routing_sheet
     chosen = {"cases": cases[:SHOWN], **{f"worst_{name}": found for name, found in worst(cases).items()}}
     for name, found in chosen.items():
@@ -571,7 +572,8 @@ def draw_sheets(cases: list[Case], router: dict, folder: Path) -> None:
         for suffix, sheet in (("", case_sheet), ("_routing", routing_sheet)):
             path = folder / f"{name}{suffix}.png"
             if entries:
-                sheet(entries).save(path)
+                picture = sheet(entries)
+                write_whole(path, lambda temporary, picture=picture: picture.save(temporary, format="PNG"))
             else:
                 path.unlink(missing_ok=True)
     plot_router(router, folder / "router.png")
