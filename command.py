@@ -1,5 +1,6 @@
 """The command line that sample.py and the apps share: flags, checks, loading, drawing, settings."""
 import argparse
+import importlib
 import json
 import random
 import re
@@ -87,6 +88,9 @@ def add_flags(parser: argparse.ArgumentParser, seeds: Sequence[int] = (), withou
              "is given. all: all layers of the file; TEXT_SCALE is SCALE where it is not given")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default auto)")
     add("--dtype", choices=["fp32", "fp16", "bf16"], default="fp32", help="default fp32")
+    add("--checker", metavar="MODULE:FUNCTION",
+        help="a safety checker: a Python function that is given every picture drawn, a Pillow image, and "
+             "returns the one to save, or raises ValueError to end without it (default: none)")
     controls.add_flags(parser)
 
 
@@ -292,6 +296,7 @@ def load_pipeline(args: argparse.Namespace, moa: bool | None = True, people: boo
 
     from models import WeightsError
     from pipeline import Pipeline, pick_device
+    args.checker = find_checker(args.checker)
     hints = controls.read_hints(args)
     args.lora = [split_lora(argument) for argument in args.lora]
     file = args.moa or args.weights / "moa.safetensors"
@@ -315,6 +320,19 @@ def load_pipeline(args: argparse.Namespace, moa: bool | None = True, people: boo
     fill_in(args, pipeline.models.config)
     args.controls = controls.load_controls(args, hints, pipeline)
     return pipeline
+
+
+def find_checker(name: str | None) -> Callable:
+    """What --checker names, from a module in this directory or installed; without, what changes nothing.
+    Raises ValueError."""
+    if name is None:
+        return lambda image: image
+    module, _, function = name.partition(":")
+    sys.path.append(str(Path.cwd()))
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"--checker {name}: {error}; give MODULE:FUNCTION") from error
 
 
 def split_lora(argument: str):
@@ -418,9 +436,9 @@ def draw(args: argparse.Namespace, pipeline, prompts, seeds: Sequence,
                 if watch:
                     watch(step, steps, t, x0)
             batch = slice(start, start + size)
-            yield from to_images(pipeline.generate(
+            yield from map(args.checker, to_images(pipeline.generate(
                 prompts[batch], seeds[batch], subjects[batch], args.negative_prompt,
-                (args.height, args.width), args.clip_skip, progress=progress, **{**drawing(args), **more}))
+                (args.height, args.width), args.clip_skip, progress=progress, **{**drawing(args), **more})))
 
 
 def draw_rows(args: argparse.Namespace, pipeline, castings: Sequence[Sequence | None], seeds: Sequence,

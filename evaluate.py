@@ -71,6 +71,11 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, WeightsError, OSError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if "allocate" not in str(error):  # on a CPU, torch has no error class for it
+            raise
+        print("error: not enough memory", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -79,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
     """Draw all cases, read them, write scores and sheets."""
     import torch
 
-    from models.load import write_json
+    from models.load import write_json, write_whole
     from train import git_describe
     start = time.perf_counter()
     fill_in(args)
@@ -110,7 +115,7 @@ def run(args: argparse.Namespace) -> None:
                "router": router}
     write_json(results, args.output / "results.json")
     table = markdown(results)
-    (args.output / "results.md").write_text(table, encoding="utf-8")
+    write_whole(args.output / "results.md", lambda temporary: temporary.write_text(table, encoding="utf-8"))
     print(table)
 
 
@@ -581,6 +586,7 @@ def draw_sheets(cases: list[Case], router: dict, folder: Path) -> None:
 
     Where no case has a number to be worst by there is no sheet, and an older one is removed.
     """
+    from models.load import write_whole
     from sheets import case_sheet, plot_router, routing_sheet
     chosen = {"cases": cases[:SHOWN], **{f"worst_{name}": found for name, found in worst(cases).items()}}
     for name, found in chosen.items():
@@ -589,7 +595,8 @@ def draw_sheets(cases: list[Case], router: dict, folder: Path) -> None:
         for suffix, sheet in (("", case_sheet), ("_routing", routing_sheet)):
             path = folder / f"{name}{suffix}.png"
             if entries:
-                sheet(entries).save(path)
+                picture = sheet(entries)
+                write_whole(path, lambda temporary, picture=picture: picture.save(temporary, format="PNG"))
             else:
                 path.unlink(missing_ok=True)
     plot_router(router, folder / "router.png")

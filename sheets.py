@@ -7,6 +7,7 @@ import torch
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 from layout import LINE, beside, heading, labelled, stack, write
+from models.load import write_whole
 from routing_sheet import paint
 
 TILE = 60  # pixels of one layer's routing map
@@ -140,4 +141,4 @@ def plot_router(router: dict, path: Path) -> None:
         axis.set_xlabel("timestep t, in the order of drawing")
     figure.colorbar(image, ax=axes, label="0: all prior, 1: all personalized")
     figure.suptitle(f"Weight that the routers give to the personalized expert, mean of {cases} cases")
-    figure.savefig(path, dpi=100)
+    write_whole(path, lambda temporary: figure.savefig(temporary, dpi=100, format="png"))

@@ -15,8 +15,9 @@ weights. `torchrun` shares each batch between processes, on one machine or more:
 rounding. On a CPU, one process per core is faster than one process with as many threads. A process
 that dies ends the others; with `torchrun --max-restarts N` they start again and go on by themselves.
 The output folder holds config.json, metrics.jsonl, checkpoints/ (named by their step), samples/, where
-TensorBoard is installed tensorboard/, and the weights, those of --weights too, so each run's folder is
-the next one's --weights; of judge and lora only their own file.
+TensorBoard is installed tensorboard/, lock, which lets no second process write there, and the weights,
+those of --weights too, so each run's folder is the next one's --weights; of judge and lora only their
+own file.
 
 Exit status: 0 trained, or saved and stopped by SIGTERM as on a machine that is taken away; 2 an error
 (one line on stderr); 130 saved and stopped by SIGINT; 143 SIGTERM before the first step.
@@ -73,6 +74,8 @@ def parse_args() -> argparse.Namespace:
     for name in ("samples", "steps", "batch_size", "accumulate", "log_every", "checkpoint_every", "keep"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+    if not 0 <= args.seed < 2 ** 32:
+        parser.error(f"--seed must be in 0..{2 ** 32 - 1}, not {args.seed}")
     return args
 
 
@@ -126,7 +129,15 @@ def main() -> None:
         stage.prepare()
         train(stage, args)
     except (StageError, WeightsError, OSError, ValueError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        unnamed = isinstance(error, OSError) and error.errno and not error.filename  # of a file that is open
+        place = f"{args.output}: " if unnamed else ""
+        print("error:", place + " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if "allocate" not in str(error):  # on a CPU, torch has no error class for it
+            raise
+        print("error: not enough memory: give a larger --accumulate, or a smaller --batch-size",
+              file=sys.stderr)
         sys.exit(2)
     except (StopRequested, KeyboardInterrupt) as stop:
         number, message = stop.args or (signal.SIGINT, "before the first step")
@@ -159,6 +170,21 @@ def prepare_output(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.output} holds weights already: give another --output")
     for name in ("checkpoints", "samples"):
         (args.output / name).mkdir(parents=True, exist_ok=True)
+    if distributed.rank() == 0:
+        claim(args.output)
+
+
+def claim(folder: Path) -> None:
+    """Keep other processes from training into a folder as long as this one lives, however it ends.
+    Raises ValueError where another one trains there."""
+    file = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)  # stays open
+    try:
+        os.lockf(file, os.F_TLOCK, 0)  # one that the readers, who are forks of this process, do not inherit
+    except (BlockingIOError, PermissionError) as error:
+        raise ValueError(f"another process is training into {folder}: stop it, or give another "
+                         "--output") from error
+    except OSError:  # a file system without locks
+        pass
 
 
 def list_checkpoints(output: Path) -> list[Path]:
@@ -326,11 +352,13 @@ def save_checkpoint(output: Path, state: dict, keep: int) -> None:
     noise is a function of the step."""
     import torch
 
-    from models.load import write_whole
+    from models.load import tensor_bytes, write_whole
     state = {**state, **{part: {name: p.detach() for name, p in state[part].items()}
                          for part in ("parameters", "average")}}
+    moments = [value for one in state["optimizer"]["state"].values() for value in one.values()]
     write_whole(output / "checkpoints" / f"{state['step']:06d}.pt",
-                lambda temporary: torch.save(state, temporary))
+                lambda temporary: torch.save(state, temporary),
+                tensor_bytes([*state["parameters"].values(), *state["average"].values(), *moments]))
     for old in list_checkpoints(output)[:-keep]:
         old.unlink()
 
@@ -344,9 +372,11 @@ def load_checkpoint(path: Path, run: dict, trained: dict, averages: dict, optimi
     state = read_checkpoint(path)
     different = [f"{k} {v}, not {run.get(k)}" for k, v in state["run"].items() if v != run.get(k)]
     pairs = [(trained, state["parameters"]), (averages, state["average"])]
-    # With the order of the names, since the optimizer's state has none.
-    if any([(name, v.shape) for name, v in values.items()] != [(name, v.shape) for name, v in found.items()]
-           for values, found in pairs):
+    ours, moments = optimizer.state_dict(), state["optimizer"].get("state")
+    wanted = {number: {"step": torch.empty(()), "exp_avg": p, "exp_avg_sq": p}
+              for number, p in enumerate(trained.values())}
+    if not (all(same_shapes(*pair) for pair in pairs) and isinstance(moments, dict) and all(
+            number in wanted and same_shapes(wanted[number], found) for number, found in moments.items())):
         different.append("a model of other sizes")
     if different:
         raise ValueError(f"{path} is of another run: {', '.join(different)}")
@@ -354,8 +384,15 @@ def load_checkpoint(path: Path, run: dict, trained: dict, averages: dict, optimi
         for values, found in pairs:
             for name, value in values.items():
                 value.copy_(found[name])
-    optimizer.load_state_dict(state["optimizer"])
+    optimizer.load_state_dict({**ours, "state": moments})
     return state["step"]
+
+
+def same_shapes(wanted: dict, found) -> bool:
+    """Whether `found` has tensors of these names and shapes, in this order: an optimizer's state knows its
+    tensors by nothing else."""
+    return isinstance(found, dict) and [(name, value.shape) for name, value in wanted.items()] == [
+        (name, getattr(value, "shape", None)) for name, value in found.items()]
 
 
 if __name__ == "__main__":

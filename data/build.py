@@ -46,6 +46,7 @@ from data.fastcomposer import (
     find_places,
     in_processes,
     naming,
+    open_picture,
     open_sample,
     people_of,
     read_ids,
@@ -197,16 +198,20 @@ def convert(index: int, path: Path, output: Path, nouns: tuple[str, ...] | None)
             **({"identity": names[number]} if number in names else {})})
     record = {"image_id": image_id, "caption": caption, "segments": segments, "source": path.name}
     stem = output / image_id[:5] / image_id
-    stem.parent.mkdir(exist_ok=True)
-    picture.save(stem.with_suffix(".jpg"), quality=95, subsampling=0)
-    np.save(stem.with_suffix(".npy"), instances)
-    stem.with_suffix(".json").write_text(json.dumps(record), encoding="utf-8")
+    try:
+        stem.parent.mkdir(exist_ok=True)
+        picture.save(stem.with_suffix(".jpg"), quality=95, subsampling=0)
+        np.save(stem.with_suffix(".npy"), instances)
+        stem.with_suffix(".json").write_text(json.dumps(record), encoding="utf-8")
+    except OSError as error:  # numpy's names no file
+        raise OSError(f"{stem} cannot be written ({error.strerror or error}): "
+                      f"{shutil.disk_usage(output).free / 1e6:.1f} MB are free there") from error
     return image_id
 
 
 def read_picture(path: Path) -> Image.Image:
     """RGB as a viewer shows it: turned as its EXIF data say, transparent parts over white."""
-    with Image.open(path, formats=("JPEG", "PNG", "WEBP")) as image:
+    with open_picture(path, ("JPEG", "PNG", "WEBP")) as image:
         if image.mode.startswith(("I", "F")):
             raise ValueError("more than 8 bits per channel: save it with 8")
         image = ImageOps.exif_transpose(image)
@@ -218,7 +223,7 @@ def read_picture(path: Path) -> Image.Image:
 
 def read_mask(path: Path, size: tuple[int, int], people: int, caption: str) -> np.ndarray:
     """(H, W) uint8 person numbers from 1 to `people`, 0 where nobody is."""
-    with Image.open(path, formats=("PNG",)) as image:
+    with open_picture(path, ("PNG",)) as image:
         if image.mode not in ("1", "L", "P", "I", "I;16"):
             raise ValueError(f"a mask is greyscale or palette, not {image.mode}")
         if image.size != size:

@@ -21,6 +21,7 @@ import re
 import signal
 import sys
 import time
+import warnings
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -42,6 +43,7 @@ from data.dataset import CACHE_ROOT, Sample, pad_subjects
 SUFFIXES = (".jpg", ".npy", ".json")
 REFERENCE_SIZE = 224  # what CLIP's image encoder sees; references of smaller pictures are smaller
 PERSON = "person"
+MOST_SEGMENTS = 100  # of one picture, each of which takes the memory of a mask
 MAX_PEOPLE = 4  # of one picture, as in FastComposer's training
 Places = dict[str | int, list[tuple[str, int]]]  # identity -> (image id, segment id) of its pictures
 
@@ -90,12 +92,21 @@ def sample_path(folder: Path, image_id: str, suffix: str) -> Iterator[Path]:
         yield path
 
 
+@contextmanager
+def open_picture(path: Path, formats: tuple[str, ...]) -> Iterator[Image.Image]:
+    """A picture file in one of these formats; one of more than Pillow's 89 million pixels is an error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(path, formats=formats) as image:
+            yield image
+
+
 def open_sample(folder: Path, image_id: str) -> Opened:
     """Read and check the three files of a sample. Raises DataError.
 
     Everything that can be wrong with a sample is found here.
     """
-    with sample_path(folder, image_id, ".jpg") as path, Image.open(path, formats=("JPEG", "PNG")) as image:
+    with sample_path(folder, image_id, ".jpg") as path, open_picture(path, ("JPEG", "PNG")) as image:
         picture = image.convert("RGB")
     with sample_path(folder, image_id, ".npy") as path:
         instances = np.load(path, mmap_mode="r", allow_pickle=False)  # mapped: a header may lie
@@ -125,6 +136,8 @@ def read_record(folder: Path, image_id: str) -> dict:
         if not isinstance(caption, str) or not caption.strip():
             raise ValueError("the caption is not a text, or empty")
         people = [s for s in record["segments"] if s.get("coco_label", PERSON) == PERSON]
+        if len(people) > MOST_SEGMENTS:
+            raise ValueError(f"{len(people)} people are more than {MOST_SEGMENTS}")
         for segment in people:
             check_segment(segment, caption)
         if len({segment["id"] for segment in people}) < len(people):

@@ -6,6 +6,7 @@ the rows were made from; a folder with another description is never touched.
 """
 import json
 import os
+import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -42,7 +43,7 @@ def describe(folder: Path, description: dict) -> None:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         different = [f"{k} {found.get(k)}, not {v}" for k, v in description.items() if found.get(k) != v]
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise ShardError(f"{path} cannot be read: {error}") from error
     if different:
         raise ShardError(f"{folder} was made of something else ({'; '.join(different)}): "
@@ -67,6 +68,10 @@ def build_shards(folder: Path, count: int, make: Callable[[range], dict[str, Ten
                 with open(path, "rb+") as file:
                     os.fsync(file.fileno())
                 path.rename(folder / f"{number:06d}-{checksum(path):08x}.safetensors")
+            except (OSError, SafetensorError) as error:
+                free = shutil.disk_usage(folder).free / 1e6
+                raise ShardError(f"{folder}: shard {number} of {len(ranges)} cannot be written ({error}): "
+                                 f"{free:.1f} MB are free there; the others stay") from error
             finally:
                 path.unlink(missing_ok=True)
             progress.update(len(ranges[number]))
@@ -125,5 +130,5 @@ class Shards:
                 file = safe_open(path, "pt")
                 self.files[number] = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             return {name: part[place] for name, part in self.files[number].items()}
-        except (ValueError, OSError, SafetensorError) as error:
+        except (ValueError, IndexError, OSError, SafetensorError) as error:
             raise ShardError(f"{self.folder}: shard {number:06d} cannot be read: {error}") from error

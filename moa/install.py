@@ -172,6 +172,8 @@ def write_moa(state: dict[str, Tensor], config: dict, path: str | Path,
         save_file(state, temporary, {"moa": json.dumps(config)})
         temporary.chmod(0o644)
         temporary.replace(path)
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -184,10 +186,11 @@ def load_moa(unet: nn.Module, path: str | Path) -> MultimodalPrompt:
     config, state = read_moa(path)
     weight = next(unet.parameters())
     try:
+        check_sizes(config, state)
         prompt = MultimodalPrompt(PromptConfig(**config["prompt"])).to(weight.device, weight.dtype)
         if not isinstance(next(unet.transformer_blocks()).attn1, MixtureOfAttention):
             add_moa(unet, config["router_hidden"])
-    except (KeyError, TypeError, RuntimeError) as error:
+    except (KeyError, TypeError, RuntimeError, ValueError) as error:
         raise ValueError(f"{path} is not a MoA file: its config cannot be used: {error}") from error
     prompt.encoding.float()
     expected = trainable_state(unet) | {f"prompt.{k}": v for k, v in prompt.state_dict().items()}
@@ -200,6 +203,18 @@ def load_moa(unet: nn.Module, path: str | Path) -> MultimodalPrompt:
         for key, value in expected.items():  # state_dict's tensors are the parameters' own memory
             value.copy_(state[key])
     return prompt.eval()
+
+
+def check_sizes(config: dict, state: dict[str, Tensor]) -> None:
+    """Raise an error unless the sizes that a config claims are those of the tensors beside it, before
+    anything is made of these sizes."""
+    with torch.device("meta"):
+        prompt = MultimodalPrompt(PromptConfig(**config["prompt"])).state_dict()
+    claimed = {f"prompt.{k}": v.shape for k, v in prompt.items()}
+    routers = [v.shape[0] for k, v in state.items() if k.endswith(".router.f.0.weight") and v.ndim]
+    if any(state[k].shape != shape for k, shape in claimed.items() if k in state) or (
+            config["router_hidden"] not in (routers or [None])):
+        raise ValueError("its tensors have other sizes")
 
 
 def read_moa(path: str | Path) -> tuple[dict, dict[str, Tensor]]:

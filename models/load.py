@@ -4,7 +4,9 @@ import os
 import pickle
 import shutil
 import warnings
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -30,6 +32,7 @@ PARTS: dict[str, tuple[type[nn.Module], type]] = {
 }
 # The same with what may lie beside it, or in a folder of its own.
 ALL_PARTS = {**PARTS, "controlnet": (ControlNet, ControlNetConfig)}
+MOST_LAYERS = 100  # of one part; a file may claim any number, and each layer takes its time
 # What a checkpoint of train.py holds. `moa` is the config of the MoA file that can be made of it.
 CHECKPOINT = {"run": dict, "step": int, "parameters": dict, "average": dict, "optimizer": dict,
               "moa": dict | None}
@@ -86,15 +89,23 @@ def build_config(config: dict, part: str):
         raise WeightsError(f"config.json has no usable sizes for {part!r}: {error}") from error
 
 
+def build_empty(part: str, cfg) -> nn.Module:
+    """One part whose tensors have shapes but no memory. Raises WeightsError where the sizes make no model."""
+    try:
+        for name in ("layers", "channels", "hint_channels"):
+            value = getattr(cfg, name, 0)
+            if (value if isinstance(value, int) else len(value)) > MOST_LAYERS:
+                raise ValueError(f"{name} has or is more than {MOST_LAYERS}")
+        with torch.device("meta"):
+            return ALL_PARTS[part][0](cfg)
+    except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise WeightsError(f"the sizes of {part!r} make no model: {error}") from error
+
+
 def load_part(folder: Path, part: str, device="cpu", dtype: torch.dtype = torch.float32) -> nn.Module:
     """Build one part without memory, then hand it the file's tensors. Raises WeightsError."""
     folder = Path(folder)
-    cfg = build_config(read_config(folder), part)
-    try:
-        with torch.device("meta"):
-            module = ALL_PARTS[part][0](cfg)
-    except (ArithmeticError, AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
-        raise WeightsError(f"the sizes of {part!r} in config.json do not make a model: {error}") from error
+    module = build_empty(part, build_config(read_config(folder), part))
     path = folder / f"{part}.safetensors"
     state = {k: v.to(device=device, dtype=dtype) for k, v in read_tensors(path).items()}
     check_exact(state, module.state_dict(), path)
@@ -112,10 +123,22 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise WeightsError(f"{path} is not a readable safetensors file: {error}") from error
 
 
+def check_archive(path: Path) -> None:
+    """Raise WeightsError for a zip file that unpacks to more than it is: torch compresses nothing, and a
+    bomb unpacks to anything."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+        if size > path.stat().st_size:
+            raise WeightsError(f"it would unpack to {size} bytes, and no file that torch has written does")
+
+
 def read_checkpoint(path: Path) -> dict:
     """A checkpoint of train.py; no code in the file is run. Raises WeightsError."""
     try:
-        with warnings.catch_warnings(action="ignore"):  # of a pickle that is not torch's
+        check_archive(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about a pickle that is not torch's
             state = torch.load(path, map_location="cpu", weights_only=True)
         wrong = [name for name, kind in CHECKPOINT.items() if not isinstance(state.get(name), kind)]
     except Exception as error:  # a broken file raises whatever its bytes lead to
@@ -157,7 +180,8 @@ def carry_over(source: Path, folder: Path) -> None:
     config = read_config(source)
     names = [name for name in ALL_PARTS if (source / f"{name}.safetensors").exists()]
     for name in names:
-        write_whole(folder / f"{name}.safetensors", partial(shutil.copyfile, source / f"{name}.safetensors"))
+        file = source / f"{name}.safetensors"
+        write_whole(folder / file.name, partial(shutil.copyfile, file), file.stat().st_size)
     kept = {k: v for k, v in config.items() if k != "training"}
     mine = read_config(folder) if (folder / "config.json").exists() else {}
     write_json({**kept, **mine}, folder / "config.json")
@@ -167,7 +191,7 @@ def save_tensors(state: dict[str, Tensor], path: Path, dtype: torch.dtype | None
                  metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file under a temporary name, then rename it. `dtype` None keeps each."""
     state = {k: v.detach().to("cpu", dtype).contiguous() for k, v in state.items()}
-    write_whole(path, lambda temporary: save_file(state, temporary, metadata))
+    write_whole(path, lambda temporary: save_file(state, temporary, metadata), tensor_bytes(state.values()))
 
 
 def write_json(value, path: Path) -> None:
@@ -176,8 +200,16 @@ def write_json(value, path: Path) -> None:
     write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """`write` to a temporary file beside `path`, flush it to disk, rename: whole or not at all."""
+def tensor_bytes(tensors: Iterable[Tensor]) -> int:
+    """The memory that tensors take, which is nearly their file's."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def write_whole(path: Path, write: Callable[[Path], object], size: int = 0) -> None:
+    """`write` to a temporary file beside `path`, flush it to disk, rename: whole or not at all.
+
+    size: in bytes, where it is known, for the message. Raises OSError.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -186,5 +218,13 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)  # safetensors writes 0600
         os.replace(temporary, path)
+    except (OSError, RuntimeError, SafetensorError) as error:  # of Python, torch and safetensors
+        need = f"it needs {size / 1e6:.1f} MB, " if size else ""
+        with suppress(OSError):
+            need += f"{shutil.disk_usage(path.parent).free / 1e6:.1f} MB are free there; "
+        reason = getattr(error, "strerror", None) or str(error)
+        raise OSError(f"{path} cannot be written ({reason}): {need}what was there before is left as it "
+                      "was") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)

@@ -72,6 +72,16 @@ def test_unet_batch_is_independent(sd_like_unet):
     assert relative_error(whole[1:2], alone) < LIMIT
 
 
+@pytest.mark.parametrize("part, cfg", [("unet", SD_LIKE), ("vae", VAE_SD_LIKE),
+                                       ("text_encoder", CLIPTextConfig(dim=32, layers=1, heads=4))])
+def test_norms_have_the_eps_of_the_public_models(part, cfg):
+    """Activations of random weights are too large to tell 1e-5 from 1e-6, real ones are not."""
+    ours, theirs = ({name.removeprefix("text_model."): module.eps for name, module in model.named_modules()
+                     if hasattr(module, "eps")} for model in pair(part, cfg))
+    assert ours
+    assert ours == theirs
+
+
 def test_timestep_embedding_is_cosines_then_sines():
     from diffusers.models.embeddings import get_timestep_embedding
     t = torch.tensor([0, 1, 500, 999])

@@ -522,6 +522,22 @@ def test_nan_is_an_error_and_no_picture(refuse, other_world, part, value):
     assert "NaN" in refuse("--subject", "ada.png", weights=other_world)
 
 
+def test_a_safety_checker_is_given_every_picture(draw, refuse, place, monkeypatch):
+    (place / "mine.py").write_text("def gray(image):\n    return image.convert('L').convert('RGB')\n\n\n"
+                                   "def never(image):\n    raise ValueError('not this one')\n")
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    draw("--num", 2, "--output", "plain")
+    draw("--num", 2, "--output", "checked", "--checker", "mine:gray")
+    for name in ("000.png", "001.png"):
+        with Image.open(f"plain/{name}") as image:
+            assert "trainedAlgorithmicMedia" in image.text["XML:com.adobe.xmp"]
+            assert (np.array(image.convert("L").convert("RGB")) == pixels(f"checked/{name}")).all()
+    assert "not this one" in refuse("--checker", "mine:never")
+    for name in ("mine:other", "nowhere:gray", "mine", ":"):
+        assert f"--checker {name}: " in refuse("--checker", name)
+
+
 @pytest.mark.parametrize("error, code, words", [
     (KeyboardInterrupt(), 130, ""),
     (torch.OutOfMemoryError("Tried to allocate 9 GiB"), 2, "error: not enough memory"),

@@ -28,7 +28,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,7 +39,8 @@ from tqdm import tqdm
 
 # A script has only its own folder on the path. Sizes, names and the writer are those of the loader.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from models.load import ALL_PARTS, PARTS, WeightsError, build_config, differences, write_json, write_whole
+from models.load import (ALL_PARTS, PARTS, WeightsError, build_config, build_empty, check_archive,
+                         differences, write_json, write_whole)
 
 REQUIRED = ("unet", "vae", "text_encoder")
 DTYPES = {"keep": None, "fp16": torch.float16, "fp32": torch.float32}
@@ -163,14 +164,18 @@ def open_pickle(path: Path, notes: Notes) -> State:
     if isinstance(found.get("state_dict"), dict):
         notes.dropped.update(str(k) for k in found if k != "state_dict")
         found = found["state_dict"]
-    return dict(flatten("", found))
+    try:
+        return dict(flatten("", found, set()))
+    except RecursionError as error:
+        raise WrongKind(f"{path} nests its dictionaries without end: it is no checkpoint") from error
 
 
-def flatten(prefix: str, tree: dict) -> Iterator[tuple[str, Lazy]]:
-    """The usual tensors in nested dicts, with their full names; anything else is left out."""
+def flatten(prefix: str, tree: dict, seen: set[int]) -> Iterator[tuple[str, Lazy]]:
+    """The usual tensors in nested dicts, each dict once, with their full names; anything else is left out."""
+    seen.add(id(tree))
     for key, value in tree.items():
         if isinstance(value, dict):
-            yield from flatten(f"{prefix}{key}.", value)
+            yield from flatten(f"{prefix}{key}.", value, seen) if id(value) not in seen else ()
         elif isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta:
             yield f"{prefix}{key}", Lazy(tuple(value.shape), value.dtype, lambda value=value: value)
 
@@ -200,6 +205,7 @@ def load_pickle(path: Path):
     while True:
         inert = torch.serialization.safe_globals([(cls, name) for name, cls in allowed.items()])
         try:
+            check_archive(path)
             with inert, warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # about pickle protocols and TorchScript
                 return torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -601,20 +607,13 @@ def find_sizes(name: str, part: Part):
     return ALL_PARTS[name][1](**sizes)
 
 
-@cache
-def expected_state(name: str, cfg) -> dict[str, Tensor]:
-    """The names and shapes that our module has at these sizes; the tensors have no values."""
-    with torch.device("meta"):
-        return ALL_PARTS[name][0](cfg).state_dict()
-
-
 def fit(name: str, part: Part, notes: Notes) -> None:
     """Set the sizes, reshape 1x1 convolutions, require exactly our names and shapes. Raises Refusal."""
     try:
         part.cfg = part.cfg or find_sizes(name, part)
-        expected = expected_state(name, part.cfg)
-    except (ArithmeticError, AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
-        raise WrongTensors(f"{part.path}: the sizes of its {LABELS[name]} make no model: {error}") from error
+        expected = build_empty(name, part.cfg).state_dict()
+    except (TypeError, ValueError, WeightsError) as error:
+        raise WrongTensors(f"{part.path}, {LABELS[name]}: {error}") from error
     found = part.tensors
     convolutions = [k for k in sorted(found.keys() & expected.keys())
                     if found[k].shape != expected[k].shape
@@ -656,8 +655,7 @@ def load_vae(source: str) -> torch.nn.Module:
 def build(name: str, part: Part) -> torch.nn.Module:
     """A part as found, for inference in float32. Raises Refusal."""
     fit(name, part, Notes())
-    with torch.device("meta"):
-        module = ALL_PARTS[name][0](part.cfg)
+    module = build_empty(name, part.cfg)
     module.load_state_dict({key: read_value(part, key, torch.float32) for key in part.tensors}, assign=True)
     return module.eval().requires_grad_(False)
 
@@ -749,7 +747,7 @@ def write_tensors(part: Part, path: Path, dtype: torch.dtype | None, bar: tqdm) 
             for key in order:
                 file.write(read_value(part, key, types[key]).reshape(-1).view(torch.uint8).numpy())
                 bar.update()
-    write_whole(path, stream)
+    write_whole(path, stream, 8 + len(text) + end)
 
 
 @contextmanager

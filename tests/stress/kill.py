@@ -2,9 +2,11 @@
 
     python tests/stress/kill.py --kills 10 --seed 0
     python tests/stress/kill.py --kills 10 --cache
+    python tests/stress/kill.py --kills 70 --stage all
 
 Two processes under torchrun train MoA on small random models and on pictures in FastComposer's layout,
-which `data.toyworld` writes and `data.build` checks. SIGKILL comes at random moments to
+which `data.toyworld` writes and `data.build` checks; one process trains each of the other stages, on
+rendered pictures. SIGKILL comes at random moments to
 
     one process   either of the two: torchrun has to end the other
     torchrun      the two have to notice
@@ -32,10 +34,11 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 from models.load import PARTS, save_part
-from tests.test_train import SMALL, assert_same_run
+from tests.test_train import SMALL, STEPS, assert_same_run
 from train import list_checkpoints
 
 KINDS = ("one process", "torchrun", "everything", "a checkpoint", "a start")
+ALONE = KINDS[2:]  # what can happen to a run of one process
 PROCESSES, KEEP = 2, 2
 LIMIT = 300  # seconds until something has to happen
 
@@ -60,14 +63,16 @@ def write_data(folder: Path) -> None:
             raise Unexpected(f"{command[0]}: {done.stderr[-500:]}")
 
 
-def start(folder: Path, name: str, steps: int, *options: str, torchrun: tuple = (),
+def start(folder: Path, name: str, steps: int, *options: str, torchrun: tuple = (), stage: str = "moa",
           program: Path = ROOT / "tests" / "test_train.py") -> subprocess.Popen:
     """The run `folder`/`name`/run, in a directory with a cache of its own; the output goes to log.txt."""
     place = folder / name
     place.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", PROCESSES,
-               *torchrun, program, "moa", "--weights", folder / "base", "--data", folder / "world", "--steps",
-               steps, "--batch-size", 4, "--log-every", 1, "--checkpoint-every", 3, "--keep", KEEP,
+    several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", PROCESSES, *torchrun]
+    data = ["--data", folder / "world"] if stage == "moa" else ["--samples", 24]
+    weights = [] if stage in ("vae", "judge") else ["--weights", folder / "base"]
+    command = [sys.executable, *(several if stage == "moa" else []), program, stage, *weights, *data,
+               "--steps", steps, "--batch-size", 4, "--log-every", 1, "--checkpoint-every", 3, "--keep", KEEP,
                "--device", "cpu", "--output", place / "run", *options]
     with open(place / "log.txt", "a") as log:
         return subprocess.Popen([str(c) for c in command], cwd=place, stdout=log, stderr=log,
@@ -131,7 +136,8 @@ def kill_once(process: subprocess.Popen, run: Path, since: int, kind: str, step:
         wait_until(lambda: steps_logged(run, since) >= step or ended(), f"step {step}")
         if kind == "a checkpoint":  # or just after it, where writing was too quick to be seen
             before = list_checkpoints(run)
-            wait_until(lambda: writing() or list_checkpoints(run) != before, "a checkpoint", pause=0.002)
+            wait_until(lambda: writing() or list_checkpoints(run) != before or ended(), "a checkpoint",
+                       pause=0.002)
         else:
             time.sleep(wait)
     workers, moment = find_workers(process), time.monotonic()
@@ -150,31 +156,36 @@ def kill_once(process: subprocess.Popen, run: Path, since: int, kind: str, step:
     return [name, str(logged), f"{seconds:.1f}", " ".join(stands) or "none", str(len(writing()))]
 
 
-def stress(folder: Path, kills: int, seed: int, cache: bool) -> list[list[str]]:
+def stress(folder: Path, kills: int, seed: int, cache: bool, stage: str) -> list[list[str]]:
     """Both runs, with a cache of its own each or none. Raises Unexpected, and AssertionError where they
     differ."""
-    rng, steps = random.Random(seed), 6 + 3 * kills
+    # One small process makes a step in milliseconds: it must not have ended before it is killed.
+    rng, steps = random.Random(seed), 6 + 3 * kills if stage == "moa" else 60 + 12 * kills
     write_base(folder / "base")
-    write_data(folder / "world")
+    if stage == "moa":
+        write_data(folder / "world")
     begin = time.monotonic()
     options = ["--cache", "cache"] if cache else []
-    process = start(folder, "whole", steps, *options)
+    process = start(folder, "whole", steps, *options, stage=stage)
     wait_until(lambda: steps_logged(folder / "whole" / "run") or process.poll() is not None, "the first step")
     setup = time.monotonic() - begin
     if process.wait(LIMIT + 10 * steps):
         raise Unexpected(f"the undisturbed run failed: see {folder / 'whole' / 'log.txt'}")
     pace = (time.monotonic() - begin - setup) / steps
     run, rows = folder / "killed" / "run", []
-    kinds = [KINDS[(seed + k) % len(KINDS)] for k in range(kills)]
+    possible = KINDS if stage == "moa" else ALONE
+    kinds = [possible[(seed + k) % len(possible)] for k in range(kills)]
     rng.shuffle(kinds)
-    for kind, step in zip(kinds, sorted(rng.randrange(1, steps - 3) for _ in kinds), strict=True):
+    last = steps - (3 if stage == "moa" else 50)
+    for kind, step in zip(kinds, sorted(rng.randrange(1, last) for _ in kinds), strict=True):
         resume = ["--resume"] if list_checkpoints(run) else []
         since = (run / "metrics.jsonl").stat().st_ino if (run / "metrics.jsonl").exists() else 0
-        process = start(folder, "killed", steps, *options, *resume)
+        process = start(folder, "killed", steps, *options, *resume, stage=stage)
         wait = rng.uniform(0, setup) if kind == "a start" else rng.uniform(0, pace)
-        rows.append([str(len(rows) + 1), *kill_once(process, run, since, kind, step, wait, rng)])
+        name, *rest = kill_once(process, run, since, kind, step, wait, rng)
+        rows.append([str(len(rows) + 1), name, stage, *rest])
     resume = ["--resume"] if list_checkpoints(run) else []
-    if start(folder, "killed", steps, *options, *resume).wait(LIMIT + 10 * steps):
+    if start(folder, "killed", steps, *options, *resume, stage=stage).wait(LIMIT + 10 * steps):
         raise Unexpected(f"the last start failed: see {folder / 'killed' / 'log.txt'}")
     assert_same_run(run, folder / "whole" / "run")
     assert len(list_checkpoints(run)) == KEEP, f"{KEEP} checkpoints have to stay"
@@ -187,24 +198,29 @@ def main() -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=10, help="default 10")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and kinds (default 0)")
-    parser.add_argument("--cache", action="store_true", help="train from a cache, which is killed too")
+    parser.add_argument("--stage", default="moa", choices=[*STEPS, "all"], help="default moa")
+    parser.add_argument("--cache", action="store_true", help="train from a cache, which is killed too (moa)")
     parser.add_argument("--output", type=Path, help="keep both runs and their logs in this new folder")
     args = parser.parse_args()
+    stages = list(STEPS) if args.stage == "all" else [args.stage]
+    shares = [args.kills // len(stages) + (k < args.kills % len(stages)) for k in range(len(stages))]
+    head = ["kill", "what", "stage", "after step", "ended in, s", "checkpoints", "torn files"]
+    widths = [4, 20, 10, 10, 11, 13, 10]
+    print("  ".join(cell.ljust(width) for cell, width in zip(head, widths, strict=True)).rstrip())
     with tempfile.TemporaryDirectory() as temporary:
-        folder = (args.output or Path(temporary)).resolve()
-        folder.mkdir(parents=True, exist_ok=True)
         try:
-            rows = stress(folder, args.kills, args.seed, args.cache)
+            for stage, kills in zip(stages, shares, strict=True):
+                folder = (args.output or Path(temporary)).resolve() / (stage if len(stages) > 1 else "")
+                folder.mkdir(parents=True, exist_ok=True)
+                for row in stress(folder, kills, args.seed, args.cache and stage == "moa", stage):
+                    cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+                    print("  ".join(cells).rstrip(), flush=True)
         except (Unexpected, subprocess.TimeoutExpired) as error:
             print("error:", error, file=sys.stderr)
             sys.exit(2)
         except AssertionError as error:
             print(f"different from the undisturbed run: {error or 'see --output'}", file=sys.stderr)
             sys.exit(1)
-    head = ["kill", "what", "after step", "ended in, s", "checkpoints", "torn files"]
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    for row in (head, *rows):
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     print(f"{args.kills} kills: weights, averages, optimizer states and logs are equal bit for bit")
 
 
