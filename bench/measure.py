@@ -30,7 +30,8 @@ def make_parser(doc: str, repeats: int = 5) -> argparse.ArgumentParser:
     add("--size", default="sd15", choices=["sd15", "small"],
         help="of the models: SD1.5's, or the small world's (default sd15)")
     add("--device", default="auto", help="cpu, cuda, ... (default auto)")
-    add("--dtype", default="fp32", choices=["fp32", "fp16", "bf16"], help="of weights and inputs (default fp32)")
+    add("--dtype", default="fp32", choices=["fp32", "fp16", "bf16"],
+        help="of weights and inputs (default fp32)")
     add("--repeats", type=positive, default=repeats, help=f"rounds after the warm-up (default {repeats})")
     return parser
 
