@@ -18,7 +18,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 Sides = dict[str, Callable[[], object]]
 
 
@@ -94,17 +93,17 @@ def seconds(function: Callable[[], object], device) -> float:
     return now() - started
 
 
-def in_turns(sides: Sides, repeats: int, device) -> dict[str, list[float]]:
-    """Seconds of each side, round by round, after a round to warm up. Rounds begin with another side each."""
+def in_turns(sides: Sides, repeats: int, device, warm_up: Sides | None = None) -> dict[str, list[float]]:
+    """Seconds of each side, round by round, after a round to warm up, of `warm_up` where it is given.
+    Rounds begin with another side each."""
     import torch
-    taken = {name: [] for name in sides}
-    names = list(sides)
+    names, taken = list(sides), {name: [] for name in sides}
     with torch.no_grad():
-        for repeat in range(-1, repeats):
+        for function in (warm_up or sides).values():
+            function()
+        for _ in range(repeats):
             for name in names:
-                spent = seconds(sides[name], device)
-                if repeat >= 0:
-                    taken[name].append(spent)
+                taken[name].append(seconds(sides[name], device))
             names = names[1:] + names[:1]
     return taken
 
@@ -115,9 +114,10 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "low": low, "high": high}
 
 
-def compare(sides: Sides, pairs: Sequence[tuple[str, str]], repeats: int, device, **labels) -> list[dict]:
+def compare(sides: Sides, pairs: Sequence[tuple[str, str]], repeats: int, device,
+            warm_up: Sides | None = None, **labels) -> list[dict]:
     """A row for each pair (side, against) of sides: the ratio of their times, and the side's seconds."""
-    taken = in_turns(sides, repeats, device)
+    taken = in_turns(sides, repeats, device, warm_up)
     return [{**labels, "side": side, "against": against, "seconds": statistics.median(taken[side]),
              "ratio": spread([a / b for a, b in zip(taken[side], taken[against], strict=True)])}
             for side, against in pairs]

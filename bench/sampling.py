@@ -1,24 +1,27 @@
 """What a whole picture costs, from the prompt to the pixels: 20 UniPC steps with guidance.
 
     python bench/sampling.py --output runs/bench
-    python bench/sampling.py --output runs/bench --pixels 512 --steps 3 --memory
+    python bench/sampling.py --output runs/bench --pixels 512 --steps 2 --memory
     python bench/sampling.py --output runs/bench --device cuda --dtype bf16 --pixels 512
 
 Our pipeline against diffusers' `StableDiffusionPipeline` with the same random weights; ours with MoA and one
 person, the prior alone from t = 800 on; and the MoA that one would write in diffusers: attention processors
 that run the attention twice, with its own weights and with others, and mix by a linear router, in all
 layers and steps. With `--thresholds` also ours with sparse routing, routers forced to a square of `--share`
-of the picture. `--memory` gives the peak of each side in a process of its own in place of times; it needs no
-more than 3 steps.
+of the picture. `--memory` gives the peak of each side in a process of its own in place of times; two steps
+are enough for it, one by the prior and one by MoA.
 """
 import argparse
 import json
 import sys
 from copy import deepcopy
+from functools import partial
+from pathlib import Path
 
-from measure import (compare, in_child, make_parser, peak_memory, pick, positive, report, reset_peak, sizes,
-                     twin)
-from unet import square, with_moa
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from bench.measure import (compare, in_child, make_parser, peak_memory, pick, positive, report, reset_peak,
+                           sizes, twin)
+from bench.unet import square, with_moa
 
 SIDES = {"ours": ["diffusers"], "ours with MoA": ["ours", "diffusers with MoA"], "diffusers": [],
          "diffusers with MoA": ["diffusers"]}
@@ -54,7 +57,10 @@ def main(argv: list[str] | None = None) -> None:
         return
     sides = make_sides(args, list(against))
     pairs = [(side, other) for side, others in against.items() for other in others]
-    report("sampling", compare(sides, pairs, args.repeats, device, pixels=args.pixels), args, device)
+    warm_up = {name: partial(draw, 1) for name, draw in sides.items()}
+    rows = compare({name: partial(draw, args.steps) for name, draw in sides.items()}, pairs, args.repeats,
+                   device, warm_up, pixels=args.pixels)
+    report("sampling", rows, args, device)
 
 
 def sparse_name(threshold: float) -> str:
@@ -65,12 +71,12 @@ def memory(args: argparse.Namespace, device) -> dict[str, float]:
     """Peak of one side while it draws."""
     draw, = make_sides(args, [args.side]).values()
     reset_peak(device)
-    draw()
+    draw(args.steps)
     return {"gb": peak_memory(device)}
 
 
 def make_sides(args: argparse.Namespace, names: list[str]) -> dict:
-    """Side -> what draws a picture. Only what is asked for is loaded, and all sides share the weights."""
+    """Side -> what draws a picture in so many steps. Only what is asked for is loaded, with shared weights."""
     device, dtype = pick(args)
     from tests.parity_full import pair
     parts = {part: [model.to(device, dtype) for model in pair(part, cfg)]
@@ -98,7 +104,7 @@ def our_pipeline(args, parts: dict, unet, prompt=None):
 
 def ours(args, parts: dict, device, dtype):
     pipeline = our_pipeline(args, parts, parts["unet"][0])
-    return lambda: pipeline.generate([PROMPT], [0], steps=args.steps, guidance_scale=SCALE)
+    return lambda steps: pipeline.generate([PROMPT], [0], steps=steps, guidance_scale=SCALE)
 
 
 def ours_with_moa(args, parts: dict, device, dtype, threshold: float | None = None):
@@ -111,13 +117,13 @@ def ours_with_moa(args, parts: dict, device, dtype, threshold: float | None = No
     feature = torch.randn(prompt.cfg.image_dim, device=device, dtype=dtype)
     people = [[Subject(pipeline.models.tokenize.word_positions(PROMPT, "man")[0], feature)]]
 
-    def draw():
-        return pipeline.generate([PROMPT], [0], people, steps=args.steps, guidance_scale=SCALE)
+    def draw(steps):
+        return pipeline.generate([PROMPT], [0], people, steps=steps, guidance_scale=SCALE)
 
-    def draw_sparsely():
+    def draw_sparsely(steps):
         from moa import sparse_routing
         with force_routing(unet, square(args.share)), sparse_routing(unet, threshold):
-            return draw()
+            return draw(steps)
 
     return draw if threshold is None else draw_sparsely
 
@@ -136,10 +142,10 @@ def theirs(args, parts: dict, device, dtype, unet=None, context=None):
     pipe.set_progress_bar_config(disable=True)
     tokens = Tokenizer(parts["text_encoder"][0].cfg)(["", PROMPT]).to(device)
 
-    def draw():
+    def draw(steps):
         null, text = text_encoder(tokens).last_hidden_state.split(1)
         return pipe(prompt_embeds=text, negative_prompt_embeds=null, height=args.pixels, width=args.pixels,
-                    num_inference_steps=args.steps, guidance_scale=SCALE, output_type="pt",
+                    num_inference_steps=steps, guidance_scale=SCALE, output_type="pt",
                     generator=torch.Generator().manual_seed(0), cross_attention_kwargs=context).images
 
     return torch.no_grad()(draw)

@@ -1,7 +1,7 @@
 """How long one waits: from the start of a process to its first picture, and for the `--help` of each command.
 
     python bench/startup.py --output runs/bench
-    python bench/startup.py --output runs/bench --cores 1 --commands sample.py
+    python bench/startup.py --output runs/bench --cores 1 --only "a picture" "train.py --help"
 
 The pictures are the small world's, by `sample.py` with its defaults. Seconds are those of the wall clock, on
 the first `--cores` cores that this process may use; beside them is the processor time, which other programs
@@ -17,17 +17,24 @@ import time
 from functools import partial
 from pathlib import Path
 
-from measure import ROOT, positive, report, spread
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from bench.measure import ROOT, positive, report, spread
 
 FOLDERS = ("", "apps", "weights", "bench", "data")
-PICTURES = {"a picture": [], "a picture with a person": ["--subject", "examples/zoe.png"]}
+PICTURE = ["sample.py", "--prompt", "a woman standing on the beach", "--seed", "0", "--output"]
+PICTURES = {"a picture": PICTURE,
+            "a picture with a person": [PICTURE[0], "--subject", "examples/zoe.png", *PICTURE[1:]]}
 
 
-def commands() -> list[str]:
-    """The files that can be run."""
-    files = [path for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.py"))]
-    return [str(path.relative_to(ROOT)) for path in files
-            if 'if __name__ == "__main__":' in path.read_text(encoding="utf-8")]
+def starts() -> dict[str, list[str]]:
+    """What is started, as a shell in the repository would: the pictures, and every file that can be run."""
+    found = dict(PICTURES)
+    for path in [path for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.py"))]:
+        if 'if __name__ == "__main__":' in path.read_text(encoding="utf-8"):
+            name = str(path.relative_to(ROOT))
+            module = ["-m", name[:-3].replace("/", ".")]
+            found[f"{name} --help"] = [*(module if path.parent.name == "data" else [name]), "--help"]
+    return found
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -37,9 +44,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--output", required=True, type=Path, metavar="FOLDER", help="where the JSON goes")
     add("--cores", type=positive, default=2, help="of each process (default 2)")
     add("--repeats", type=positive, default=3, help="starts of each (default 3)")
-    add("--steps", type=positive, help="of the pictures (default: the weights')")
-    add("--commands", nargs="+", choices=commands(), default=commands(), metavar="FILE",
-        help="whose --help is asked for (default: all)")
+    add("--only", nargs="+", choices=starts(), metavar="WHAT",
+        help="such as \"a picture\" or \"sample.py --help\" (default: all)")
     return parser.parse_args(argv)
 
 
@@ -49,16 +55,11 @@ def main(argv: list[str] | None = None) -> None:
     cores = sorted(os.sched_getaffinity(0))[:args.cores]
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        base = [sys.executable, "sample.py", "--prompt", "a woman standing on the beach", "--seed", "0",
-                "--output", f"{folder}/picture.png"]
-        if args.steps:
-            base += ["--steps", str(args.steps)]
-        asked = {name: [*base, *flags] for name, flags in PICTURES.items()}
-        for command in args.commands:
-            name = ["-m", command[:-3].replace("/", ".")] if command.startswith("data/") else [command]
-            asked[f"{command} --help"] = [sys.executable, *name, "--help"]
-        for what, command in asked.items():
-            found = [run(command, cores) for _ in range(args.repeats)]
+        for what, words in starts().items():
+            if args.only and what not in args.only:
+                continue
+            output = [f"{folder}/picture.png"] if what in PICTURES else []
+            found = [run([sys.executable, *words, *output], cores) for _ in range(args.repeats)]
             wall, processor = (spread(values) for values in zip(*found, strict=True))
             rows.append({"what": what, "seconds": wall, "processor seconds": processor})
     report("startup", rows, args, torch.device("cpu"))

@@ -10,13 +10,15 @@ table, writes steps.json and, with matplotlib, steps.png. What is done is kept a
 """
 import argparse
 import json
+import sys
 from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
 
-from measure import ROOT, positive, table
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from bench.measure import ROOT, positive, table
 
 SAMPLER_NAMES = ["ddim", "unipc-1", "unipc-2", "unipc-3"]
 STEPS = [5, 8, 10, 15, 20, 30, 50]

@@ -4,8 +4,11 @@
     python bench/text.py --output runs/bench --device cuda --batches 1 2 8
 """
 import argparse
+import sys
+from pathlib import Path
 
-from measure import compare, make_parser, pick, positive, report, sizes
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from bench.measure import compare, make_parser, pick, positive, report, sizes
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

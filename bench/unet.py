@@ -15,10 +15,13 @@ Weights and inputs are random, never zero. The questions:
     layers    MoA in the first 4, 8 and all 16 transformer blocks against our base
 """
 import argparse
+import sys
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 
-from measure import compare, make_parser, pick, positive, report, sizes, twin
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from bench.measure import compare, make_parser, pick, positive, report, sizes, twin
 
 QUESTIONS = ["base", "moa", "subjects", "layers"]
 VARIANTS = ["channels_last", "compiled"]

@@ -4,8 +4,11 @@
     python bench/vae.py --output runs/bench --device cuda --pixels 512 --batches 1 8 --channels-last
 """
 import argparse
+import sys
+from pathlib import Path
 
-from measure import compare, make_parser, pick, positive, report, sizes, twin
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from bench.measure import compare, make_parser, pick, positive, report, sizes, twin
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
