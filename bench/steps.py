@@ -106,10 +106,10 @@ def plot(rows: list[dict], path: Path) -> None:
         axis.set_xticks(ticks, ticks)
         axis.minorticks_off()
         axis.set_title(title, fontsize=10)
+        axis.set_ylim(0, 1 if title.endswith("right") else None)
         axis.set_xlabel("steps", fontsize=9)
         axis.grid(alpha=0.25)
-    figure.axes[0].legend(fontsize=9)
-    figure.axes[3].set_yscale("log")
+    figure.axes[3].legend(fontsize=9)
     figure.savefig(path, dpi=100)
 
 
