@@ -1,11 +1,91 @@
-"""The measurements of bench/ at tiny sizes, so that they keep up with what they measure."""
+"""Each benchmark runs at a tiny size and says what it says at a large one; no test asserts a time."""
+import importlib
 import json
+import sys
 
 import pytest
+import torch
 
 from bench import lora, poses, sparse
 from evaluate import SHIPPED
 
+TINY = ["--size", "small", "--device", "cpu", "--repeats", "1"]
+# Name -> flags, and how many rows there are.
+BENCHMARKS = {
+    "unet": ([*TINY, "--pixels", "32", "--variants", "channels_last"], 3 + 1 + 3 + 3),
+    "vae": ([*TINY, "--pixels", "32", "--channels-last"], 6),
+    "text": (TINY, 2),
+    "sampling": ([*TINY, "--pixels", "32", "--steps", "2"], 4),
+    "startup": (["--repeats", "1", "--cores", "1", "--only", "sample.py --help"], 1),
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As the numbers are measured."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def run(name: str, arguments: list[str]) -> None:
+    importlib.import_module(f"bench.{name}").main(arguments)
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_a_benchmark_compares_all_sides(name, tmp_path, capsys):
+    flags, count = BENCHMARKS[name]
+    run(name, ["--output", str(tmp_path), *flags])
+    written = json.loads((tmp_path / f"{name}.json").read_text())
+    assert written["machine"]["torch"] == torch.__version__ and len(written["rows"]) == count
+    for row in written["rows"]:
+        for spread in (value for value in row.values() if isinstance(value, dict)):
+            assert 0 < spread["low"] <= spread["median"] <= spread["high"]
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(table) == count + 2 and len({line.count("|") for line in table}) == 1
+
+
+def test_the_memory_of_a_side(tmp_path, capsys):
+    run("sampling", ["--output", str(tmp_path), *TINY, "--pixels", "32", "--steps", "2", "--memory", "--side",
+                     "diffusers with MoA"])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["gb"] > 0.1
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A folder where weights, data and the cache are made once."""
+    return tmp_path_factory.mktemp("training")
+
+
+@pytest.mark.parametrize("row", ["with a cache, all in fp32", "FastComposer"])
+def test_a_training_step(row, inputs, capsys):
+    run("training", ["--output", str(inputs), "--size", "small", "--device", "cpu", "--steps", "1", "--here",
+                     "--rows", row])
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["seconds"] > 0 and found["memory, GB"] > 0.1 and found["loss"] > 0
+    assert (found["trained, M"] > 5) == row.startswith("FastComposer")  # the whole UNet
+
+
+def test_steps_and_their_scores(tmp_path, capsys, monkeypatch):
+    steps = importlib.import_module("bench.steps")
+    monkeypatch.setattr(steps, "CONVERGED", 2)
+    arguments = ["--output", str(tmp_path), "--count", "1", "--steps", "2", "--samplers", "ddim", "unipc-3"]
+    steps.main(arguments)
+    rows = json.loads((tmp_path / "steps.json").read_text())["rows"]
+    assert [row["sampler"] for row in rows] == ["ddim", "unipc-3"]
+    assert rows[0]["distance"] > 0 == rows[1]["distance"] and (tmp_path / "steps.png").exists()
+    monkeypatch.setitem(sys.modules, "samplers", None)  # nothing is drawn again
+    with pytest.raises(ImportError):
+        steps.main([*arguments[:-1], "unipc-1"])
+
+
+def test_routers_can_be_forced_to_a_share():
+    from bench.unet import square
+    assert (square(0.3) < 1).float().mean() == pytest.approx(0.3, abs=0.02)
+
+
+# What the small world's pictures show
 
 def numbers(table: str, rows: int) -> list[float]:
     """The last `rows` lines of a printed table, as numbers."""

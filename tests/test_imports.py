@@ -10,8 +10,10 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = {"models", "moa", "samplers", "data", "weights", "apps", "bench", "examples", "stages"}
 ROOMS = FOLDERS | {script.stem for script in ROOT.glob("*.py")}
 # What a script does without where it is not installed.
-OPTIONAL = {"sheets.py": {"matplotlib"}, "ablate.py": {"matplotlib"}, "apps/demo.py": {"gradio"},
-            "face_scores.py": {"facenet_pytorch"}}
+OPTIONAL = {"sheets.py": {"matplotlib"}, "ablate.py": {"matplotlib"}, "bench/steps.py": {"matplotlib"},
+            "apps/demo.py": {"gradio"}, "face_scores.py": {"facenet_pytorch"},
+            # What the benchmarks compare with, as the tests do.
+            "bench/sampling.py": {"diffusers"}, "bench/fastcomposer.py": {"diffusers"}}
 # Room -> what it must not import.
 FORBIDDEN = {
     "models": ROOMS - {"models"},
@@ -71,7 +73,7 @@ def test_third_party_packages_are_required(path):
     named = {re.match(r"[\w.-]+", line)[0].lower().replace("-", "_")
              for line in lines if line and not line.startswith("-")}
     assert named == {"torch", "einops", "safetensors", "open_clip_torch", "numpy", "pillow", "tqdm"}
-    tops = {module.split(".")[0] for module in imported(path)} - ROOMS - sys.stdlib_module_names
+    tops = {module.split(".")[0] for module in imported(path)} - ROOMS - {"tests"} - sys.stdlib_module_names
     missing = {DISTRIBUTIONS.get(top, top) for top in tops} - named - OPTIONAL.get(name(path), set())
     assert not missing, f"{name(path)} imports {', '.join(sorted(missing))}"
 

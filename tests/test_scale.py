@@ -1,8 +1,5 @@
 """Training MoA from folders: read while training or from a cache, in bf16, with the SD1.5 preset."""
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -185,15 +182,3 @@ def test_the_sd15_preset_trains(cached, place, tmp_path):
     training = json.loads((tmp_path / "run" / "config.json").read_text())["training"]
     assert (training["lr"], training["lambda_router"], training["max_people"]) == (5e-5, 1e-4, 4)
     assert all(line["loss"] > 0 for line in metrics_of(tmp_path / "run"))
-
-
-def test_the_benchmark_of_a_step(tmp_path):
-    command = [sys.executable, ROOT / "bench" / "training.py", "--size", "toyworld", "--steps", "1",
-               "--output", tmp_path, "--device", "cpu"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    results = json.loads((tmp_path / "training.json").read_text())
-    assert len(results) == 6
-    for row in results.values():
-        assert row["seconds"] > 0 and row["memory_gb"] > 0.1 and row["loss"] > 0
