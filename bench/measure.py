@@ -43,12 +43,16 @@ def positive(text: str) -> int:
 
 
 def pick(args: argparse.Namespace):
-    """The device and the dtype that the flags name. Raises ValueError."""
+    """The device and the dtype that the flags name. Leaves with one line if there is no such device."""
     import torch
 
     from pipeline import pick_device
-    return pick_device(args.device), {"fp32": torch.float32, "fp16": torch.float16,
-                                      "bf16": torch.bfloat16}[args.dtype]
+    try:
+        device = pick_device(args.device)
+    except ValueError as error:
+        print("error:", error, file=sys.stderr)
+        sys.exit(2)
+    return device, {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.dtype]
 
 
 def sizes(name: str) -> dict:

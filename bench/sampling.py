@@ -76,7 +76,7 @@ def memory(args: argparse.Namespace, device) -> dict[str, float]:
 
 
 def make_sides(args: argparse.Namespace, names: list[str]) -> dict:
-    """Side -> what draws a picture in so many steps. Only what is asked for is loaded, with shared weights."""
+    """Side -> what draws a picture in so many steps, all with the same weights in the same memory."""
     device, dtype = pick(args)
     from tests.parity_full import pair
     parts = {part: [model.to(device, dtype) for model in pair(part, cfg)]

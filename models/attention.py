@@ -113,7 +113,7 @@ class SpatialTransformer(nn.Module):
 
     def forward(self, x: Tensor, context) -> Tensor:  # (B, D, h, w) -> (B, D, h, w)
         height = x.shape[2]
-        # Contiguous: otherwise every norm and every residual of the block goes through memory across its rows.
+        # Contiguous: otherwise all norms and residuals of the block go through memory across its rows.
         tokens = rearrange(self.proj_in(self.norm(x)), "b d h w -> b (h w) d").contiguous()
         tokens = self.transformer_blocks[0](tokens, context)
         return x + self.proj_out(rearrange(tokens, "b (h w) d -> b d h w", h=height))
