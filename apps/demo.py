@@ -310,9 +310,10 @@ def build(gr, studio: Studio):
 
         def on_draw(first, second, both, kind, layer, step, prompt, *values):
             for value in follow(studio.draw, in_prompt(first, second, both, prompt), prompt, *values):
-                update = {status: value["line"], **dict(zip((prior, mixed), value.get("pictures", ())))}
+                shown = zip((prior, mixed), value.get("pictures", ()), strict=False)  # none on the way
+                update = {status: value["line"], **dict(shown)}
                 if "sheet" in value:
-                    update |= dict(zip((heat, said), heat_map(value, kind, layer, step)))
+                    update |= dict(zip((heat, said), heat_map(value, kind, layer, step), strict=True))
                     update |= {drawn: value, download: gr.update(value=value["file"], interactive=True)}
                 yield update
 

@@ -114,8 +114,8 @@ def measure(args: argparse.Namespace) -> dict:
     if optimized:
         optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=config.betas, fused=True)
 
-    def step(index: int, counter=nullcontext()) -> None:
-        with counter:
+    def step(index: int, counter=None) -> None:
+        with counter or nullcontext():
             with stage.autocast():
                 loss, _ = stage.loss(index)
             loss.backward()

@@ -413,7 +413,7 @@ def whole_models(folder: Path) -> Case:
             convert_sd15.fit(name, part, notes)
         convert_sd15.check_together(parts)
         convert_sd15.describe(args, parts, base, notes)
-        for name, part in parts.items():
+        for part in parts.values():
             for key in list(part.tensors)[::50]:
                 convert_sd15.read_value(part, key, torch.float32)
 

@@ -68,7 +68,7 @@ def main() -> None:
         files = sorted((folder / "pictures").glob("[0-9]*.png"))
         settings = [read_settings(path) for path in files]
         right = [found is not None and (found["prompt"], found["seed"]) == (line["prompt"], k)
-                 for k, (found, line) in enumerate(zip(settings, lines))]
+                 for k, (found, line) in enumerate(zip(settings, lines, strict=False))]
         again = [path.name for path in files if stamps.get(path.name, path.stat().st_mtime_ns) !=
                  path.stat().st_mtime_ns]
         names = {path.name for path in (folder / "pictures").iterdir()}
