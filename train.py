@@ -30,6 +30,8 @@ import signal
 import subprocess
 import sys
 import zlib
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -115,6 +117,7 @@ def main() -> None:
     from models import WeightsError
     from pipeline import pick_device
     from stages import STAGES, StageError, make_config
+    until_the_end = ExitStack()
     try:
         if args.data is not None:
             count = len(read_ids(args.data, "train"))
@@ -124,6 +127,8 @@ def main() -> None:
         device = distributed.start(pick_device(args.device))
         with distributed.first_rank_first():
             prepare_output(args)
+            if distributed.rank() == 0:
+                until_the_end.enter_context(claimed(args.output))
             stage = STAGES[args.stage](config, args.seed, device, args.weights, args.data, args.moa,
                                        args.cache)
         stage.prepare()
@@ -148,6 +153,7 @@ def main() -> None:
         print(f"stopped: before the first step, by SIGTERM{cause}", file=sys.stderr)
         raise
     finally:
+        until_the_end.close()
         distributed.stop()
 
 
@@ -170,21 +176,28 @@ def prepare_output(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.output} holds weights already: give another --output")
     for name in ("checkpoints", "samples"):
         (args.output / name).mkdir(parents=True, exist_ok=True)
-    if distributed.rank() == 0:
-        claim(args.output)
 
 
-def claim(folder: Path) -> None:
-    """Keep other processes from training into a folder as long as this one lives, however it ends.
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Inside, no other process can train into a folder; a killed one holds nothing any more.
     Raises ValueError where another one trains there."""
-    file = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)  # stays open
+    path = folder / "lock"
+    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        os.lockf(file, os.F_TLOCK, 0)  # one that the readers, who are forks of this process, do not inherit
-    except (BlockingIOError, PermissionError) as error:
-        raise ValueError(f"another process is training into {folder}: stop it, or give another "
-                         "--output") from error
-    except OSError:  # a file system without locks
-        pass
+        with suppress(OSError):  # a file system without locks
+            try:
+                # A kind of lock that the readers, who are forks of this process, do not inherit.
+                os.lockf(file, os.F_TLOCK, 0)
+            except (BlockingIOError, PermissionError) as error:
+                raise ValueError(f"another process is training into {folder}: stop it, or give another "
+                                 "--output") from error
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+    finally:
+        os.close(file)
 
 
 def list_checkpoints(output: Path) -> list[Path]:

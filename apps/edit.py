@@ -89,8 +89,7 @@ def run(args: argparse.Namespace) -> None:
     print(f"the prior's round trip, PSNR: {psnr(untouched, pipeline.decode(latents)):.2f} dB to what the VAE "
           f"makes of the picture, {psnr(untouched, picture):.2f} dB to the picture itself", flush=True)
     settings = {"prompt": args.source_prompt, **command.describe(args, places, inversion=args.inversion)}
-    images = [to_images(one)[0] for one in (picture, untouched, edited)]
-    images[1:] = map(args.checker, images[1:])
+    images = [to_images(picture)[0], *(args.checker(to_images(one)[0]) for one in (untouched, edited))]
     labels = ["picture", "round trip", ", ".join(map(str, places[len(kept):]))]
     command.save_sheet(strip(args.source_prompt, list(zip(images, labels, strict=True))), sheet, settings,
                        images, files, [{}] * 3)

@@ -65,14 +65,15 @@ def draw(args: argparse.Namespace, pipeline, judge, sampler: str, steps: int) ->
     import torch
 
     import evaluate
-    from samplers import SAMPLERS, sample_unipc
+    from samplers import SAMPLERS, SCHEDULES, sample_unipc
     stem = args.output / f"{sampler}_{steps}_{args.count}"
     kept = stem.with_suffix(".json"), stem.with_suffix(".npy")
     if all(path.exists() for path in kept):
         return json.loads(kept[0].read_text(encoding="utf-8")), np.load(kept[1])
     orders = {f"unipc-{order}": partial(sample_unipc, order=order) for order in (1, 2, 3)}
     cases = []
-    with patch.dict(SAMPLERS, orders), torch.no_grad():
+    schedules = dict.fromkeys(orders, SCHEDULES["unipc"])
+    with patch.dict(SAMPLERS, orders), patch.dict(SCHEDULES, schedules), torch.no_grad():
         for first in range(0, args.count, evaluate.BATCH):
             numbers = range(first, min(first + evaluate.BATCH, args.count))
             cases += evaluate.draw(pipeline, judge, numbers, steps=steps, sampler=sampler,

@@ -18,8 +18,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from layouts import (LAYOUTS, WEIGHTS, ema_copies, extras, half, hugging_face_names, ldm, ldm_unet, ldm_vae,
-                     old_vae, openai_names, own, put, under)
+import parity_full
+from layouts import (CONTROLNET_LAYOUTS, LAYOUTS, WEIGHTS, ema_copies, extras, half, hugging_face_names, ldm,
+                     ldm_unet, ldm_vae, old_vae, openai_names, own, put, under)
 from parity_full import LIMIT, OUTPUTS, SMALL, errors, measure, prove, public, randomize
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
@@ -944,7 +945,12 @@ def test_memory(tmp_path, states, suffix, flags, limit):
 
 # Everything at once, as at full size
 
-def test_proof_at_small_sizes(tmp_path, capfd):
+def test_proof_at_small_sizes(tmp_path, capfd, monkeypatch):
+    """Of one layout, as each has its tests above; `parity_full.py --small` takes all."""
+    for name, layouts in (("LAYOUTS", LAYOUTS), ("CONTROLNET_LAYOUTS", CONTROLNET_LAYOUTS)):
+        first = next(iter(layouts))
+        monkeypatch.setattr(parity_full, name, {first: layouts[first]})
     prove(SMALL, tmp_path, 64)
     rows = capfd.readouterr().out
-    assert all(f"| {name} |" in rows for name in LAYOUTS) and "with MoA" in rows
+    assert all(f"| {name}" in rows for name in (next(iter(LAYOUTS)), next(iter(CONTROLNET_LAYOUTS))))
+    assert "with MoA" in rows
