@@ -61,19 +61,20 @@ def add_flags(parser: argparse.ArgumentParser, seeds: Sequence[int] = (), withou
             help=f"of the noises (default {' '.join(map(str, seeds))})")
     else:
         add("--seed", type=int, default=defaults.get("seed"), help=f"of the noise (default: {said['seed']})")
-    add("--steps", type=int, default=defaults.get("steps"), help=f"sampling steps (default: {said['steps']})")
-    add("--guidance-scale", type=float, default=defaults.get("guidance_scale"),
+    add("--steps", type=int, default=defaults.get("steps"), metavar="N",
+        help=f"sampling steps (default: {said['steps']})")
+    add("--guidance-scale", type=float, default=defaults.get("guidance_scale"), metavar="SCALE",
         help=f"classifier-free guidance; 1 is none (default: {said['guidance_scale']})")
-    add("--negative-prompt", default="", help="what to lead away from")
+    add("--negative-prompt", default="", metavar="TEXT", help="what to lead away from")
     add("--clip-skip", type=int, default=1, metavar="N",
         help="take the text encoder's N-th layer from the end, as web UIs count: 1 is the last (default), "
              "which diffusers calls 0")
     add("--sampler", choices=["unipc", "ddim"], default="unipc", help="default unipc")
-    add("--width", type=int, help="pixels, a multiple of 8 (default: the weights')")
-    add("--height", type=int, help="pixels, a multiple of 8 (default: the weights')")
+    add("--width", type=int, metavar="PIXELS", help="pixels, a multiple of 8 (default: the weights')")
+    add("--height", type=int, metavar="PIXELS", help="pixels, a multiple of 8 (default: the weights')")
     add("--prior-above", type=int, metavar="T",
         help="the base model draws alone at timesteps from T on (default: the weights', or 800)")
-    add("--strength", type=float, default=1.0,
+    add("--strength", type=float, default=1.0, metavar="FACTOR",
         help="times the weight that the routers give to the subjects: 0 is the base model (default 1)")
     add("--sparse", type=float, default=0.0, metavar="WEIGHT",
         help="faster: pixels to which the routers give no more than this are left to the prior, such as 0.1 "

@@ -50,8 +50,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--judge", type=Path, metavar="FILE",
         help="default: judge.safetensors in the weights folder, or the shipped one")
     add("--count", type=int, default=256, metavar="N", help="how many cases, the first ones (default 256)")
-    add("--steps", type=int, default=20, help="sampling steps (default 20)")
-    add("--guidance-scale", type=float,
+    add("--steps", type=int, default=20, metavar="N", help="sampling steps (default 20)")
+    add("--guidance-scale", type=float, metavar="SCALE",
         help="classifier-free guidance; 1 is none (default: the weights')")
     add("--prior-above", type=int, metavar="T",
         help="the base model draws alone at timesteps from T on (default: the weights', or 800)")

@@ -38,7 +38,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
              "which changes something for T below --prior-above only; repeatable")
     add("--output", type=Path, default=Path("sample.png"), metavar="PATH",
         help="a .png, or a folder (default sample.png; for several pictures a folder of that name)")
-    add("--num", type=int, default=1, help="how many pictures; picture k has seed SEED + k (default 1)")
+    add("--num", type=int, default=1, metavar="N",
+        help="how many pictures; picture k has seed SEED + k (default 1)")
     add("--prior-only", action="store_true", help="draw with the base model, whatever the subjects")
     add("--save-routing", type=Path, metavar="FILE",
         help="also save what the routers gave to the personalized experts in the first picture (.png)")

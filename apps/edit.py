@@ -26,7 +26,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = command.Parser(__doc__)
     add = parser.add_argument
     add("--image", type=Path, required=True, metavar="FILE", help="the picture to be edited")
-    add("--source-prompt", required=True, help="what it shows")
+    add("--source-prompt", required=True, metavar="TEXT", help="what it shows")
     add("--subject", action="append", required=True, metavar=SUBJECT,
         help="photo of somebody new, bound to the prompt as sample.py does, or to its N-th person by N=FILE")
     add("--keep", type=int, nargs="+", action="extend", default=[], metavar="N",
@@ -39,7 +39,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--inversion", choices=list(ITERATIONS), default="fixed-point",
         help="fixed-point: each step is iterated (default); negative-prompt: it is not, and the source "
              "prompt is --negative-prompt (arXiv 2305.16807)")
-    add("--guidance-scale", type=float, default=1.0,
+    add("--guidance-scale", type=float, default=1.0, metavar="SCALE",
         help="1 keeps most of the picture (default); a stronger swap: --inversion negative-prompt and 2 to 4")
     add("--output", type=Path, default=Path("edit.png"), metavar="PATH",
         help="a .png for the strip, or a folder for the strip and its pictures (default edit.png)")
