@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import controls
+from errors import one_line
 from subjects import Place, cast, read_photos
 
 SHIPPED = Path(__file__).resolve().parent / "weights" / "toyworld"
@@ -117,7 +118,7 @@ def execute(run: Callable[[argparse.Namespace], None], args: argparse.Namespace)
 
 def fail(error: Exception | str) -> None:
     """Say in one line what is wrong, and leave."""
-    print("error:", " ".join(str(error).split()), file=sys.stderr)
+    print("error:", one_line(error), file=sys.stderr)
     sys.exit(2)
 
 
@@ -140,7 +141,7 @@ class WarningPrinter:
         from tqdm import tqdm
         if str(message) not in self.said:
             self.said.add(str(message))
-            tqdm.write("warning: " + " ".join(str(message).split()), file=sys.stderr)
+            tqdm.write("warning: " + one_line(message), file=sys.stderr)
 
 
 def check(args: argparse.Namespace) -> None:

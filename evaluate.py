@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from data import toyworld
+from errors import one_line
 
 SHIPPED = Path(__file__).resolve().parent / "weights" / "toyworld"
 BATCH = 16
@@ -69,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         run(args)
     except (ValueError, WeightsError, OSError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        print("error:", one_line(error), file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
         if "allocate" not in str(error):  # on a CPU, torch has no error class for it

@@ -37,7 +37,8 @@ def read_picture(path: str | Path) -> Tensor:
     """
     path = Path(path)
     if not path.exists():
-        raise ValueError(f"{path} does not exist: give a picture file")
+        start = "" if path.is_absolute() else " (paths start at the current folder)"
+        raise ValueError(f"{path} does not exist{start}: give a picture file")
     if not path.is_file():
         raise ValueError(f"{path} is not a file: give a picture file")
     if path.stat().st_size == 0:

@@ -108,7 +108,7 @@ def test_killed_in_the_middle(lines, world, place):
     (['{"prompt": "a man", "subjects": "ada.png"}'], [], "line 1: subjects must be a list"),
     (['{"prompt": "a man", "steps": 3}'], [], "line 1: it has an unknown key 'steps'"),
     (['{"prompt": "a man", "x": ' + "[" * 100_000], [], "line 1: "),
-    (["a man", '{"prompt": "a man", "subjects": ["missing.png"]}'], [], "line 2: missing.png does not exist"),
+    (["a man", '{"prompt": "a man", "subjects": ["missing.png"]}'], [], "line 2: missing.png does not exist (paths start at the current folder)"),
     (["a man", '{"prompt": "the beach", "subjects": ["ada.png"]}'], [], "line 2: subject ada.png: nobody"),
     (["a man"], ["--subject", "ada.png"], "--from-file goes without --subject"),
     (["a man"], ["--num", "2"], "--from-file goes without"),
