@@ -431,20 +431,22 @@ def draw(args: argparse.Namespace, pipeline, prompts, seeds: Sequence,
     """
     from tqdm import tqdm
 
-    from pictures import to_images
+    from pictures import check_finite, to_images
     size = min(BATCH, max(1, BATCH_PIXELS // (args.width * args.height)))
     size -= size % group if group < size else 0
     starts = range(0, len(prompts), size)
     with tqdm(total=args.steps * len(starts), desc="sampling", unit="step", disable=None) as bar:
         for start in starts:
             def progress(step, steps, t, x0):
+                check_finite(x0, f"the UNet's latents of step {step} of {steps}")
                 bar.update()
                 if watch:
                     watch(step, steps, t, x0)
             batch = slice(start, start + size)
-            yield from map(args.checker, to_images(pipeline.generate(
+            pictures = pipeline.generate(
                 prompts[batch], seeds[batch], subjects[batch], args.negative_prompt,
-                (args.height, args.width), args.clip_skip, progress=progress, **{**drawing(args), **more})))
+                (args.height, args.width), args.clip_skip, progress=progress, **{**drawing(args), **more})
+            yield from map(args.checker, to_images(pictures, "what the VAE makes of finite latents"))
 
 
 def draw_rows(args: argparse.Namespace, pipeline, castings: Sequence[Sequence | None], seeds: Sequence,
