@@ -182,7 +182,10 @@ def draw_lines(args: argparse.Namespace, pipeline, lines: dict[Path, Line]) -> N
         cast(args, pipeline, lines.values())
         places = [place for line in lines.values() for place in line.places]
         command.keep_photos(args, places, list(lines))
+    from models.load import remove_leftovers
     from pictures import read_settings
+    for folder in {file.parent for file in lines}:
+        remove_leftovers(folder, lines)  # of its own share: other processes may be writing theirs
     settings = {file: {**describe(args, line.prompt, line.places), "seed": line.seed}
                 for file, line in lines.items()}
     todo = [file for file in lines if read_settings(file) != settings[file]]
