@@ -203,7 +203,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--output", type=Path, default=Path("runs/ablations"), metavar="FOLDER",
         help="of all rows' folders (default runs/ablations)")
     add("--seed", type=int, default=0, help="of the training (default 0)")
-    add("--jobs", type=int, default=1, help="rows at the same time, one core each (default 1)")
+    add("--jobs", type=int, default=1, metavar="N", help="rows at the same time, one core each (default 1)")
     return parser.parse_args(argv)
 
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import controls
+from errors import one_line
 from subjects import Place, cast, read_photos
 
 SHIPPED = Path(__file__).resolve().parent / "weights" / "toyworld"
@@ -61,19 +62,20 @@ def add_flags(parser: argparse.ArgumentParser, seeds: Sequence[int] = (), withou
             help=f"of the noises (default {' '.join(map(str, seeds))})")
     else:
         add("--seed", type=int, default=defaults.get("seed"), help=f"of the noise (default: {said['seed']})")
-    add("--steps", type=int, default=defaults.get("steps"), help=f"sampling steps (default: {said['steps']})")
-    add("--guidance-scale", type=float, default=defaults.get("guidance_scale"),
+    add("--steps", type=int, default=defaults.get("steps"), metavar="N",
+        help=f"sampling steps (default: {said['steps']})")
+    add("--guidance-scale", type=float, default=defaults.get("guidance_scale"), metavar="SCALE",
         help=f"classifier-free guidance; 1 is none (default: {said['guidance_scale']})")
-    add("--negative-prompt", default="", help="what to lead away from")
+    add("--negative-prompt", default="", metavar="TEXT", help="what to lead away from")
     add("--clip-skip", type=int, default=1, metavar="N",
         help="take the text encoder's N-th layer from the end, as web UIs count: 1 is the last (default), "
              "which diffusers calls 0")
     add("--sampler", choices=["unipc", "ddim"], default="unipc", help="default unipc")
-    add("--width", type=int, help="pixels, a multiple of 8 (default: the weights')")
-    add("--height", type=int, help="pixels, a multiple of 8 (default: the weights')")
+    add("--width", type=int, metavar="PIXELS", help="pixels, a multiple of 8 (default: the weights')")
+    add("--height", type=int, metavar="PIXELS", help="pixels, a multiple of 8 (default: the weights')")
     add("--prior-above", type=int, metavar="T",
         help="the base model draws alone at timesteps from T on (default: the weights', or 800)")
-    add("--strength", type=float, default=1.0,
+    add("--strength", type=float, default=1.0, metavar="FACTOR",
         help="times the weight that the routers give to the subjects: 0 is the base model (default 1)")
     add("--sparse", type=float, default=0.0, metavar="WEIGHT",
         help="faster: pixels to which the routers give no more than this are left to the prior, such as 0.1 "
@@ -116,7 +118,7 @@ def execute(run: Callable[[argparse.Namespace], None], args: argparse.Namespace)
 
 def fail(error: Exception | str) -> None:
     """Say in one line what is wrong, and leave."""
-    print("error:", " ".join(str(error).split()), file=sys.stderr)
+    print("error:", one_line(error), file=sys.stderr)
     sys.exit(2)
 
 
@@ -139,7 +141,7 @@ class WarningPrinter:
         from tqdm import tqdm
         if str(message) not in self.said:
             self.said.add(str(message))
-            tqdm.write("warning: " + " ".join(str(message).split()), file=sys.stderr)
+            tqdm.write("warning: " + one_line(message), file=sys.stderr)
 
 
 def check(args: argparse.Namespace) -> None:
@@ -429,20 +431,22 @@ def draw(args: argparse.Namespace, pipeline, prompts, seeds: Sequence,
     """
     from tqdm import tqdm
 
-    from pictures import to_images
+    from pictures import check_finite, to_images
     size = min(BATCH, max(1, BATCH_PIXELS // (args.width * args.height)))
     size -= size % group if group < size else 0
     starts = range(0, len(prompts), size)
     with tqdm(total=args.steps * len(starts), desc="sampling", unit="step", disable=None) as bar:
         for start in starts:
             def progress(step, steps, t, x0):
+                check_finite(x0, f"the UNet's latents of step {step} of {steps}")
                 bar.update()
                 if watch:
                     watch(step, steps, t, x0)
             batch = slice(start, start + size)
-            yield from map(args.checker, to_images(pipeline.generate(
+            pictures = pipeline.generate(
                 prompts[batch], seeds[batch], subjects[batch], args.negative_prompt,
-                (args.height, args.width), args.clip_skip, progress=progress, **{**drawing(args), **more})))
+                (args.height, args.width), args.clip_skip, progress=progress, **{**drawing(args), **more})
+            yield from map(args.checker, to_images(pictures, "what the VAE makes of finite latents"))
 
 
 def draw_rows(args: argparse.Namespace, pipeline, castings: Sequence[Sequence | None], seeds: Sequence,

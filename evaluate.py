@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from data import toyworld
+from errors import one_line
 
 SHIPPED = Path(__file__).resolve().parent / "weights" / "toyworld"
 BATCH = 16
@@ -50,8 +51,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--judge", type=Path, metavar="FILE",
         help="default: judge.safetensors in the weights folder, or the shipped one")
     add("--count", type=int, default=256, metavar="N", help="how many cases, the first ones (default 256)")
-    add("--steps", type=int, default=20, help="sampling steps (default 20)")
-    add("--guidance-scale", type=float,
+    add("--steps", type=int, default=20, metavar="N", help="sampling steps (default 20)")
+    add("--guidance-scale", type=float, metavar="SCALE",
         help="classifier-free guidance; 1 is none (default: the weights')")
     add("--prior-above", type=int, metavar="T",
         help="the base model draws alone at timesteps from T on (default: the weights', or 800)")
@@ -69,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         run(args)
     except (ValueError, WeightsError, OSError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        print("error:", one_line(error), file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
         if "allocate" not in str(error):  # on a CPU, torch has no error class for it

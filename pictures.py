@@ -37,7 +37,8 @@ def read_picture(path: str | Path) -> Tensor:
     """
     path = Path(path)
     if not path.exists():
-        raise ValueError(f"{path} does not exist: give a picture file")
+        start = "" if path.is_absolute() else " (paths start at the current folder)"
+        raise ValueError(f"{path} does not exist{start}: give a picture file")
     if not path.is_file():
         raise ValueError(f"{path} is not a file: give a picture file")
     if path.stat().st_size == 0:
@@ -75,11 +76,16 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def to_images(pictures: Tensor) -> list[Image.Image]:
-    """(B, 3, H, W) in [-1, 1] -> Pillow images. Raises ValueError on NaN: a black picture is no answer."""
-    if not torch.isfinite(pictures).all():
-        raise ValueError("the picture came out as NaN: try --dtype fp32 or a lower --guidance-scale; if "
-                         "that does not help, the weights are broken")
+def check_finite(values: Tensor, what: str) -> None:
+    """Raise ValueError on NaN or infinity: a black picture is no answer. what: for the message."""
+    if not torch.isfinite(values).all():
+        raise ValueError(f"{what} came out as NaN: try --dtype fp32 or a lower --guidance-scale; if that "
+                         "does not help, the weights are broken")
+
+
+def to_images(pictures: Tensor, what: str = "the picture") -> list[Image.Image]:
+    """(B, 3, H, W) in [-1, 1] -> Pillow images. Raises ValueError as `check_finite` does."""
+    check_finite(pictures, what)
     return [Image.fromarray(pixels) for pixels in to_uint8(pictures)]
 
 

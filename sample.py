@@ -38,7 +38,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
              "which changes something for T below --prior-above only; repeatable")
     add("--output", type=Path, default=Path("sample.png"), metavar="PATH",
         help="a .png, or a folder (default sample.png; for several pictures a folder of that name)")
-    add("--num", type=int, default=1, help="how many pictures; picture k has seed SEED + k (default 1)")
+    add("--num", type=int, default=1, metavar="N",
+        help="how many pictures; picture k has seed SEED + k (default 1)")
     add("--prior-only", action="store_true", help="draw with the base model, whatever the subjects")
     add("--save-routing", type=Path, metavar="FILE",
         help="also save what the routers gave to the personalized experts in the first picture (.png)")
@@ -181,7 +182,10 @@ def draw_lines(args: argparse.Namespace, pipeline, lines: dict[Path, Line]) -> N
         cast(args, pipeline, lines.values())
         places = [place for line in lines.values() for place in line.places]
         command.keep_photos(args, places, list(lines))
+    from models.load import remove_leftovers
     from pictures import read_settings
+    for folder in {file.parent for file in lines}:
+        remove_leftovers(folder, lines)  # of its own share: other processes may be writing theirs
     settings = {file: {**describe(args, line.prompt, line.places), "seed": line.seed}
                 for file, line in lines.items()}
     todo = [file for file in lines if read_settings(file) != settings[file]]

@@ -35,6 +35,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
+from errors import one_line
+
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
@@ -136,7 +138,7 @@ def main() -> None:
     except (StageError, WeightsError, OSError, ValueError) as error:
         unnamed = isinstance(error, OSError) and error.errno and not error.filename  # of a file that is open
         place = f"{args.output}: " if unnamed else ""
-        print("error:", place + " ".join(str(error).split()), file=sys.stderr)
+        print("error:", one_line(f"{place}{error}"), file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
         if "allocate" not in str(error):  # on a CPU, torch has no error class for it

@@ -26,7 +26,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = command.Parser(__doc__)
     add = parser.add_argument
     add("--image", type=Path, required=True, metavar="FILE", help="the picture to be edited")
-    add("--source-prompt", required=True, help="what it shows")
+    add("--source-prompt", required=True, metavar="TEXT", help="what it shows")
     add("--subject", action="append", required=True, metavar=SUBJECT,
         help="photo of somebody new, bound to the prompt as sample.py does, or to its N-th person by N=FILE")
     add("--keep", type=int, nargs="+", action="extend", default=[], metavar="N",
@@ -39,7 +39,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--inversion", choices=list(ITERATIONS), default="fixed-point",
         help="fixed-point: each step is iterated (default); negative-prompt: it is not, and the source "
              "prompt is --negative-prompt (arXiv 2305.16807)")
-    add("--guidance-scale", type=float, default=1.0,
+    add("--guidance-scale", type=float, default=1.0, metavar="SCALE",
         help="1 keeps most of the picture (default); a stronger swap: --inversion negative-prompt and 2 to 4")
     add("--output", type=Path, default=Path("edit.png"), metavar="PATH",
         help="a .png for the strip, or a folder for the strip and its pictures (default edit.png)")
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from layout import strip
-    from pictures import fit, psnr, read_picture, to_images
+    from pictures import check_finite, fit, psnr, read_picture, to_images
     from samplers import invert_ddim, sample_ddim
     picture = read_picture(args.image)
     photos = cut_people(picture, args.keep, args.mask, args.box) + read_photos(places[len(kept):])
@@ -80,7 +80,10 @@ def run(args: argparse.Namespace) -> None:
     picture = fit(picture, (args.height, args.width))
     latents, prior = pipeline.encode(picture), pipeline.denoiser(source, [[]], prior_only=True)
     with tqdm(total=3 * args.steps, desc="inverting, drawing twice", unit="step", disable=None) as bar:
-        watch = {"steps": args.steps, "progress": lambda *step: bar.update()}
+        def progress(step, steps, t, x0):
+            check_finite(x0, f"the UNet's latents of step {step} of {steps}")
+            bar.update()
+        watch = {"steps": args.steps, "progress": progress}
         noise = invert_ddim(prior, latents, iterations=ITERATIONS[args.inversion], **watch)
         untouched = pipeline.decode(sample_ddim(prior, noise, **watch))
         edited = pipeline.decode(pipeline.sample(noise, source, null, [people],

@@ -24,7 +24,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--subjects", nargs=2, required=True, metavar=SUBJECT,
         help="photos of the first and of the last person; both stand for the prompt's first word for people, "
              "or for WORD")
-    add("--frames", type=int, default=8, help="how many people, with both ends (default 8)")
+    add("--frames", type=int, default=8, metavar="N", help="how many people, with both ends (default 8)")
     add("--interpolation", choices=["linear", "spherical"], default="linear",
         help="of the image features: along a line (default) or along an arc")
     add("--output", type=Path, default=Path("morph.png"), metavar="PATH",

@@ -47,10 +47,10 @@ def run(args: argparse.Namespace) -> None:
     from layout import portrait, thumbnail
     from pictures import save_png
     from routing_sheet import RoutingSheet
-    sheet = RoutingSheet(args.steps, [f"{k} {place}" for k, place in enumerate(places, 1)])
+    sheet = RoutingSheet(args.steps, [f"{place.word} {k}" for k, place in enumerate(places, 1)])
     print(f"seed {args.seed}", flush=True)
     image = thumbnail(draw(args, pipeline, people[0], sheet))
-    portraits = [(portrait(several, image.size), f"{k} {place}")
+    portraits = [(portrait(several, image.size), f"{place.word} {k}: {place.name}")
                  for k, (several, place) in enumerate(zip(photos[0], places, strict=True), 1)]
     settings = {"prompt": args.prompt, **command.describe(args, places)}
     args.output.parent.mkdir(parents=True, exist_ok=True)

@@ -24,7 +24,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="photo of a person, or several of the same one; @T: not before the timestep falls below T")
     add("--prompt", required=True, help="what to draw; it names the person by one of the words")
     add("--words", nargs=2, required=True, metavar="WORD", help="for the first and for the last frame")
-    add("--frames", type=int, default=6, help="how many pictures, with both ends (default 6)")
+    add("--frames", type=int, default=6, metavar="N", help="how many pictures, with both ends (default 6)")
     add("--output", type=Path, default=Path("timelapse.png"), metavar="PATH",
         help="a .png for the strip, or a folder for the strip and each frame (default timelapse.png)")
     command.add_flags(parser)

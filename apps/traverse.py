@@ -23,7 +23,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--prompt", required=True, help="what to draw")
     add("--subjects", required=True, nargs="+", action="extend", metavar="CASTING",
         help=f"a row each: {SUBJECT}, or several of them joined by +")
-    add("--frames", type=int, default=8, help="pictures on the way, both ends included (default 8)")
+    add("--frames", type=int, default=8, metavar="N",
+        help="pictures on the way, both ends included (default 8)")
     add("--output", type=Path, default=Path("traverse.png"), metavar="FILE", help="default traverse.png")
     add("--animation", type=Path, metavar="FILE", help="also save the frames as .gif or animated .png")
     command.add_flags(parser, seeds=(1, 2))

@@ -27,7 +27,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--prompt", required=True, help="what to draw")
     add("--subject", action="append", default=[], metavar=SUBJECT,
         help="photo of a person; repeatable; without any, the prior's pictures alone are shown")
-    add("--num", type=int, default=16, help="how many seeds (default 16)")
+    add("--num", type=int, default=16, metavar="N", help="how many seeds (default 16)")
     add("--output", type=Path, default=Path("variations.png"), metavar="FILE", help="default variations.png")
     command.add_flags(parser)
     return parser.parse_args(argv)

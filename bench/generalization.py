@@ -37,13 +37,13 @@ COVERED = (0.0, 0.01, 0.08, 0.18, 1.0)  # edges of the shares of a person that i
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__,
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--output", required=True, type=Path, help="folder for results.json")
-    add("--weights", type=Path, default=evaluate.SHIPPED, help="default: the small world's")
-    add("--count", type=int, default=96, help="cases in each group (default 96)")
-    add("--steps", type=int, default=20, help="sampling steps (default 20)")
+    add("--output", required=True, type=Path, metavar="FOLDER", help="folder for results.json")
+    add("--weights", type=Path, default=evaluate.SHIPPED, metavar="FOLDER", help="default: the small world's")
+    add("--count", type=int, default=96, metavar="N", help="cases in each group (default 96)")
+    add("--steps", type=int, default=20, metavar="N", help="sampling steps (default 20)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default auto)")
     return parser.parse_args(argv)
 

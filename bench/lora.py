@@ -34,8 +34,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--lora", type=Path, default=WEIGHTS / "crayons.safetensors", metavar="FILE",
         help="default: the shipped one")
     add("--weights", type=Path, default=WEIGHTS, metavar="FOLDER", help="default: the small world")
-    add("--count", type=int, default=64, help="cases (default 64)")
-    add("--steps", type=int, default=20, help="sampling steps (default 20)")
+    add("--count", type=int, default=64, metavar="N", help="cases (default 64)")
+    add("--steps", type=int, default=20, metavar="N", help="sampling steps (default 20)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default auto)")
     return parser.parse_args(argv)
 

@@ -23,7 +23,8 @@ Sides = dict[str, Callable[[], object]]
 
 def make_parser(doc: str, repeats: int = 5) -> argparse.ArgumentParser:
     """With the flags of all benchmarks of models; `repeats` is the default."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=doc, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--output", required=True, type=Path, metavar="FOLDER", help="where the JSON goes")
     add("--size", default="sd15", choices=["sd15", "small"],
@@ -31,7 +32,8 @@ def make_parser(doc: str, repeats: int = 5) -> argparse.ArgumentParser:
     add("--device", default="auto", help="cpu, cuda, ... (default auto)")
     add("--dtype", default="fp32", choices=["fp32", "fp16", "bf16"],
         help="of weights and inputs (default fp32)")
-    add("--repeats", type=positive, default=repeats, help=f"rounds after the warm-up (default {repeats})")
+    add("--repeats", type=positive, default=repeats, metavar="N",
+        help=f"rounds after the warm-up (default {repeats})")
     return parser
 
 

@@ -32,9 +32,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--controlnet", required=True, metavar="FILE", help="file or folder")
-    add("--count", type=int, default=64, help="scenes (default 64)")
-    add("--first", type=int, default=1000, help="seed of the first held-out scene (default 1000)")
-    add("--steps", type=int, default=20, help="sampling steps (default 20)")
+    add("--count", type=int, default=64, metavar="N", help="scenes (default 64)")
+    add("--first", type=int, default=1000, metavar="SEED",
+        help="seed of the first held-out scene (default 1000)")
+    add("--steps", type=int, default=20, metavar="N", help="sampling steps (default 20)")
     return parser.parse_args(argv)
 
 

@@ -32,7 +32,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__, repeats=3)
     add = parser.add_argument
     add("--pixels", type=positive, default=256, help="of the picture's side (default 256)")
-    add("--steps", type=positive, default=20, help="of the sampler (default 20)")
+    add("--steps", type=positive, default=20, metavar="N", help="of the sampler (default 20)")
     add("--thresholds", nargs="*", type=float, default=[], metavar="T", help="of sparse MoA (default: none)")
     add("--share", type=float, default=0.3, help="of the picture that is people (default 0.3)")
     add("--memory", action="store_true", help="peak memory in place of times")

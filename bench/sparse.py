@@ -22,13 +22,13 @@ THRESHOLDS = (0.01, 0.02, 0.03, 0.05, 0.1, 0.15, 0.2, 0.3)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__,
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--output", required=True, type=Path, help="folder for sparse.json")
-    add("--weights", type=Path, default=evaluate.SHIPPED, help="default: the small world's")
-    add("--count", type=int, default=16, help="cases (default 16)")
-    add("--steps", type=int, default=20, help="sampling steps (default 20)")
+    add("--output", required=True, type=Path, metavar="FOLDER", help="folder for sparse.json")
+    add("--weights", type=Path, default=evaluate.SHIPPED, metavar="FOLDER", help="default: the small world's")
+    add("--count", type=int, default=16, metavar="N", help="cases (default 16)")
+    add("--steps", type=int, default=20, metavar="N", help="sampling steps (default 20)")
     add("--thresholds", type=float, nargs="+", default=list(THRESHOLDS), metavar="WEIGHT",
         help=f"default {' '.join(map(str, THRESHOLDS))}")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default auto)")

@@ -38,12 +38,12 @@ def starts() -> dict[str, list[str]]:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__,
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--output", required=True, type=Path, metavar="FOLDER", help="where the JSON goes")
-    add("--cores", type=positive, default=2, help="of each process (default 2)")
-    add("--repeats", type=positive, default=3, help="starts of each (default 3)")
+    add("--cores", type=positive, default=2, metavar="N", help="of each process (default 2)")
+    add("--repeats", type=positive, default=3, metavar="N", help="starts of each (default 3)")
     add("--only", nargs="+", choices=starts(), metavar="WHAT",
         help="such as \"a picture\" or \"sample.py --help\" (default: all)")
     return parser.parse_args(argv)

@@ -28,13 +28,15 @@ PANELS = {"identity": "subjects' attributes right", "activity": "activity right"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__,
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--output", required=True, type=Path, metavar="FOLDER", help="for results, pictures and the plot")
-    add("--weights", type=Path, default=ROOT / "weights" / "toyworld", help="default: the small world")
-    add("--count", type=positive, default=32, help="cases (default 32)")
-    add("--steps", type=positive, nargs="+", default=STEPS, help="default: " + " ".join(map(str, STEPS)))
+    add("--weights", type=Path, default=ROOT / "weights" / "toyworld", metavar="FOLDER",
+        help="default: the small world")
+    add("--count", type=positive, default=32, metavar="N", help="cases (default 32)")
+    add("--steps", type=positive, nargs="+", default=STEPS, metavar="N",
+        help="default: " + " ".join(map(str, STEPS)))
     add("--samplers", nargs="+", choices=SAMPLER_NAMES, default=SAMPLER_NAMES, help="default: all")
     add("--device", default="auto", help="cpu, cuda, ... (default auto)")
     return parser.parse_args(argv)

@@ -13,7 +13,7 @@ from bench.measure import compare, make_parser, pick, positive, report, sizes
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__, repeats=15)
-    parser.add_argument("--batches", nargs="+", type=positive, default=[1, 2],
+    parser.add_argument("--batches", nargs="+", type=positive, default=[1, 2], metavar="N",
                         help="prompts at once (default 1 2)")
     return parser.parse_args(argv)
 

@@ -38,14 +38,14 @@ ROWS = {
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__,
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--output", required=True, type=Path, help="folder for weights, data and results")
+    add("--output", required=True, type=Path, metavar="FOLDER", help="folder for weights, data and results")
     add("--size", default="sd15", choices=["sd15", "small"],
         help="of the models and pictures (default sd15: 512 pixels)")
-    add("--batch-size", type=positive, default=1, help="pictures per step (default 1)")
-    add("--steps", type=positive, default=4, help="timed steps of each row (default 4)")
+    add("--batch-size", type=positive, default=1, metavar="N", help="pictures per step (default 1)")
+    add("--steps", type=positive, default=4, metavar="N", help="timed steps of each row (default 4)")
     add("--device", default="auto", help="cpu, cuda, ... (default auto)")
     add("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help="default: all")
     add("--here", action="store_true", help="the first row only, in this process")

@@ -33,7 +33,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--questions", nargs="+", choices=QUESTIONS, default=QUESTIONS, help="default: all")
     add("--pixels", nargs="+", type=positive, default=[256], help="of the picture's side (default 256)")
-    add("--batches", nargs="+", type=positive, default=[1], help="pictures at once (default 1)")
+    add("--batches", nargs="+", type=positive, default=[1], metavar="N", help="pictures at once (default 1)")
     add("--variants", nargs="*", choices=VARIANTS, default=[], help="of the base (default: none)")
     add("--thresholds", nargs="*", type=float, default=[], metavar="T", help="of sparse MoA (default: none)")
     add("--share", type=float, default=0.3, help="of the picture that is people (default 0.3)")

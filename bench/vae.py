@@ -15,7 +15,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("--pixels", nargs="+", type=positive, default=[256], help="of the picture's side (default 256)")
-    add("--batches", nargs="+", type=positive, default=[1], help="pictures at once (default 1)")
+    add("--batches", nargs="+", type=positive, default=[1], metavar="N", help="pictures at once (default 1)")
     add("--channels-last", action="store_true", help="both sides in that layout too")
     return parser.parse_args(argv)
 

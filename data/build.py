@@ -55,6 +55,7 @@ from data.fastcomposer import (
     repeated_ids,
     square,
 )
+from errors import one_line
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 NOUNS = ("man", "woman", "boy", "girl", "person", "kid", "child", "baby", "toddler", "teenager", "adult",
@@ -99,7 +100,7 @@ def main(arguments: list[str] | None = None) -> None:
         lines, broken = check(args.check, args.sheet) if args.check else build(args)
         print("\n".join(lines))
     except (DataError, OSError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        print("error:", one_line(error), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped: nothing is written", file=sys.stderr)
@@ -324,7 +325,7 @@ def check(folder: Path, sheet: Path | None, nouns=(), broken=()) -> tuple[list[s
         lines += report(list(good.values()), nouns) + report_files(folder, unique)
     if good and sheet:
         draw_sheet(folder, list(good)).save(sheet, format="PNG")
-    return lines + [f"broken    {line}" for line in broken], broken
+    return lines + [f"broken    {one_line(line)}" for line in broken], broken
 
 
 def report(facts: list[Facts], nouns: tuple[str, ...]) -> list[str]:

@@ -39,6 +39,7 @@ from tqdm import tqdm
 
 from data import augment, toyworld
 from data.dataset import CACHE_ROOT, Sample, pad_subjects
+from errors import one_line
 
 SUFFIXES = (".jpg", ".npy", ".json")
 REFERENCE_SIZE = 224  # what CLIP's image encoder sees; references of smaller pictures are smaller
@@ -248,6 +249,9 @@ def read_labels(record: dict, segments: list[dict]) -> dict:
 def read_ids(folder: Path, split: str) -> list[str]:
     """The ids of a split, or of all with "", at least one. Raises DataError."""
     path = Path(folder) / f"image_ids{'_' if split else ''}{split}.txt"
+    if not path.is_file():
+        raise DataError(f"{folder} is not a dataset, it has no {path.name}: give a folder that "
+                        "python -m data.build has written, or another in FastComposer's layout")
     with naming(path):
         ids = path.read_text(encoding="utf-8").split()
         if not ids:
@@ -281,7 +285,7 @@ class Folder:
         self.key = f"{zlib.crc32(repr((files, self.options)).encode()):08x}"  # changes with the samples
         if broken:
             print(f"warning: {len(broken)} of {len(ids)} samples are broken and left out: "
-                  f"{'; '.join(broken[:3])}{'; ...' if len(broken) > 3 else ''} "
+                  f"{one_line('; '.join(broken[:3]))}{'; ...' if len(broken) > 3 else ''} "
                   f"(python -m data.build --check {folder} lists them)", file=sys.stderr)
 
     def __len__(self) -> int:

@@ -98,13 +98,14 @@ def pose_scene(seed: int, activity: str | None = None) -> Scene:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="skeleton", description="Draw the skeletons of a scene's people.")
+    parser = argparse.ArgumentParser(prog="skeleton", allow_abbrev=False,
+                                     description="Draw the skeletons of a scene's people.")
     add = parser.add_argument
     add("--output", type=Path, required=True, metavar="FILE", help="a .png")
     add("--seed", type=int, default=0, help="of the scene; with --activity the first from here (default 0)")
     add("--activity", choices=toyworld.ACTIVITIES, metavar="ACTIVITY",
         help=f"one of: {', '.join(toyworld.ACTIVITIES)} (default: any)")
-    add("--size", type=int, default=toyworld.SIZE, help="pixels of a side (default 128)")
+    add("--size", type=int, default=toyworld.SIZE, metavar="PIXELS", help="pixels of a side (default 128)")
     args = parser.parse_args(argv)
     if not 0 <= args.seed < 2 ** 32:
         parser.error(f"--seed must be in 0..{2 ** 32 - 1}, not {args.seed}")

@@ -3,9 +3,10 @@ import json
 import os
 import pickle
 import shutil
+import time
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -32,6 +33,7 @@ PARTS: dict[str, tuple[type[nn.Module], type]] = {
 }
 # The same with what may lie beside it, or in a folder of its own.
 ALL_PARTS = {**PARTS, "controlnet": (ControlNet, ControlNetConfig)}
+LEFT_ALONE = 10  # seconds since its last change in which a temporary file may still be written
 MOST_LAYERS = 100  # of one part; a file may claim any number, and each layer takes its time
 # What a checkpoint of train.py holds. `moa` is the config of the MoA file that can be made of it.
 CHECKPOINT = {"run": dict, "step": int, "parameters": dict, "average": dict, "optimizer": dict,
@@ -228,3 +230,13 @@ def write_whole(path: Path, write: Callable[[Path], object], size: int = 0) -> N
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path, files: Container[Path]) -> None:
+    """Delete what processes that were killed in `write_whole` left of these files of a folder, but for what
+    changed just now: another process may be writing it."""
+    for left in folder.glob(".*.*.tmp"):
+        with suppress(OSError):
+            target = folder / left.name[1:].rsplit(".", 2)[0]
+            if target in files and time.time() - left.stat().st_mtime > LEFT_ALONE:
+                left.unlink()

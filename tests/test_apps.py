@@ -217,7 +217,7 @@ def test_routing_keeps_what_the_routers_and_the_subjects_tokens_got(app, world):
     assert app("routing", *flags, "--output", "r.png", prompt=PAIR) == ["seed 6", "r.png", "r.json"]
     found = json.loads(Path("r.json").read_text())
     assert found["settings"] == settings("r.png") and found["timesteps"] == [999, 666, 333]
-    names = ["1 woman=ada.png", "2 man=bob.png"]
+    names = ["woman 1", "man 2"]
     assert list(found["mean"]) == list(found["maps"]) == ["self", "cross", *names]
     pipeline = Pipeline.load(world, world / "moa.safetensors")
     positions = [pipeline.models.tokenize.word_positions(PAIR, word)[0] for word in ("woman", "man")]

@@ -266,7 +266,7 @@ def test_more_nouns(pictures, tmp_path):
     (["pictures", "--check", "data"], "nothing to build"),
     (["pictures", "--output", "data", "--sheet", "a.png"], "give FOLDER"),
     (["pictures", "--output", "data", "--nouns", "a man"], "is not a word"),
-    (["--check", "nowhere"], "image_ids_train.txt: No such file")])
+    (["--check", "nowhere"], "nowhere is not a dataset, it has no image_ids_train.txt: give")])
 def test_errors_are_one_line_and_write_nothing(arguments, message, pictures, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()

@@ -77,6 +77,22 @@ def test_processes_share_the_lines(draw, lines, monkeypatch):
     assert draw(file) == ["out/00000.png", "out/00002.png", "2 drawn, 0 were there"]
 
 
+def test_what_a_killed_process_left_is_removed(draw, lines, monkeypatch):
+    """Not what another process of this run, or of a second one, may be writing, and nothing else."""
+    file, out = lines(*LINES), Path("out")
+    draw(file)
+    old = [out / name for name in (".00000.png.7.tmp", ".00001.png.7.tmp", ".mine.png.7.tmp", ".mine.tmp")]
+    new = out / ".00001.png.8.tmp"
+    for path in (*old, new):
+        path.touch()
+    for path in old:
+        os.utime(path, (0, 0))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    draw(file)
+    assert set(out.glob(".*")) == {old[0], *old[2:], new}
+
+
 def test_killed_in_the_middle(lines, world, place):
     """No picture is lost, half written or drawn twice."""
     file = lines(*(f"{LINES[0]} {k}" for k in range(40)))
@@ -108,7 +124,8 @@ def test_killed_in_the_middle(lines, world, place):
     (['{"prompt": "a man", "subjects": "ada.png"}'], [], "line 1: subjects must be a list"),
     (['{"prompt": "a man", "steps": 3}'], [], "line 1: it has an unknown key 'steps'"),
     (['{"prompt": "a man", "x": ' + "[" * 100_000], [], "line 1: "),
-    (["a man", '{"prompt": "a man", "subjects": ["missing.png"]}'], [], "line 2: missing.png does not exist"),
+    (["a man", '{"prompt": "a man", "subjects": ["missing.png"]}'], [],
+     "line 2: missing.png does not exist (paths start at the current folder)"),
     (["a man", '{"prompt": "the beach", "subjects": ["ada.png"]}'], [], "line 2: subject ada.png: nobody"),
     (["a man"], ["--subject", "ada.png"], "--from-file goes without --subject"),
     (["a man"], ["--num", "2"], "--from-file goes without"),

@@ -19,8 +19,8 @@ FORBIDDEN = {
     "models": ROOMS - {"models"},
     "samplers": ROOMS - {"samplers"},
     "moa": ROOMS - {"moa", "models"},
-    "data": ROOMS - {"data"},
-    "weights": ROOMS - {"models", "samplers", "weights"},
+    "data": ROOMS - {"data", "errors"},
+    "weights": ROOMS - {"models", "samplers", "weights", "errors"},
 }
 DISTRIBUTIONS = {"huggingface_hub": "open_clip_torch", "open_clip": "open_clip_torch", "PIL": "pillow",
                  "torchvision": "open_clip_torch"}

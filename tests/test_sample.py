@@ -512,14 +512,16 @@ def test_refuses_moa_of_other_models(refuse, other_world):
     assert "does not fit" in refuse("--moa", other_world / "wide.safetensors")
 
 
-@pytest.mark.parametrize("part, value", [
-    ("unet", torch.nan), ("vae", torch.inf), ("text_encoder", torch.nan)])
-def test_nan_is_an_error_and_no_picture(refuse, other_world, part, value):
+@pytest.mark.parametrize("part, value, cause", [
+    ("unet", torch.nan, "the UNet's latents of step 1 of 3"),
+    ("text_encoder", torch.nan, "the UNet's latents of step 1 of 3"),
+    ("vae", torch.inf, "what the VAE makes of finite latents")])
+def test_nan_is_an_error_and_no_picture(refuse, other_world, part, value, cause):
     file = other_world / f"{part}.safetensors"
     state = load_file(file)
     name = {"unet": "conv_out.bias", "vae": "decoder.conv_out.bias"}.get(part, sorted(state)[-1])
     save_file({**state, name: torch.full_like(state[name], value)}, file)
-    assert "NaN" in refuse("--subject", "ada.png", weights=other_world)
+    assert f"{cause} came out as NaN" in refuse("--subject", "ada.png", weights=other_world)
 
 
 def test_a_safety_checker_is_given_every_picture(draw, refuse, place, monkeypatch):

@@ -39,6 +39,7 @@ from tqdm import tqdm
 
 # A script has only its own folder on the path. Sizes, names and the writer are those of the loader.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from errors import one_line
 from models.load import (ALL_PARTS, PARTS, WeightsError, build_config, build_empty, check_archive,
                          differences, write_json, write_whole)
 
@@ -823,7 +824,7 @@ def run(work: Callable[[], None]) -> None:
     try:
         work()
     except (Refusal, WeightsError, OSError, MemoryError, SafetensorError) as error:
-        print("error:", " ".join(str(error).split()) or type(error).__name__, file=sys.stderr)
+        print("error:", one_line(error) or type(error).__name__, file=sys.stderr)
         sys.exit(error.code if isinstance(error, Refusal) else 3 if isinstance(error, WeightsError) else 1)
     except RuntimeError as error:
         if "allocate" not in str(error):  # torch has no error class for it on a CPU

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 
 # A script has only its own folder on the path.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from errors import one_line
 from models.load import WeightsError, read_checkpoint
 from moa import write_moa
 
@@ -43,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         export(args.checkpoint, args.output)
     except (WeightsError, ValueError, OSError, SafetensorError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        print("error:", one_line(error), file=sys.stderr)
         sys.exit(2)
 
 
