@@ -1,4 +1,4 @@
-"""The work of convert_sd15.py: gather the parts, check that they belong together, write a weights folder."""
+"""Gather the parts of a base model, check that they belong together, write a folder whole or not at all."""
 import argparse
 import hashlib
 import json

@@ -1,7 +1,6 @@
-"""From a checkpoint of any layout to the parts of Stable Diffusion 1.5, under clean names and checked.
+"""From checkpoints of any layout to the parts of Stable Diffusion 1.5, under clean names and checked.
 
-Whatever is something else is refused by name. No tensor tells SDXL's VAE, v-prediction, or a CLIP ViT-L/14
-that is not OpenAI's from what is wanted here: a lone file of these is taken for the right one.
+Whatever is something else is refused, and told what it is.
 """
 import math
 import re
