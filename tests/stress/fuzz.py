@@ -653,13 +653,8 @@ def stories(folder: Path) -> Case:
                            "Bob": {"word": "a man", "photos": ["bob.png", "bob2.png"]}},
             "scenes": [{"prompt": "{Ada} and {Bob} reading a book"}, {"prompt": "{Ada} running", "seed": 7}]}
 
-    def read(path: Path) -> None:
-        characters, scenes = story.read_story(path)
-        for scene in scenes:
-            story.write_prompt(scene["prompt"], characters)
-
     def case(rng: random.Random) -> Read:
-        return partial(read, put(folder / "story.json", spoil_json(told, rng)))
+        return partial(story.read_story, put(folder / "story.json", spoil_json(told, rng)))
     return case
 
 
