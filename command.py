@@ -362,8 +362,11 @@ def split_lora(argument: str):
 
 def replace_vae(pipeline, source: str) -> None:
     """Decode with another VAE. Raises ValueError if it cannot be read, or speaks of other latents."""
+    from safetensors import SafetensorError
+
     from models import WeightsError
-    from weights.convert_sd15 import Refusal, SafetensorError, load_vae
+    from weights.checkpoints import Refusal
+    from weights.parts import load_vae
     try:
         vae = load_vae(source).to(pipeline.device)
     except (Refusal, WeightsError, SafetensorError) as error:

@@ -57,10 +57,12 @@ def read_hints(args: argparse.Namespace) -> list:
 
 def load_controls(args: argparse.Namespace, hints: list, pipeline) -> list:
     """The `Control`s that the flags ask for; each ControlNet is read once. Raises ValueError."""
+    from safetensors import SafetensorError
+
     from models import WeightsError
     from pipeline import Control
-    from weights.convert_controlnet import load_controlnet
-    from weights.convert_sd15 import Refusal, SafetensorError
+    from weights.checkpoints import Refusal
+    from weights.controlnet import load_controlnet
     nets = {}
     for source in dict.fromkeys(args.controlnet):
         try:

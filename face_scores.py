@@ -20,7 +20,8 @@ from models.clip_image import preprocess
 from models.load import differences
 from models.open_clip_import import mend_torchvision, open_clip
 from pictures import to_picture
-from weights.convert_sd15 import Lazy, Notes, Refusal, State, choose, join_vision, open_file, rename
+from weights.checkpoints import Lazy, Notes, Refusal, State, choose, open_file
+from weights.parts import join_vision, rename
 
 FACE, SMALLEST = 160, 20  # pixels of a face's side: as FaceNet sees it, and at least in the picture
 VGGFACE2 = 8631  # people that these weights were trained on; CASIA-WebFace has 10,575

@@ -13,15 +13,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import toyworld
 from data.skeleton import JOINTS, draw_skeletons, scene_joints
 from evaluate import SHIPPED, iou, load_judge, read
-from pictures import to_picture
-from pipeline import Control, Pipeline
-from weights.convert_controlnet import load_controlnet
 
 BATCH = 16
 WRISTS = [i for i, name in enumerate(JOINTS) if name.endswith("wrist")]
@@ -50,6 +46,11 @@ def score(found: np.ndarray, masks: np.ndarray, joints: list[np.ndarray]) -> lis
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    import torch
+
+    from pictures import to_picture
+    from pipeline import Control, Pipeline
+    from weights.controlnet import load_controlnet
     pipeline, net = Pipeline.load(SHIPPED), load_controlnet(args.controlnet)
     judge = load_judge(SHIPPED / "judge.safetensors")
     scenes = [toyworld.sample_scene(args.first + i, "test") for i in range(args.count)]

@@ -243,11 +243,11 @@ SMALL = {"unet": UNetConfig(channels=(32, 64, 96, 96), context_dim=32),  # 686 t
 FULL_CONTROLNET = ControlNetConfig()
 SMALL_CONTROLNET = ControlNetConfig(channels=(32, 64, 96, 96), context_dim=32, hint_channels=(8, 16, 24, 32))
 # Runs a script in a fresh process and prints the most memory that it had, in KiB.
-MEASURED = """
+MEASURED = f"""
 import runpy, sys
 try:
     sys.argv = sys.argv[1:]
-    sys.path.insert(0, sys.argv[0].rpartition("/")[0])
+    sys.path[:0] = sys.argv[0].rpartition("/")[0], {str(ROOT)!r}
     runpy.run_path(sys.argv[0], run_name="__main__")
 finally:
     print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
@@ -359,7 +359,7 @@ def prove(sizes: dict, folder: Path, side: int) -> None:
     print("| step | file, GB | memory, GB | seconds | relative error |\n|---|---|---|---|---|")
     expected = save_public(sizes, saved)
     report("public models saved with random values", time.time() - started, own_peak())
-    seconds, bare = measure("weights/convert_sd15.py", "--help")
+    seconds, bare = measure("weights/conversion.py")
     report("the converter's imports alone", seconds, bare)
 
     def convert(name: str, *arguments) -> None:

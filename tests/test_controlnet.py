@@ -20,7 +20,7 @@ from moa import add_moa
 from pictures import read_picture, read_settings, to_uint8
 from pipeline import Control, Pipeline, Subject
 from weights import convert_controlnet, convert_sd15
-from weights.convert_controlnet import load_controlnet
+from weights.controlnet import load_controlnet
 
 OTHER = ControlNetConfig(channels=(24, 48, 72), layers=1, heads=6, context_dim=20, groups=8,
                          hint_channels=(8, 12, 20))

@@ -29,7 +29,9 @@ from models import load_models
 from models.clip_text import BOS, EOS, CLIPTextConfig
 from models.load import carry_over, read_config, save_part, write_json
 from models.unet import UNet, UNetConfig
-from weights import convert_sd15
+from weights import checkpoints, conversion, convert_sd15
+from weights.checkpoints import Lazy
+from weights.parts import Part
 
 SCRIPT = Path(convert_sd15.__file__)
 
@@ -830,7 +832,7 @@ def test_lightning_names_hide_no_call(tmp_path, refused, lightning, monkeypatch)
                                    RuntimeError("DefaultCPUAllocator: can't allocate memory")])
 @pytest.mark.parametrize("at", [0, 1, 2])
 def test_a_failure_leaves_nothing(monkeypatch, saved, tmp_path, refused, error, at):
-    real, calls = convert_sd15.write_tensors, []
+    real, calls = conversion.write_tensors, []
 
     def write(part, path, *rest):
         calls.append(path)
@@ -838,7 +840,7 @@ def test_a_failure_leaves_nothing(monkeypatch, saved, tmp_path, refused, error, 
             path.write_bytes(b"half")
             raise error
         real(part, path, *rest)
-    monkeypatch.setattr(convert_sd15, "write_tensors", write)
+    monkeypatch.setattr(conversion, "write_tensors", write)
     refused(1, saved)
     assert len(calls) == at + 1 and not list(tmp_path.iterdir())
 
@@ -849,7 +851,7 @@ def test_a_failure_leaves_the_old_folder(monkeypatch, saved, out, refused):
 
     def fail(value, path):
         raise OSError("No space left on device")
-    monkeypatch.setattr(convert_sd15, "write_json", fail)
+    monkeypatch.setattr(conversion, "write_json", fail)
     assert "No space left" in refused(1, saved)
     assert contents(out) == before
 
@@ -857,7 +859,7 @@ def test_a_failure_leaves_the_old_folder(monkeypatch, saved, out, refused):
 def test_an_interrupt_leaves_nothing(monkeypatch, saved, refused):
     def interrupt(*rest):
         raise KeyboardInterrupt
-    monkeypatch.setattr(convert_sd15, "read_tensor", interrupt)
+    monkeypatch.setattr(checkpoints, "read_tensor", interrupt)
     refused(130, saved)
 
 
@@ -867,8 +869,8 @@ def test_values_are_read_only_after_all_checks(tmp_path, states, refused, monkey
 
     def forbidden(*rest):
         raise AssertionError("read")
-    monkeypatch.setattr(convert_sd15, "read_value", forbidden)
-    monkeypatch.setattr(convert_sd15, "digest", forbidden)
+    monkeypatch.setattr(conversion, "read_value", forbidden)
+    monkeypatch.setattr(conversion, "digest", forbidden)
     refused(3, tmp_path / "model.safetensors")
 
 
@@ -916,9 +918,9 @@ def test_progress_is_shown_on_a_terminal(tmp_path, saved):
 def test_files_are_as_safetensors_writes_them(tmp_path, types):
     state = {f"t{i}": torch.randn(shape).to(types[i % len(types)])
              for i, shape in enumerate([(3,), (), (2, 5), (0, 4), (7, 1, 1), (1,)])}
-    part = convert_sd15.Part({k: convert_sd15.Lazy(tuple(v.shape), v.dtype, lambda v=v: v)
-                              for k, v in state.items()}, tmp_path, "test", {})
-    convert_sd15.write_tensors(part, tmp_path / "ours.safetensors", None, tqdm(disable=True))
+    lazy = {k: Lazy(tuple(v.shape), v.dtype, lambda v=v: v) for k, v in state.items()}
+    part = Part(lazy, tmp_path, "test", {})
+    conversion.write_tensors(part, tmp_path / "ours.safetensors", None, tqdm(disable=True))
     save_file(state, tmp_path / "theirs.safetensors")
     ours, theirs = (load_file(tmp_path / f"{name}.safetensors") for name in ("ours", "theirs"))
     assert ours.keys() == theirs.keys()

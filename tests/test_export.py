@@ -20,13 +20,14 @@ import command
 import sample
 from models import load_models
 from models.clip_text import BOS, EOS, CLIPTextConfig, CLIPTextEncoder
-from models.load import read_config, save_part, write_json
+from models.load import build_config, read_config, save_part, write_json
 from models.unet import UNet, UNetConfig
 from models.vae import LATENT_SCALE, AutoencoderKL, VAEConfig
 from pipeline import Pipeline
 from weights import convert_sd15, export_diffusers
+from weights.diffusers_layout import TABLE
+from weights.parts import LABELS
 
-TABLE = export_diffusers.TABLE
 SIZES = {"unet": (UNet, UNetConfig(channels=(32, 64, 96, 96), context_dim=32)),
          "vae": (AutoencoderKL, VAEConfig(channels=(32, 64, 96, 96))),
          "text_encoder": (CLIPTextEncoder, CLIPTextConfig(dim=32, layers=3, heads=2))}
@@ -163,7 +164,7 @@ def test_converts_back(weights, exported, tmp_path):
         there = load_file(weights / f"{part}.safetensors")
         back = load_file(tmp_path / "back" / f"{part}.safetensors")
         assert there.keys() == back.keys() and all(torch.equal(there[k], back[k]) for k in there)
-        assert convert_sd15.build_config(read_config(tmp_path / "back"), part) == cfg
+        assert build_config(read_config(tmp_path / "back"), part) == cfg
 
 
 # What it refuses
@@ -210,7 +211,7 @@ def test_refuses_broken_parts(refused, broken, part):
         save_file({**state, **change}, file)
         assert message in refused(3, broken)
     file.unlink()
-    assert f"has no {convert_sd15.LABELS[part]}" in refused(3, broken)
+    assert f"has no {LABELS[part]}" in refused(3, broken)
 
 
 @pytest.mark.parametrize("change, message", [

@@ -19,7 +19,8 @@ from models.vae import VAEConfig
 from moa import add_moa, load_moa
 from moa.install import write_moa
 from pictures import read_settings
-from weights.convert_sd15 import Refusal, load_vae
+from weights.checkpoints import Refusal
+from weights.parts import load_vae
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [path for path in ROOT.rglob("*.py") if not {".cache", "runs", "tests"} & set(path.parts)]

@@ -1,6 +1,7 @@
 """Imports point one way, and only at packages that requirements.txt names."""
 import ast
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -81,3 +82,18 @@ def test_third_party_packages_are_required(path):
 def test_there_is_something_to_check():
     assert {"models/unet.py", "moa/mixture.py", "pipeline.py"} <= {name(path) for path in sources()}
     assert "models.attention" in imported(ROOT / "moa" / "mixture.py")
+
+
+def test_help_needs_no_torch():
+    """Nor safetensors. Of all commands but `python -m moa`, which imports its package before it is asked."""
+    files = [str(path) for path in sources() if path.name != "__main__.py"
+             and 'if __name__ == "__main__":' in path.read_text(encoding="utf-8")]
+    code = ("import runpy, sys\n"
+            "sys.argv, files = ['x', '--help'], sys.argv[1:]\n"
+            "for file in files:\n"
+            "    try: runpy.run_path(file, run_name='__main__')\n"
+            "    except SystemExit as end: assert not end.code, file\n"
+            "    assert not {'torch', 'safetensors'} & sys.modules.keys(), file\n")
+    done = subprocess.run([sys.executable, "-c", code, *files], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("usage: ") >= len(files) > 20

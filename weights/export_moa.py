@@ -11,17 +11,15 @@ import signal
 import sys
 from pathlib import Path
 
-from safetensors import SafetensorError
-
-# A script has only its own folder on the path.
+# A script has only its own folder on the path. Torch is imported after the flags are read.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from errors import one_line
-from models.load import WeightsError, read_checkpoint
-from moa import write_moa
 
 
 def export(checkpoint: Path, output: Path) -> None:
     """Write the MoA file `output`, whole or not at all. Raises WeightsError, ValueError and OSError."""
+    from models.load import read_checkpoint
+    from moa import write_moa
     state = read_checkpoint(checkpoint)
     if state["moa"] is None:
         raise ValueError(f"{checkpoint} is of the stage {state['run'].get('stage')}: only moa has a MoA file")
@@ -41,6 +39,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint of train.py moa")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the MoA file to write")
     args = parser.parse_args(argv)
+    from safetensors import SafetensorError
+
+    from models import WeightsError
     try:
         export(args.checkpoint, args.output)
     except (WeightsError, ValueError, OSError, SafetensorError) as error:

@@ -60,9 +60,10 @@ from tests.layouts import ldm, ldm_controlnet, ldm_vae, under
 from tests.test_build import add_picture
 from tests.test_data import write_folder
 from tests.test_train import SMALL
-from weights import convert_sd15
-from weights.convert_controlnet import load_controlnet
-from weights.convert_sd15 import Refusal, load_vae
+from weights import conversion, convert_sd15
+from weights.checkpoints import Notes, Refusal
+from weights.controlnet import load_controlnet
+from weights.parts import check_together, fit, load_vae, read_value
 
 SECONDS, BYTES = 10, 3 << 30  # that one case may take
 Read = Callable[[], object]
@@ -406,16 +407,16 @@ def whole_models(folder: Path) -> Case:
 
     def read(source: Path, ema: str) -> None:
         """All that `convert` does before it writes."""
-        notes = convert_sd15.Notes()
+        notes = Notes()
         args = convert_sd15.parse_args([str(source), "--output", str(folder / "out"), "--ema", ema])
-        parts, base = convert_sd15.gather(args, notes)
+        parts, base = conversion.gather(args, notes)
         for name, part in parts.items():
-            convert_sd15.fit(name, part, notes)
-        convert_sd15.check_together(parts)
-        convert_sd15.describe(args, parts, base, notes)
+            fit(name, part, notes)
+        check_together(parts)
+        conversion.describe(args, parts, base, notes)
         for part in parts.values():
             for key in list(part.tensors)[::50]:
-                convert_sd15.read_value(part, key, torch.float32)
+                read_value(part, key, torch.float32)
 
     def case(rng: random.Random) -> Read:
         source = put(folder / "model.safetensors", save(spoil_tensors(state, rng)))

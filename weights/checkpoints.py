@@ -1,0 +1,249 @@
+"""Read strangers' checkpoints: safetensors, pickles, folders and repositories, of which no code is run.
+
+Headers and shapes are read first, values when they are asked for. What a checkpoint is of, `parts` finds out.
+"""
+import json
+import pickletools
+import re
+import warnings
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from models.load import check_archive
+
+# The parts of a base model, which are also diffusers' folders.
+REQUIRED = ("unet", "vae", "text_encoder")
+
+
+class Refusal(Exception):
+    """The source cannot be converted; the message says what it is, why, and what to do."""
+
+    code: int
+
+
+class WrongKind(Refusal):
+    code = 2
+
+
+class WrongTensors(Refusal):
+    code = 3
+
+
+class Unsafe(Refusal):
+    code = 4
+
+
+# Floating-point types by the names that safetensors files have for them.
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+          "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+
+
+class Lazy(NamedTuple):
+    """A tensor whose shape is known and whose values are read only when asked for."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype | str  # safetensors' name where it is no floating-point type
+    read: Callable[[], Tensor]
+
+
+State = dict[str, Lazy]
+
+
+@dataclass
+class Notes:
+    """What config.json tells about the conversion, besides the models' sizes."""
+
+    files: list[Path] = field(default_factory=list)
+    dropped: Counter = field(default_factory=Counter)
+    repaired: list[str] = field(default_factory=list)
+
+
+# 1. Reading files.
+
+def open_file(path: Path, notes: Notes) -> State:
+    """The tensors of a safetensors file or a pickle. Raises Refusal."""
+    with path.open("rb") as file:
+        head = file.read(64)
+    length, size = int.from_bytes(head[:8], "little"), path.stat().st_size
+    if not head:
+        raise WrongKind(f"{path} is empty (0 bytes): download it again")
+    if head.startswith(b"version https://git-lfs"):
+        raise WrongKind(f"{path} is a git-LFS pointer (it starts so), not the file: run `git lfs pull`")
+    if head.lstrip().startswith(b"<"):
+        raise WrongKind(f"{path} is a web page (it starts with <): the download needs a login")
+    if head[8:9] == b"{" and length > size - 8:
+        raise WrongKind(f"{path} is truncated ({size} bytes, its header alone {length}): download it again")
+    notes.files.append(path)
+    if head[8:9] == b"{":
+        state = open_safetensors(path)
+    elif head.startswith((b"PK", b"\x80")) or pickle_globals(path):
+        state = open_pickle(path, notes)
+    else:
+        raise WrongKind(f"{path} is not a model file (it starts with {head[:8]!r}): give a "
+                                  ".safetensors or .ckpt")
+    if not state:
+        raise WrongKind(f"{path} holds no named tensors: it is no checkpoint")
+    return state
+
+
+def open_safetensors(path: Path) -> State:
+    try:
+        with safe_open(path, "pt") as file:
+            slices = {k: file.get_slice(k) for k in file.keys()}  # noqa: SIM118  it has no iterator
+            return {k: Lazy(tuple(s.get_shape()), FLOATS.get(s.get_dtype(), s.get_dtype()),
+                            partial(read_tensor, path, k)) for k, s in slices.items()}
+    except SafetensorError as error:
+        raise WrongKind(f"{path} is truncated or damaged ({error}): download it again") from error
+
+
+def read_tensor(path: Path, name: str) -> Tensor:
+    # Opened anew each time: a file that stays open keeps in memory all that was ever read of it.
+    with safe_open(path, "pt") as file:
+        return file.get_tensor(name)
+
+
+def open_pickle(path: Path, notes: Notes) -> State:
+    """A .ckpt, .pt or .bin, bare or under `state_dict`, nested dicts flattened."""
+    found = load_pickle(path)
+    if not isinstance(found, dict):
+        return {}
+    if isinstance(found.get("state_dict"), dict):
+        notes.dropped.update(str(k) for k in found if k != "state_dict")
+        found = found["state_dict"]
+    try:
+        return dict(flatten("", found, set()))
+    except RecursionError as error:
+        raise WrongKind(f"{path} nests its dictionaries without end: it is no checkpoint") from error
+
+
+def flatten(prefix: str, tree: dict, seen: set[int]) -> Iterator[tuple[str, Lazy]]:
+    """The usual tensors in nested dicts, each dict once, with their full names; anything else is left out."""
+    seen.add(id(tree))
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from flatten(f"{prefix}{key}.", value, seen) if id(value) not in seen else ()
+        elif isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta:
+            yield f"{prefix}{key}", Lazy(tuple(value.shape), value.dtype, lambda value=value: value)
+
+
+class StandIn:
+    """Takes the place of a Lightning object in a pickle: accepts anything and does nothing."""
+
+    def __new__(cls, *args, **kwargs):
+        return super().__new__(cls)
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+# The only names besides tensors' own that a checkpoint may mention; each becomes inert.
+INERT = re.compile(
+    r"(pytorch_lightning|lightning|omegaconf)\..+|numpy\.(core|_core)\.multiarray\.scalar|numpy\.dtype")
+TENSORS = re.compile(r"torch\.|collections\.OrderedDict$|_codecs\.encode$")
+
+
+def load_pickle(path: Path):
+    """`torch.load` that never runs code of the file. Raises Refusal, naming what the file asks for."""
+    allowed: dict[str, type] = {}
+    while True:
+        inert = torch.serialization.safe_globals([(cls, name) for name, cls in allowed.items()])
+        try:
+            check_archive(path)
+            with inert, warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about pickle protocols and TorchScript
+                return torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        except Exception as error:  # a hostile file can make the unpickler raise anything
+            asked = re.search(r"GLOBAL (\S+)", str(error))
+            name = asked[1] if asked else next(iter(pickle_globals(path)), None)
+            if asked and INERT.fullmatch(name) and name not in allowed:
+                # The unpickler fills dicts only when they are exactly that.
+                allowed[name] = dict if name.endswith("Dict") else type("StandIn", (StandIn,), {})
+            elif name:
+                raise Unsafe(f"{path} is an unsafe pickle: it asks for {name}, which could run code. "
+                                      "Nothing was run: find the .safetensors of this model") from error
+            elif "TorchScript" in str(error):
+                raise WrongKind(f"{path} is a TorchScript program, not a checkpoint: take the "
+                                          ".safetensors or the Hugging Face layout") from error
+            else:
+                raise WrongKind(f"{path} is truncated or damaged, or no PyTorch checkpoint "
+                              f"({type(error).__name__}: {str(error)[:90]}): download it again") from error
+
+
+def pickle_globals(path: Path) -> list[str]:
+    """What a bare pickle would import besides tensors, read without unpickling; [] for other files."""
+    strings, names = [""] * 2, []
+    with path.open("rb") as file:
+        started = file.read(1) == b"\x80"
+        file.seek(0)
+        try:
+            for op, value, _ in pickletools.genops(file):
+                if op.name in ("GLOBAL", "STACK_GLOBAL"):
+                    names.append(value.replace(" ", ".") if value else ".".join(strings[-2:]))
+                elif isinstance(value, str):
+                    strings.append(value)
+        except Exception:  # no pickle, or one cut short
+            names = names if started else []
+    return [name for name in names if not TENSORS.match(name)]
+
+
+# 2. Finding files: a file, a folder or a repository.
+
+FILE = re.compile(r"(diffusion_pytorch_model|model|pytorch_model|open_clip_model|open_clip_pytorch_model)"
+                  r"((?:[.-](?:fp16|\d{5}-of-\d{5}))*)\.(safetensors|bin)")
+
+
+def choose(names: Iterable[str]) -> list[str]:
+    """The weight files to take of one folder, all shards: safetensors before .bin, full before fp16."""
+    groups: dict[tuple, list[str]] = {}
+    for match in filter(None, map(FILE.fullmatch, sorted(names))):
+        kind = (match[3] == "bin", "fp16" in match[2], "-of-" in match[2], match[1])
+        groups.setdefault(kind, []).append(match[0])
+    chosen = groups[min(groups)] if groups else []
+    shards = re.search(r"-of-(\d{5})", "".join(chosen[:1]))
+    if shards and len(chosen) != int(shards[1]):
+        raise WrongTensors(f"{len(chosen)} of {int(shards[1])} shards found ({', '.join(chosen[:5])}): "
+                           "download the rest")
+    return chosen
+
+
+def locate(source: str) -> Path:
+    """The local path of a source, downloaded if it is a Hugging Face repository. Raises Refusal."""
+    if Path(source).exists():
+        return Path(source)
+    elsewhere = re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not Path(source).parent.exists()
+    if not elsewhere or re.search(r"\.(safetensors|ckpt|bin|pth?)$", source):
+        raise WrongKind(f"{source} does not exist: give a file, a folder or a Hugging Face repository")
+    try:
+        import huggingface_hub  # comes with open_clip
+        files = [Path(f.rfilename) for f in huggingface_hub.HfApi().repo_info(source, timeout=20).siblings]
+        wanted = [str(Path(folder, name)) for folder in (".", *REQUIRED)
+                  for name in choose(f.name for f in files if f.parent == Path(folder))]
+        return Path(huggingface_hub.snapshot_download(
+            source, allow_patterns=[*wanted, "*config.json", "model_index.json"]))
+    except Refusal:
+        raise
+    except Exception as error:  # those of its HTTP client have no class in common with the others
+        raise WrongKind(f"{source} is no file or folder here, and could not be fetched from Hugging Face "
+                        f"({type(error).__name__}: {str(error)[:120]}): check the name, or download it where "
+                        "there is a network and give its path") from error
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object, {} where there is none. Raises Refusal."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (ValueError, RecursionError) as error:
+        raise WrongTensors(f"{path} is not valid JSON: {error}") from error
+    return value if isinstance(value, dict) else {}
