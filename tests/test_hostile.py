@@ -150,15 +150,19 @@ def test_what_cannot_be_written_is_named_with_what_it_needs(error, tmp_path):
 
 
 def test_a_second_process_is_refused_until_the_first_has_ended(tmp_path):
-    hold = ("import pathlib, sys, train; train.claim(pathlib.Path(sys.argv[1])); print('held', flush=True); "
-            "sys.stdin.read()")
+    hold = ("import pathlib, sys, train\n"
+            "with train.claimed(pathlib.Path(sys.argv[1])): print('held', flush=True), sys.stdin.read()")
     with subprocess.Popen([sys.executable, "-c", hold, tmp_path], cwd=ROOT, stdin=subprocess.PIPE,
                           stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"
-        with pytest.raises(ValueError, match="another process is training into"):
-            train.claim(tmp_path)
+        with (pytest.raises(ValueError, match="another process is training into"),
+              train.claimed(tmp_path)):
+            pass
         other.kill()
-    train.claim(tmp_path)
+    assert (tmp_path / "lock").exists()  # of a killed process, and holds nobody off
+    with train.claimed(tmp_path):
+        pass
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("seed", [-1, 2 ** 32, 10 ** 30])
