@@ -547,7 +547,8 @@ def test_a_bad_list_of_ids(text, tmp_path):
     path = tmp_path / "image_ids_train.txt"
     if text is not None:
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(DataError, match=f"{path}: "):
+    said = f"{tmp_path} is not a dataset, it has no {path.name}: give" if text is None else f"{path}: "
+    with pytest.raises(DataError, match=said):
         read_ids(tmp_path, "train")
 
 
