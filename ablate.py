@@ -70,12 +70,12 @@ def fixed_routing(personalized: Callable[[int, str], float | None]) -> Iterator[
 
 
 def fix(router, weight: float) -> None:
-    """Make a router's own weights a constant. `force_routing` still has the last word."""
+    """Make a router's own weights a constant, which its MoA file then holds."""
     import torch
     router.f.requires_grad_(False)
-    constant = torch.tensor([1 - weight, weight])
-    router.f.register_forward_hook(
-        lambda module, args, output: constant.clamp(min=1e-30).log().to(output).expand_as(output))
+    last = router.f[-1] if isinstance(router.f, torch.nn.Sequential) else router.f
+    last.weight.zero_()
+    last.bias.copy_(torch.tensor([1 - weight, weight]).clamp(min=1e-13).log())  # about 30, as for fp16
 
 
 @contextmanager
@@ -308,7 +308,11 @@ def table(output: Path) -> str:
 
 def plot(points: dict[str, tuple[list[float], list[float]]], path: Path) -> None:
     """Identity against locality, a point for each seed and a name at each row's mean."""
-    import matplotlib
+    try:
+        import matplotlib
+    except ImportError:
+        print(f"{path.name} is not drawn: pip install matplotlib", file=sys.stderr)
+        return
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(figsize=(9, 6), dpi=100)

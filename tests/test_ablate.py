@@ -22,7 +22,7 @@ T = torch.tensor([300, 700])
 def built(tmp_path):
     """Build a row's UNet as training does, change its routers, and load it again as drawing does.
 
-    Returns both UNets, and what is kept open is closed."""
+    Returns both UNets; `build.state` is the base model's state."""
     def build(name: str):
         with ExitStack() as stack:
             for edit in ablate.ROWS[name].edits:
@@ -34,13 +34,21 @@ def built(tmp_path):
             with torch.no_grad():
                 for _, _, layer in moa_layers(unet):
                     for p in layer.router.f.parameters():
-                        p.normal_(std=0.3)
+                        if p.requires_grad:
+                            p.normal_(std=0.3)
             save_moa(unet, prompt, tmp_path / "moa.safetensors", torch.float32)
-            again = small_models()["unet"]
-            again.load_state_dict(state)
-            load_moa(again, tmp_path / "moa.safetensors")
+            again = load(state, tmp_path)
+        build.state = state
         return unet, again
     return build
+
+
+def load(state: dict, folder):
+    """The UNet that `folder`'s MoA file makes of a base model."""
+    unet = small_models()["unet"]
+    unet.load_state_dict(state)
+    load_moa(unet, folder / "moa.safetensors")
+    return unet
 
 
 def routing_of(unet) -> dict:
@@ -97,6 +105,14 @@ def test_the_token_without_encoding_is_the_same_at_all_times():
         tokens = prompt(*arguments, T)
         assert torch.equal(tokens[0], tokens[3]) and torch.equal(tokens, prompt(*arguments, T - 100))
         assert (tokens[0] - text).abs().max() > 1e-3  # the person is there
+
+
+@pytest.mark.parametrize("name", ["one-branch", "cross-only", "decoder-only", "router-16"])
+def test_the_file_of_a_row_needs_no_edit(built, name, tmp_path):
+    _, inside = built(name)
+    found, expected = routing_of(load(built.state, tmp_path)), routing_of(inside)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
 def test_training_without_pairs_of_attributes():
