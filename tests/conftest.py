@@ -25,6 +25,14 @@ from models.open_clip_import import open_clip
 from models.unet import UNet, UNetConfig
 from models.vae import AutoencoderKL, VAEConfig
 
+# Files that take a minute and more: first, so that at the end no process waits long for another.
+LONG = ("test_processes", "test_train", "test_convert", "test_scale", "test_apps", "test_sample")
+
+
+def pytest_collection_modifyitems(items: list) -> None:
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
 WORDS = "a and woman man girl old on the beach , riding bike"
 
 
