@@ -316,12 +316,14 @@ def plot(points: dict[str, tuple[list[float], list[float]]], path: Path) -> None
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(figsize=(9, 6), dpi=100)
-    for name, (locality, identity) in points.items():
+    for k, (name, (locality, identity)) in enumerate(points.items()):
         dots = axes.plot(locality, identity, "o", alpha=0.7)
-        axes.annotate(name, (sum(locality) / len(locality), sum(identity) / len(identity)), (5, 5),
+        mean = sum(locality) / len(locality), sum(identity) / len(identity)
+        axes.annotate(name, mean, (5, -13 if k % 2 else 5),  # above or below, as neighbours are near
                       textcoords="offset points", color=dots[0].get_color())
     axes.set(xlabel="locality: change outside / inside the people (low is good)",
              ylabel="identity: attributes read right (high is good)")
+    axes.margins(x=0.15)  # for the names
     axes.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(path)
