@@ -1,6 +1,8 @@
 """Shared by all tests: the repository root on the path, a torchvision that can be imported, a tiny world."""
 import os
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 # The models are tiny and there is a process for each core (pyproject.toml): more threads only wait for each
@@ -25,14 +27,6 @@ from models.open_clip_import import open_clip
 from models.unet import UNet, UNetConfig
 from models.vae import AutoencoderKL, VAEConfig
 
-# Files that take a minute and more: first, so that at the end no process waits long for another.
-LONG = ("test_processes", "test_train", "test_convert", "test_scale", "test_apps", "test_sample")
-
-
-def pytest_collection_modifyitems(items: list) -> None:
-    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
-
-
 WORDS = "a and woman man girl old on the beach , riding bike"
 
 
@@ -47,15 +41,19 @@ def small_models(dim: int = 16, channels: tuple[int, ...] = (8, 16, 16, 16),
             "image_encoder": CLIPImageEncoder(image)}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def seeded_module() -> None:
-    """Before what a module makes once: a test gives the same result alone, in any order, in any process."""
+def seed_and_restore() -> Iterator[None]:
+    """A test gives the same result alone, in any order, in any process; the signals that train.py handles
+    are the process's own again afterwards."""
     torch.manual_seed(0)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
-@pytest.fixture(autouse=True)
-def seeded() -> None:
-    torch.manual_seed(0)
+# Before what a module makes once, and before each test.
+seeded_module = pytest.fixture(scope="module", autouse=True)(seed_and_restore)
+seeded = pytest.fixture(autouse=True)(seed_and_restore)
 
 
 @pytest.fixture(scope="session")
