@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import controls
+from allocator import reuse_memory
 from errors import one_line
 from subjects import Place, cast, read_photos
 
@@ -102,6 +103,7 @@ def execute(run: Callable[[argparse.Namespace], None], args: argparse.Namespace)
     # Torch's threads would spin while they wait for each other: on a busy machine that made a picture of the
     # small world take four times as long. Before torch is imported, which reads it once.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    reuse_memory()
     try:
         with warnings.catch_warnings():
             warnings.showwarning = WarningPrinter()

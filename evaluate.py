@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFilter
 
+from allocator import reuse_memory
 from data import toyworld
 from errors import one_line
 
@@ -67,6 +68,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     from models import WeightsError
+    reuse_memory()
     try:
         run(args)
     except (ValueError, WeightsError, OSError) as error:

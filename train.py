@@ -35,6 +35,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
+from allocator import reuse_memory
 from errors import one_line
 
 
@@ -119,6 +120,7 @@ def main() -> None:
     from models import WeightsError
     from pipeline import pick_device
     from stages import STAGES, StageError, make_config
+    reuse_memory()
     until_the_end = ExitStack()
     try:
         if args.data is not None:

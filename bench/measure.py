@@ -44,11 +44,17 @@ def positive(text: str) -> int:
     return value
 
 
-def pick(args: argparse.Namespace):
-    """The device and the dtype that the flags name. Leaves with one line if there is no such device."""
+def pick(args: argparse.Namespace, keep_memory: bool = True):
+    """The device and the dtype that the flags name. Leaves with one line if there is no such device.
+
+    keep_memory: as the commands do, for all sides; else as Python does by itself.
+    """
     import torch
 
+    from allocator import reuse_memory
     from pipeline import pick_device
+    if keep_memory:
+        reuse_memory()
     try:
         device = pick_device(args.device)
     except ValueError as error:

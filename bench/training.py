@@ -95,8 +95,10 @@ def measure(args: argparse.Namespace) -> dict:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
+    from allocator import reuse_memory
     from pipeline import pick_device
     from stages import STAGES, make_config
+    reuse_memory()
     cached, changes = ROWS[args.rows[0]]
     device = pick_device(args.device)
     common = {"steps": args.steps + 1, "batch_size": args.batch_size, "samples": 8}

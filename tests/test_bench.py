@@ -16,6 +16,7 @@ BENCHMARKS = {
     "vae": ([*TINY, "--pixels", "32", "--channels-last"], 6),
     "text": (TINY, 2),
     "sampling": ([*TINY, "--pixels", "32", "--steps", "2"], 4),
+    "allocator": ([*TINY, "--pixels", "32", "--calls", "1", "--jobs", "unet", "training"], 2),
     "startup": (["--repeats", "1", "--cores", "1", "--only", "sample.py --help"], 1),
 }
 
