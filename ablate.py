@@ -267,6 +267,7 @@ def run_all(output: Path, jobs: int) -> None:
     """Every row with every seed, `jobs` at a time, those that others need first; logs beside the runs."""
     from tqdm import tqdm
     output.mkdir(parents=True, exist_ok=True)
+    prepare_data()
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
     def one(job: tuple[str, int]) -> None:
@@ -282,6 +283,14 @@ def run_all(output: Path, jobs: int) -> None:
                 and not (place(output, name, seed) / "results.json").exists()]
         with ThreadPoolExecutor(jobs) as pool:
             list(tqdm(pool.map(one, todo), "ablations", len(todo), unit="row", disable=None))
+
+
+def prepare_data() -> None:
+    """Render and encode what all rows train on, which each would do by itself otherwise."""
+    from pipeline import pick_device
+    from stages import STAGES, make_config
+    STAGES["moa"](make_config("toyworld", "moa"), 0, pick_device("auto"), ROOT / "weights" / "toyworld",
+                  None).prepare()
 
 
 def table(output: Path) -> str:

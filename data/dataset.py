@@ -171,7 +171,11 @@ def write_cache(folder: Path, make: Callable[[int], Sample], indices: range,
         temporary.mkdir(parents=True)
         try:
             _fill(temporary, make, indices, workers or len(os.sched_getaffinity(0)))
-            temporary.rename(folder)
+            try:
+                temporary.rename(folder)
+            except OSError:
+                if not folder.exists():  # else another process was faster
+                    raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     return Cache(folder)

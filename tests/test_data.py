@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
+import data.dataset
 from data import toyworld
 from data.dataset import (
     MAX_SUBJECTS,
@@ -212,6 +213,18 @@ def test_a_cache_is_written_whole_or_not_at_all(tmp_path):
         assert cache.samples[i] == {"caption": sample.caption, "ends": sample.ends, "labels": sample.labels}
     # It is there, so nothing is made again.
     assert len(write_cache(tmp_path / "cache", failing_sample, range(4))) == 3
+
+
+def test_another_process_makes_the_same_cache_first(tmp_path, monkeypatch):
+    def fill(*args):
+        fill_folder(*args)
+        if not (tmp_path / "cache").exists():
+            shutil.copytree(args[0], tmp_path / "cache")
+
+    fill_folder = data.dataset._fill
+    monkeypatch.setattr(data.dataset, "_fill", fill)
+    assert len(write_cache(tmp_path / "cache", train_sample, range(2), workers=1)) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
 
 
 # The folder layout -------------------------------------------------------------------------------
