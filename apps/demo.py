@@ -230,8 +230,8 @@ def heat_map(drawn: dict | None, kind: str, layer: int, step: int) -> tuple:
     t, maps = sheet.columns[min(step, len(sheet.columns)) - 1]
     weights = maps.get((layer, KINDS[kind]))
     if KINDS[kind] is None:
-        tile = sheet.mean(picture.size)
-        said = "Mean over layers and steps; dark is its lowest value, yellow its highest."
+        tile, colours = sheet.mean(picture.size)
+        said = f"Weight of the personalized expert, mean over all layers and steps: {colours}."
     elif weights is None:
         return picture, f"t = {t}: the prior draws this step alone."
     else:
