@@ -213,10 +213,8 @@ def read_json(path: Path, **kinds: type):
 
 def check_words(pipeline, texts: Sequence[str]) -> None:
     """Raise ValueError if the weights do not know a word of the texts."""
-    tokenize = pipeline.models.tokenize
-    if unknown := tokenize.unknown_words(" ".join(texts)):
-        raise ValueError(f"these weights do not know the words: {', '.join(unknown)}. They know: "
-                         f"{', '.join(tokenize.known_words)}")
+    if complaint := pipeline.models.tokenize.complaint(" ".join(texts)):
+        raise ValueError(complaint)
 
 
 def check_prompt(flag: str, prompt: str) -> None:
