@@ -167,6 +167,8 @@ def prepare_output(args: argparse.Namespace) -> None:
     """
     import distributed
     from models.load import read_config
+    if args.output.exists() and not args.output.is_dir():
+        raise ValueError(f"--output {args.output} is a file: give a folder's name")
     held = list_checkpoints(args.output)
     if held and not args.resume and distributed.launch():
         args.resume = read_config(args.output).get("training", {}).get("launch") == distributed.launch()

@@ -562,7 +562,7 @@ def test_folders_that_hold_something_are_left_alone(runs, tmp_path, capsys):
     shutil.rmtree(tmp_path / "weights" / "checkpoints")
     assert_refused(capsys, tmp_path, *vae, "--output", tmp_path / "weights", match="holds weights already")
     (tmp_path / "file").write_text("mine")
-    assert_refused(capsys, tmp_path, *vae, "--output", tmp_path / "file", match="file")
+    assert_refused(capsys, tmp_path, *vae, "--output", tmp_path / "file", match="file is a file: give")
 
 
 # Several processes -------------------------------------------------------------------------------
