@@ -19,6 +19,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from command import fail
+
 ROOT = Path(__file__).resolve().parent
 SEEDS = (0, 1, 2)
 STEPS, BATCH_SIZE, CASES = 1250, 36, 64  # 45,000 pictures, 40 minutes on one core
@@ -204,7 +206,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="of all rows' folders (default runs/ablations)")
     add("--seed", type=int, default=0, help="of the training (default 0)")
     add("--jobs", type=int, default=1, metavar="N", help="rows at the same time, one core each (default 1)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.jobs < 1:
+        parser.error(f"--jobs must be at least 1, not {args.jobs}")
+    if args.output.exists() and not args.output.is_dir():
+        parser.error(f"--output {args.output} is a file: give a folder's name")
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -244,7 +251,7 @@ def run(name: str, seed: int, output: Path) -> None:
                 "--seed", str(seed), "--batch-size", str(BATCH_SIZE), "--checkpoint-every", "250", *resume]))
             train.main()
         if not weights.exists():
-            sys.exit(f"error: {weights} is not there: run the row {row.trained_by} first")
+            fail(f"{weights} is not there: run the row {row.trained_by} first")
         flags = [word for key, value in row.evaluation.items() for word in (f"--{key}", str(value))]
         evaluate.main(["--weights", str(trained), "--output", str(folder), "--count", str(CASES), *flags])
 
@@ -308,7 +315,7 @@ def table(output: Path) -> str:
             lines.append(f"| `{name}`: {row.what} | {len(found)} | " + " | ".join(cells) + " |")
             points[name] = (values["locality"], values["identity"])
     if not points:
-        sys.exit(f"error: there is no result in {output}: run a row first")
+        fail(f"there is no result in {output}: run a row first")
     plot(points, output / "tradeoff.png")
     return "\n".join(lines)
 

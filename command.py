@@ -10,6 +10,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 
 import controls
@@ -28,11 +29,17 @@ LIMITS = {"num": (1, 1000), "seed": (0, 2 ** 63 - 1), "steps": (1, 999), "guidan
 
 
 class Parser(argparse.ArgumentParser):
-    """A command's flags. None may be shortened: `--subject` is not `--subjects`, `--seed` not `--seeds`."""
+    """A command's flags. None may be shortened: `--subject` is not `--subjects`, `--seed` not `--seeds`; of
+    one that is unknown a near one is said."""
 
     def __init__(self, description: str):
         super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
                          allow_abbrev=False)
+
+    def error(self, message: str) -> None:
+        unknown = re.search(r"unrecognized arguments:.*?(--[\w-]+)", message)
+        near = get_close_matches(unknown[1], self._option_string_actions, 1) if unknown else []
+        super().error(message + (f" (did you mean {near[0]}?)" if near else ""))
 
 
 class Once(argparse.Action):
@@ -215,10 +222,8 @@ def read_json(path: Path, **kinds: type):
 
 def check_words(pipeline, texts: Sequence[str]) -> None:
     """Raise ValueError if the weights do not know a word of the texts."""
-    tokenize = pipeline.models.tokenize
-    if unknown := tokenize.unknown_words(" ".join(texts)):
-        raise ValueError(f"these weights do not know the words: {', '.join(unknown)}. They know: "
-                         f"{', '.join(tokenize.known_words)}")
+    if complaint := pipeline.models.tokenize.complaint(" ".join(texts)):
+        raise ValueError(complaint)
 
 
 def check_prompt(flag: str, prompt: str) -> None:
@@ -302,7 +307,6 @@ def load_pipeline(args: argparse.Namespace, moa: bool | None = True, people: boo
     """
     import torch
 
-    from models import WeightsError
     from pipeline import Pipeline, pick_device
     args.checker = find_checker(args.checker)
     hints = controls.read_hints(args)
@@ -313,10 +317,7 @@ def load_pipeline(args: argparse.Namespace, moa: bool | None = True, people: boo
     if args.moa and not file.is_file():
         raise ValueError(f"--moa {file} is not a file: give one that train.py moa has written")
     args.moa = file if moa is not False and file.is_file() else None
-    try:
-        pipeline = Pipeline.load(args.weights, args.moa, device, dtype)
-    except WeightsError as error:
-        raise ValueError(error) from error
+    pipeline = Pipeline.load(args.weights, args.moa, device, dtype)
     if moa and args.moa is None:
         raise ValueError(f"--weights {args.weights} has no moa.safetensors, which subjects and routing maps "
                          "need: give --moa FILE")

@@ -49,7 +49,7 @@ def write(canvas: ImageDraw.ImageDraw, x: int, y: int, text: str, width: int) ->
 
 def labelled(tiles: list[tuple[Image.Image, str]], columns: int, gap: int = 8) -> Image.Image:
     """Pictures in rows of `columns` on white, each with a line of text below it."""
-    width = max(128, *(image.width for image, _ in tiles)) + gap
+    width = max(THUMBNAIL, *(image.width for image, _ in tiles)) + gap
     height = max(image.height for image, _ in tiles) + LINE + gap
     columns = min(columns, len(tiles))
     sheet = Image.new("RGB", (columns * width + gap, -(-len(tiles) // columns) * height + gap), "white")
@@ -62,7 +62,8 @@ def labelled(tiles: list[tuple[Image.Image, str]], columns: int, gap: int = 8) -
 
 def captioned(tiles: list[tuple[Image.Image, str]], columns: int = 5) -> Image.Image:
     """Pictures in rows of `columns`, each with the whole of its text below it."""
-    tiles = [(stack([image, heading(text, image.width, margin=0)]), "") for image, text in tiles]
+    tiles = [(stack([image, heading(text, max(THUMBNAIL, image.width), margin=0)]), "")
+             for image, text in tiles]
     return labelled(tiles, columns)
 
 

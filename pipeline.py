@@ -108,7 +108,7 @@ def warn_if_absent(subjects: Sequence[Sequence[Subject] | None], timesteps: Sequ
 
 
 def squared_distance(features: Tensor, mean: Tensor, precision: Tensor) -> Tensor:
-    """Squared Mahalanobis distance per dimension of features (B, F): (B,), about 1 for usual ones."""
+    """Squared Mahalanobis distance per dimension of features (B, F): (B,)."""
     centred = features.float() - mean
     return ((centred @ precision) * centred).mean(-1)
 

@@ -7,7 +7,7 @@ from einops import rearrange
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from layout import FONT, LINE, beside, labelled, stack, write
+from layout import FONT, LINE, beside, captioned, stack, write
 from moa.loss import mean_routing
 from moa.router import grid
 
@@ -48,24 +48,26 @@ class RoutingSheet:
 
     def draw(self, picture: Image.Image, people: list[tuple[Image.Image, str]]) -> Image.Image:
         """The sheet, with the picture, the mean of all maps and the subjects on its left."""
-        means = [(self.mean(picture.size), "mean, low to high"),
-                 *((self.mean(picture.size, name), f"to {name}") for name in self.names)]
-        side = labelled([(picture, "the picture"), *means, *people], 1)
+        means = [(image, f"{title}: {colours}") for title, (image, colours) in
+                 [("mean", self.mean(picture.size)),
+                  *((f"to {name}", self.mean(picture.size, name)) for name in self.names)]]
+        side = captioned([(picture, "the picture"), *means, *people], 1)
         panels = [self.panel(kind) for kind in ("self", "cross", *self.names)]
         body = beside([side, stack([beside(panels[k:k + 2]) for k in range(0, len(panels), 2)])])
         return stack([self.legend(body.width), body])
 
-    def mean(self, size: tuple[int, int], name: str | None = None) -> Image.Image:
+    def mean(self, size: tuple[int, int], name: str | None = None) -> tuple[Image.Image, str]:
         """The mean over layers and steps of what the routers gave (Eq. 10, of the other expert), or of the
         attention to a subject, as large as the picture. Its own smallest and largest values are the ends
-        of the colour scale, since they lie close."""
+        of the colour scale, since they lie close; the text says which."""
         maps = [weights for _, column in self.columns for (_, kind), weights in column.items()
                 if (kind == name if name else kind not in self.names)]
         if not maps:
-            return Image.new("RGB", size, NO_MAP)
+            return Image.new("RGB", size, NO_MAP), "drawn by the prior alone"
         mean = mean_routing(maps, *self.size)[0]
-        mean = (mean - mean.min()) / (mean.max() - mean.min()).clamp(min=1e-6)
-        return paint(mean).resize(size, Image.Resampling.NEAREST)
+        low, high = mean.min(), mean.max()
+        image = paint((mean - low) / (high - low).clamp(min=1e-6))
+        return image.resize(size, Image.Resampling.NEAREST), f"dark {low:.2f}, yellow {high:.2f}"
 
     def panel(self, kind: str) -> Image.Image:
         """The maps of all layers and steps of self- or cross-attention or, brought to the largest value of

@@ -162,13 +162,15 @@ def main() -> None:
 
 
 def prepare_output(args: argparse.Namespace) -> None:
-    """Make the run's folder. An older run in it is only ever continued, weights are left alone.
+    """Look what is in the run's folder. An older run is only ever continued, weights are left alone.
 
     A run of this very `torchrun`, which starts its processes again when one has died, goes on as with
     --resume.
     """
     import distributed
     from models.load import read_config
+    if args.output.exists() and not args.output.is_dir():
+        raise ValueError(f"--output {args.output} is a file: give a folder's name")
     held = list_checkpoints(args.output)
     if held and not args.resume and distributed.launch():
         args.resume = read_config(args.output).get("training", {}).get("launch") == distributed.launch()
@@ -178,15 +180,15 @@ def prepare_output(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.output} holds a run already: give --resume or another --output")
     if not args.resume and any(args.output.glob("*.safetensors")):
         raise ValueError(f"{args.output} holds weights already: give another --output")
-    for name in ("checkpoints", "samples"):
-        (args.output / name).mkdir(parents=True, exist_ok=True)
 
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """Inside, no other process can train into a folder; a killed one holds nothing any more.
-    Raises ValueError where another one trains there."""
-    path = folder / "lock"
+    """Inside, a folder is there, and no other process can train into it; a killed one holds nothing any
+    more. If it was made for this and nothing was written, it goes again. Raises ValueError where
+    another one trains there."""
+    path, new = folder / "lock", [each for each in (folder, *folder.parents) if not each.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
     file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         with suppress(OSError):  # a file system without locks
@@ -200,6 +202,9 @@ def claimed(folder: Path) -> Iterator[None]:
             yield
         finally:
             path.unlink(missing_ok=True)
+            with suppress(OSError):  # the first that is not empty
+                for each in new:
+                    each.rmdir()
     finally:
         os.close(file)
 
@@ -236,6 +241,8 @@ def train(stage, args: argparse.Namespace) -> None:
         first = load_checkpoint(list_checkpoints(args.output)[-1], run, trained, averages, optimizer)
         written = read_config(args.output)
     if writes:
+        for name in ("checkpoints", "samples"):
+            (args.output / name).mkdir(parents=True, exist_ok=True)
         for left in args.output.rglob(".*.tmp"):  # by a process that was killed while it wrote
             left.unlink()
         write_json({**written, "training": settings}, args.output / "config.json")

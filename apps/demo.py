@@ -30,7 +30,7 @@ import command
 from subjects import PEOPLE, bind_castings, cast, find_words, read_photos
 
 PREVIEWS = 5  # pictures shown while one is sampled
-FRAMES = 6  # of a morph
+FRAMES = 5  # of a morph
 OTHERS = {"woman": ("zoe", "mia", "ada"), "man": ("leo", "max", "tom")}  # examples/, for swapping
 EXAMPLES = ("a woman standing on the beach", "a woman and a man shaking hands in Paris",
             "a woman holding a bouquet of roses in Paris", "a man reading a book on a mountain",
@@ -50,7 +50,7 @@ CSS = """
 .picture img {object-fit: contain !important}
 .picture .empty {aspect-ratio: 1; min-height: 0 !important; height: auto !important}
 .strip .grid-container {grid-template-columns: repeat(3, minmax(0, 1fr)) !important}
-.strip .grid-wrap {height: auto !important; max-height: none !important}
+.strip .grid-wrap {height: auto !important; min-height: 0 !important; max-height: none !important}
 """
 
 
@@ -230,8 +230,8 @@ def heat_map(drawn: dict | None, kind: str, layer: int, step: int) -> tuple:
     t, maps = sheet.columns[min(step, len(sheet.columns)) - 1]
     weights = maps.get((layer, KINDS[kind]))
     if KINDS[kind] is None:
-        tile = sheet.mean(picture.size)
-        said = "Mean over layers and steps; dark is its lowest value, yellow its highest."
+        tile, colours = sheet.mean(picture.size)
+        said = f"Weight of the personalized expert, mean over all layers and steps: {colours}."
     elif weights is None:
         return picture, f"t = {t}: the prior draws this step alone."
     else:
@@ -255,8 +255,11 @@ def build(gr, studio: Studio):
                 examples = gr.Dataset(components=[gr.Textbox(visible=False)], samples=[[e] for e in EXAMPLES],
                                       label="For example")
                 with gr.Row():
-                    first = person(gr, studio, "First person", FIRST)
-                    second = person(gr, studio, "Second person", SECOND)
+                    first, *first_shown = person(gr, studio, "First person", FIRST)
+                    second, *second_shown = person(gr, studio, "Second person", SECOND)
+                if studio.small_world:
+                    design(gr, studio, "Design the first person", FIRST, first, *first_shown)
+                    design(gr, studio, "Design the second person", SECOND, second, *second_shown)
                 both = gr.Checkbox(True, label="Second person, too, if the prompt names two")
                 seed = gr.Number(args.seed, label="Seed", precision=0, minimum=0)
                 steps = gr.Slider(1, max(50, args.steps), args.steps, step=1, label="Steps", buttons=[])
@@ -266,7 +269,7 @@ def build(gr, studio: Studio):
                 with gr.Row():
                     start = gr.Button("Draw", variant="primary", scale=2, min_width=140, elem_id="draw")
                     again = gr.Button("New seed", min_width=140, elem_id="again")
-                status = gr.Markdown(" ", elem_id="status", height=32)
+                status = gr.Markdown("Both pictures show here while they grow.", elem_id="status", height=32)
                 with gr.Row():
                     prior = picture(gr, "Base model", "prior")
                     mixed = picture(gr, "With your people", "mixed")
@@ -358,16 +361,16 @@ def picture(gr, label: str, name: str):
                     elem_id=name, elem_classes="picture")
 
 
-def person(gr, studio: Studio, title: str, looks: tuple[str, ...]):
-    """Somebody to be uploaded or, in the small world, designed: the state that holds their picture file."""
+def person(gr, studio: Studio, title: str, looks: tuple[str, ...]) -> tuple:
+    """Somebody to be uploaded or, in the small world, designed: the state that holds their picture file,
+    the picture, and the button for somebody else."""
     portrait = studio.portrait(*looks) if studio.small_world else None
     with gr.Column(min_width=140):
         file = gr.State(portrait)
         image = gr.Image(portrait, label=title, interactive=False, format="png", buttons=[], min_width=140,
                          elem_classes="picture")
         upload = gr.UploadButton("Upload a photo", size="sm", file_types=["image"])
-        if studio.small_world:
-            design(gr, studio, looks, [file, image])
+        chance = gr.Button("Somebody else", size="sm", visible=studio.small_world)
 
     def on_upload(upload: str) -> list[str]:
         try:
@@ -376,18 +379,18 @@ def person(gr, studio: Studio, title: str, looks: tuple[str, ...]):
             raise gr.Error(studio.clean(error), print_exception=False) from error
 
     upload.upload(on_upload, upload, [file, image], show_progress="hidden")
-    return file
+    return file, image, chance
 
 
-def design(gr, studio: Studio, looks: tuple[str, ...], outputs: list) -> None:
-    """Menus for the looks of a person of the small world; `outputs` get the picture file."""
+def design(gr, studio: Studio, title: str, looks: tuple[str, ...], file, image, chance) -> None:
+    """Menus for the looks of a person of the small world, for the components of `person`."""
     from numpy.random import default_rng
 
     from data import toyworld
     attributes = {"noun": toyworld.NOUNS, **toyworld.ATTRIBUTES}
-    chance = gr.Button("Somebody else", size="sm")
-    with gr.Accordion("Design", open=False):
-        menus = [gr.Dropdown(list(values), value=look, label=name.replace("_", " "), filterable=False)
+    with gr.Accordion(title, open=False), gr.Row():
+        menus = [gr.Dropdown(list(values), value=look, filterable=False, min_width=110,
+                             label={"noun": "who"}.get(name, name.replace("_", " ")))
                  for (name, values), look in zip(attributes.items(), looks, strict=True)]
 
     def on_chance(noun: str) -> list[str]:
@@ -395,9 +398,9 @@ def design(gr, studio: Studio, looks: tuple[str, ...], outputs: list) -> None:
         looks = [getattr(someone, name) for name in attributes]
         return [studio.portrait(*looks)] * 2 + looks
 
-    gr.on([menu.input for menu in menus], lambda *looks: [studio.portrait(*looks)] * 2, menus, outputs,
+    gr.on([menu.input for menu in menus], lambda *looks: [studio.portrait(*looks)] * 2, menus, [file, image],
           show_progress="hidden", trigger_mode="always_last")
-    chance.click(on_chance, menus[0], [*outputs, *menus], show_progress="hidden")
+    chance.click(on_chance, menus[0], [file, image, *menus], show_progress="hidden")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+import command
 import evaluate
 from ablate import UNSEEN, has_unseen_pair
 from data import toyworld
@@ -49,7 +50,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
+    command.execute(run, parse_args(argv))
+
+
+def run(args: argparse.Namespace) -> None:
     from models.load import read_config, write_json
     args.output.mkdir(parents=True, exist_ok=True)
     args.moa = args.judge = None

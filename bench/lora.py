@@ -18,6 +18,8 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+import command
+
 WEIGHTS = ROOT / "weights" / "toyworld"
 # Row -> (with subjects, scope of the LoRA).
 ROWS = {"the prior": (False, None), "the prior, scope attn": (False, "attn"),
@@ -41,7 +43,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
+    command.execute(run, parse_args(argv))
+
+
+def run(args: argparse.Namespace) -> None:
     import torch
 
     import evaluate

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import command
 from data import toyworld
 from data.skeleton import JOINTS, draw_skeletons, scene_joints
 from evaluate import SHIPPED, iou, load_judge, read
@@ -45,13 +46,21 @@ def score(found: np.ndarray, masks: np.ndarray, joints: list[np.ndarray]) -> lis
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
+    command.execute(run, parse_args(argv))
+
+
+def run(args: argparse.Namespace) -> None:
     import torch
 
     from pictures import to_picture
     from pipeline import Control, Pipeline
+    from weights.checkpoints import Refusal
     from weights.controlnet import load_controlnet
-    pipeline, net = Pipeline.load(SHIPPED), load_controlnet(args.controlnet)
+    try:
+        net = load_controlnet(args.controlnet)
+    except Refusal as error:
+        raise ValueError(f"--controlnet: {error}") from error
+    pipeline = Pipeline.load(SHIPPED)
     judge = load_judge(SHIPPED / "judge.safetensors")
     scenes = [toyworld.sample_scene(args.first + i, "test") for i in range(args.count)]
     images, masks = zip(*(toyworld.render_scene(scene) for scene in scenes), strict=True)

@@ -16,6 +16,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+import command
 import evaluate
 
 THRESHOLDS = (0.01, 0.02, 0.03, 0.05, 0.1, 0.15, 0.2, 0.3)
@@ -36,7 +37,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
+    command.execute(run, parse_args(argv))
+
+
+def run(args: argparse.Namespace) -> None:
     from models.load import read_config, write_json
     from moa import record_routing
     args.output.mkdir(parents=True, exist_ok=True)

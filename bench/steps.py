@@ -18,6 +18,7 @@ from unittest.mock import patch
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import command
 from bench.measure import ROOT, positive, table
 
 SAMPLER_NAMES = ["ddim", "unipc-1", "unipc-2", "unipc-3"]
@@ -43,7 +44,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
+    command.execute(run, parse_args(argv))
+
+
+def run(args: argparse.Namespace) -> None:
     import evaluate
     from models.load import write_json
     args.moa = args.judge = args.guidance_scale = args.prior_above = None

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from command import check_picture, fail
+
 PANELS = {
     "masked": "masked loss",
     "object": "object loss",
@@ -40,15 +43,29 @@ def smooth(values: np.ndarray, width: int = 5) -> np.ndarray:
         np.ones(len(values)), kernel, "full")[:len(values)]
 
 
+def read_run(run: Path) -> list[dict]:
+    """The logged steps of a run. Raises ValueError where there are none."""
+    path = run / "metrics.jsonl"
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}. Give a folder that train.py has written"
+                         ) from error
+    except ValueError as error:
+        raise ValueError(f"{path} is not what train.py writes: {error}") from error
+
+
 def main() -> None:
     args = parse_args()
     try:
-        runs = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-                for run in args.runs]
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    import matplotlib
+        check_picture("--output", args.output)
+        runs = [read_run(run) for run in args.runs]
+    except ValueError as error:
+        fail(error)
+    try:
+        import matplotlib
+    except ImportError:
+        fail("this needs matplotlib: pip install -r requirements-dev.txt")
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(2, 3, figsize=(11, 5.6), layout="constrained")
@@ -65,6 +82,7 @@ def main() -> None:
     axes.flat[4].set_yscale("log")
     handles, labels = axes.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=9, frameon=False)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.output, dpi=110)
 
 

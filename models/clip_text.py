@@ -5,6 +5,7 @@ With the default config: 196 tensors, 123,060,480 parameters (the text half of C
 import re
 import warnings
 from dataclasses import dataclass
+from difflib import get_close_matches
 
 import torch
 import torch.nn as nn
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from models.open_clip_import import open_clip
 
+NEAR = 0.75  # of difflib's similarity, from which on a word is suggested for another
 BOS, EOS = 49406, 49407  # start of text; end of text, which is also Stable Diffusion's padding
 MAX_CHARACTERS = 4000  # far more than 77 tokens; byte-pair encoding one long word takes quadratic time
 
@@ -157,10 +159,9 @@ class Tokenizer:
         """(B,) strings -> (B, 77) int64. Warns about words that are unknown or do not fit."""
         rows = []
         for text in texts:
-            unknown, ids = self.unknown_words(text), self.encode(text)
-            if unknown:
-                warnings.warn(f"these weights do not know the words: {', '.join(unknown)}. They know: "
-                              f"{', '.join(self.known_words)}", stacklevel=2)
+            complaint, ids = self.complaint(text), self.encode(text)
+            if complaint:
+                warnings.warn(complaint, stacklevel=2)
             room = self.length - 2
             if len(ids) > room:
                 warnings.warn(f"the prompt is longer than {room} tokens; lost: "
@@ -183,6 +184,16 @@ class Tokenizer:
         words = [word for word in words if any(map(str.isalnum, word))]
         return list(dict.fromkeys(
             word for word in words if not self.kept_tokens.issuperset(self.bpe.encode(word))))
+
+    def complaint(self, text: str) -> str | None:
+        """Which words of a text are unknown, each with the known word that is spelt much like it, if one
+        is, and which are known; None where there is nothing to say."""
+        # Of two letters nearly anything is near.
+        candidates = [word for word in self.known_words if len(word) > 2]
+        near = {word: get_close_matches(word, candidates, 1, NEAR) for word in self.unknown_words(text)}
+        said = [f"{word} (did you mean {found[0]}?)" if found else word for word, found in near.items()]
+        return (f"these weights do not know the words: {', '.join(said)}. They know: "
+                f"{', '.join(self.known_words)}") if said else None
 
     def word_positions(self, text: str, word: str) -> list[int]:
         """Where a word stands: of each occurrence the index of its last token in the 77.

@@ -40,7 +40,7 @@ CHECKPOINT = {"run": dict, "step": int, "parameters": dict, "average": dict, "op
               "moa": dict | None}
 
 
-class WeightsError(Exception):
+class WeightsError(ValueError):
     """A weights folder or file cannot be used; the message says why and what to do."""
 
 
@@ -137,6 +137,9 @@ def check_archive(path: Path) -> None:
 
 def read_checkpoint(path: Path) -> dict:
     """A checkpoint of train.py; no code in the file is run. Raises WeightsError."""
+    if not path.is_file():
+        raise WeightsError(f"{path} is not a file: give a checkpoint of train.py, such as "
+                           "runs/moa/checkpoints/001000.pt")
     try:
         check_archive(path)
         with warnings.catch_warnings():

@@ -28,6 +28,7 @@ from stages.prior import PriorStage, snr_weight
 from stages.stage import SHEET_GUIDANCE, SWAP_PROMPTS, checkpoint_blocks, save_grid, step_generator
 
 STATISTICS = 4096  # samples whose subjects' features are summed up for `sample.py`
+SHRINKAGE = 0.3  # of their covariance towards a multiple of the identity
 
 
 class MoAStage(PriorStage):
@@ -244,7 +245,10 @@ class MoAStage(PriorStage):
 def feature_statistics(features: Tensor) -> dict[str, Tensor]:
     """Where the image features (N, F) of the training subjects lie, so that `sample.py` can tell a
     subject of another world: mean (F,), precision (F, F) and the largest usual distance ()."""
-    mean = features.mean(0)
-    precision = torch.linalg.inv(torch.cov(features.T) + 1e-4 * torch.eye(features.shape[1]))
+    mean, spread = features.mean(0), torch.cov(features.T)
+    # Without it directions in which people hardly differ count as much as all others, and what is plain in
+    # those, such as text on white, passes for somebody.
+    ridge = SHRINKAGE * spread.diagonal().mean()
+    precision = torch.linalg.inv(spread + ridge * torch.eye(len(mean)))
     distances = squared_distance(features, mean, precision)
-    return {"mean": mean, "precision": precision, "limit": 1.25 * distances.quantile(0.999)}
+    return {"mean": mean, "precision": precision, "limit": 1.05 * distances.quantile(0.999)}

@@ -145,6 +145,16 @@ def test_settings_of_rows():
     assert all(row.trained_by is None or row.trained_by in ablate.ROWS for row in ablate.ROWS.values())
 
 
+@pytest.mark.parametrize("arguments, said", [
+    (["one-branch-600", "--seed", "3"], "run the row one-branch first"),
+    (["--table"], "there is no result"), (["moa", "--jobs", "0"], "--jobs must be at least 1"),
+    (["moa", "--output", __file__], "is a file: give a folder's name")])
+def test_refusals(arguments, said, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        ablate.main(["--output", str(tmp_path), *arguments])
+    assert said in capsys.readouterr().err
+
+
 def test_rows_are_trained_measured_and_not_done_twice(tmp_path, monkeypatch, capsys):
     """A row and one that shares its weights, then the table."""
     monkeypatch.setattr(ablate, "CASES", 2)
@@ -156,10 +166,6 @@ def test_rows_are_trained_measured_and_not_done_twice(tmp_path, monkeypatch, cap
     rows["one-branch"].evaluation["steps"] = 4
     monkeypatch.setattr(ablate, "ROWS", rows)
     monkeypatch.setattr(ablate, "BATCH_SIZE", 2)
-    with pytest.raises(SystemExit, match="run the row one-branch first"):
-        ablate.run("one-branch-600", 3, tmp_path)
-    with pytest.raises(SystemExit, match="there is no result"):
-        ablate.main(["--table", "--output", str(tmp_path)])
     for name in rows:
         ablate.main([name, "--seed", "3", "--output", str(tmp_path)])
     results = [json.loads((tmp_path / name / "seed-3" / "results.json").read_text()) for name in rows]

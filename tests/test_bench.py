@@ -34,6 +34,15 @@ def run(name: str, arguments: list[str]) -> None:
     importlib.import_module(f"bench.{name}").main(arguments)
 
 
+@pytest.mark.parametrize("name", ["generalization", "lora", "sparse", "steps", "poses"])
+def test_missing_weights_are_said_in_one_line(name, tmp_path, capsys):
+    flag = "--controlnet" if name == "poses" else "--weights"
+    with pytest.raises(SystemExit, match="2"):
+        run(name, [flag, "nowhere", *(["--output", str(tmp_path)] if flag == "--weights" else [])])
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and "nowhere" in error
+
+
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_a_benchmark_compares_all_sides(name, tmp_path, capsys):
     flags, count = BENCHMARKS[name]

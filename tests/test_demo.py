@@ -62,7 +62,7 @@ def test_swap_and_morph_start_and_end_with_the_pictures(studio, photos):
     assert np.abs(np.array(strip[1][0]) - mixed.astype(int)).max() <= 1
     assert (np.array(strip[2][0]) != mixed).any()
     frames = drawn(studio, studio.morph, photos)["frames"]
-    assert len(frames) == demo.FRAMES
+    assert len(frames) == demo.FRAMES and demo.FRAMES % 2  # the slider starts in the middle
     for photo, frame in zip(photos, (frames[0], frames[-1]), strict=True):
         alone = np.array(drawn(studio, studio.draw, [photo])["pictures"][1], dtype=int)
         assert np.abs(np.array(frame) - alone).max() <= 1
@@ -76,7 +76,8 @@ def test_heat_map(studio, photos):
     assert image.size == result["pictures"][1].size
     assert f"l = 15, t = {t}: the personalized expert gets {maps[15, 'cross'].mean():.2f} on average" in said
     assert "t = 999: the prior draws this step alone" in demo.heat_map(result, "self-attention", 0, 1)[1]
-    assert "Mean over" in demo.heat_map(result, "mean of all", 0, 1)[1]
+    said = demo.heat_map(result, "mean of all", 0, 1)[1]
+    assert "mean over all layers and steps: dark 0." in said
 
 
 def test_visitors_do_not_disturb_each_other(studio, photos):
@@ -203,6 +204,10 @@ def test_a_visit(visit, tmp_path):
     page.get_by_text("a man reading a book on a mountain").click()
     assert page.input_value("#prompt textarea") == "a man reading a book on a mountain"
     page.get_by_text("a woman standing on the beach").last.click()
+    page.get_by_text("Design the first person").click()
+    page.get_by_label("hair color").first.click()
+    page.get_by_role("option", name="pink").click()
+    page.wait_for_function("document.querySelector('.picture img').src.includes('fair-pink')")
     press(page, "#draw")
     wait(page)
     assert source(page, "prior") != source(page, "mixed")
@@ -211,7 +216,7 @@ def test_a_visit(visit, tmp_path):
     download.value.save_as(tmp_path / "picture.png")
     settings = read_settings(tmp_path / "picture.png")
     assert settings["prompt"] == "a woman standing on the beach" and settings["steps"] == 6
-    assert settings["subjects"] == ["woman=woman-fair-red-short-yes-no-blue-plain-trousers-black.png"]
+    assert settings["subjects"] == ["woman=woman-fair-pink-short-yes-no-blue-plain-trousers-black.png"]
 
     before, heat = page.inner_text("#said"), source(page, "heat")
     page.get_by_role("slider", name="range slider for Transformer block l").fill("13")
@@ -223,6 +228,8 @@ def test_a_visit(visit, tmp_path):
     press(page, "#swap")
     wait(page)
     assert page.locator("#strip .grid-container img").count() == 5
+    assert page.evaluate("(e => e.offsetHeight - e.firstElementChild.offsetHeight)"
+                         "(document.querySelector('#strip .grid-wrap'))") < 32  # no empty row below
     page.get_by_role("tab", name="Morph").click()
     press(page, "#morph")
     wait(page)

@@ -3,6 +3,7 @@ import ast
 import importlib
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -114,3 +115,27 @@ def test_pictures_in_html_are_links():
 def test_there_are_commands():
     wanted = {"train", "sample", "evaluate", "data.build", "moa.__main__", "weights.convert_sd15"}
     assert wanted <= {module for module, _ in commands()}
+
+
+def test_git_ignores_what_commands_write():
+    flags = "--output", "--save-routing", "--animation", "--sheet", "--cache"
+    written = {arguments[i + 1] for _, arguments in commands() for i, flag in enumerate(arguments)
+               if flag in flags}
+    written |= {f"{module.split('.')[-1]}.png" for module, arguments in commands()
+                if module.startswith(("apps.", "sample")) and "--output" not in arguments}
+    names = sorted(name for name in written if not name[0].isupper() and name[0] not in "/.")
+    assert {"sample.png", "swap.png", "runs/vae", "handshake"} <= set(names)
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a clone")
+    result = subprocess.run(["git", "check-ignore", "--no-index", *names], cwd=ROOT, capture_output=True,
+                            text=True, check=False)
+    assert result.stdout.splitlines() == names
+
+
+def test_curves_of_no_run(tmp_path):
+    for output, said in ((tmp_path / "a.png", "metrics.jsonl cannot be read: No such file or directory"),
+                         (tmp_path / "a.txt", "must be a file whose name ends in .png")):
+        result = subprocess.run([sys.executable, str(ROOT / "docs" / "curves.py"), str(tmp_path / "run"),
+                                 "--output", str(output)], capture_output=True, text=True, check=False)
+        assert result.returncode == 2 and result.stderr.count("\n") == 1
+        assert result.stderr.startswith("error: ") and said in result.stderr

@@ -302,6 +302,14 @@ def test_unknown_words_are_named_and_dropped(small_tokenizer, tokenizer):
         small_tokenizer(["a man and a woman, dancing.", ""])
 
 
+def test_near_words_are_suggested(small_tokenizer, tokenizer):
+    said = small_tokenizer.complaint("Women dance with dogs in a zebra, at and by")
+    assert said.startswith("these weights do not know the words: women (did you mean woman?), dance, with, "
+                           "dogs (did you mean dog?), in, zebra, at, by. They know: a, man")
+    assert small_tokenizer.complaint("a man, dancing.") is None
+    assert tokenizer.complaint("anything") is None
+
+
 @pytest.mark.parametrize("text", ["a man...", "a man!?", "a man., dog", "man's", "&lt;man&gt;",
                                   "<end_of_text>", "a m\u00e4n", "\ud55c", "man\x00"])
 @pytest.mark.filterwarnings("ignore:these weights do not know")

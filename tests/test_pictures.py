@@ -310,6 +310,18 @@ def test_routing_sheet_draws_maps_on_their_own_grid(size):
     assert {NO_MAP, PERSONALIZED} <= {colour for _, colour in picture.getcolors(1 << 22)}
 
 
+def test_routing_sheet_says_the_ends_of_its_colours(monkeypatch):
+    sheet, said = RoutingSheet(steps=1, names=["woman 1"]), []
+    weights = torch.tensor([0.25, 0.25, 0.75, 0.75])
+    attention = torch.tensor([0.0, 0.5, 0.125, 0.0])[None, None, :, None]  # (B, H, N, S)
+    sheet.add(1, 500, {(0, "self"): torch.stack([1 - weights, weights], dim=1)[None]},
+              torch.zeros(1, 4, 2, 2), {0: attention})
+    monkeypatch.setattr("layout.write", lambda canvas, x, y, text, width: said.append(text))
+    sheet.draw(Image.new("RGB", (16, 128)), [])
+    text = " ".join(said)
+    assert "mean: dark 0.25, yellow 0.75" in text and "to woman 1: dark 0.00, yellow 0.50" in text
+
+
 def test_routing_sheet_without_any_map():
     sheet = RoutingSheet(steps=1)
     sheet.add(1, 999, {}, torch.zeros(1, 4, 2, 2))

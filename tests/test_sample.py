@@ -121,6 +121,9 @@ def test_flags_cannot_be_shortened(draw, capsys):
     with pytest.raises(SystemExit) as stopped:
         draw("--guidance", "3")
     assert stopped.value.code == 2 and "unrecognized arguments" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        draw("--subjects=ada.png")
+    assert "--subjects=ada.png (did you mean --subject?)" in capsys.readouterr().err
 
 
 def test_a_person_in_no_step(draw):

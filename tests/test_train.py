@@ -151,8 +151,9 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 
 def assert_refused(capsys, folder: Path, *arguments, match: str) -> None:
-    """Exit status 2, one line on stderr, and not a byte of `folder` changed."""
-    before = snapshot(folder)
+    """Exit status 2, one line on stderr, not a byte of `folder` changed, and no folder more or less."""
+    output = Path(arguments[arguments.index("--output") + 1])
+    before, there = snapshot(folder), tree(output.parent)
     capsys.readouterr()
     assert run(*arguments) == 2
     lines = capsys.readouterr().err.splitlines()
@@ -160,7 +161,12 @@ def assert_refused(capsys, folder: Path, *arguments, match: str) -> None:
     assert len(lines) == 1, lines
     assert lines[0].startswith("error: ")
     assert match in lines[0]
-    assert snapshot(folder) == before
+    assert snapshot(folder) == before and tree(output.parent) == there
+
+
+def tree(folder: Path) -> set[Path]:
+    """All files and folders in it but those of rendered data."""
+    return {path for path in folder.rglob("*") if ".cache" not in path.parts}
 
 
 # What a run writes -------------------------------------------------------------------------------
@@ -556,7 +562,7 @@ def test_folders_that_hold_something_are_left_alone(runs, tmp_path, capsys):
     shutil.rmtree(tmp_path / "weights" / "checkpoints")
     assert_refused(capsys, tmp_path, *vae, "--output", tmp_path / "weights", match="holds weights already")
     (tmp_path / "file").write_text("mine")
-    assert_refused(capsys, tmp_path, *vae, "--output", tmp_path / "file", match="file")
+    assert_refused(capsys, tmp_path, *vae, "--output", tmp_path / "file", match="file is a file: give")
 
 
 # Several processes -------------------------------------------------------------------------------
