@@ -205,8 +205,11 @@ def load_judge(path: Path, device="cpu"):
 
 def checksum(path: Path) -> str:
     """The first 16 digits of a file's SHA-256."""
+    sha = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+        while block := file.read(1 << 22):
+            sha.update(block)
+    return sha.hexdigest()[:16]
 
 
 def device_name(device) -> str:

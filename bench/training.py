@@ -16,9 +16,10 @@ Memory is what the process or the GPU held at most while stepping, without what 
 """
 import argparse
 import json
+import os
 import statistics
 import sys
-from contextlib import chdir, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -56,8 +57,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     make_inputs(args.output, args.size)
     if args.here:
-        with chdir(args.output):  # .cache is made there
-            print(json.dumps(measure(args)))
+        os.chdir(args.output)  # .cache is made there; this process ends with the row
+        print(json.dumps(measure(args)))
         return
     from models.load import write_json
     from pipeline import pick_device

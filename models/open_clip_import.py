@@ -14,8 +14,6 @@ def mend_torchvision() -> None:
     """
     try:
         import torchvision  # noqa: F401
-    except ImportError:
-        pass
     except RuntimeError:
         for name in ("nms", "qnms"):
             torch.library.define(f"torchvision::{name}",

@@ -69,7 +69,8 @@ def inputs(tmp_path_factory):
 
 
 @pytest.mark.parametrize("row", ["with a cache, all in fp32", "FastComposer"])
-def test_a_training_step(row, inputs, capsys):
+def test_a_training_step(row, inputs, capsys, monkeypatch):
+    monkeypatch.chdir(inputs)  # where a row of its own process goes; undone afterwards
     run("training", ["--output", str(inputs), "--size", "small", "--device", "cpu", "--steps", "1", "--here",
                      "--rows", row])
     found = json.loads(capsys.readouterr().out.splitlines()[-1])

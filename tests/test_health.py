@@ -15,6 +15,7 @@ import distributed
 import stages
 import train
 from moa import ExpertContext, moa_layers
+from moa.loss import mean_routing, object_loss, router_loss
 from tests.stress.kill import write_base
 from tests.test_train import Killed, metrics_of, run, shrink
 
@@ -139,6 +140,18 @@ def test_nobody_in_the_batch_is_zero(monkeypatch):
     assert health["prior_weight_people_by_layer"] == [0.0] * 16
     assert health["subject_attention_by_layer"] == [0.0] * 16
     assert min(health["prior_weight_background_by_layer"]) > 0
+
+
+def test_the_losses_see_their_layers_only():
+    stage = moa_stage(router_layers=(1, 5), object_layers=(6, 9))
+    _, parts = stage.loss(0)
+    routing, maps, masks, present = stage.watched
+    people = masks.sum(1).clamp(max=1)
+    weights = [routing[layer, kind][..., 0] for layer in (1, 5) for kind in ("self", "cross")]
+    router = router_loss(mean_routing(weights, *people.shape[-2:]), people)
+    assert float(parts["router"]) == pytest.approx(float(router), rel=1e-5)
+    balance = object_loss([maps[6], maps[9]], masks, present)
+    assert float(parts["object"]) == pytest.approx(float(balance), rel=1e-5)
 
 
 def test_means_of_vectors_and_scalars():

@@ -1,5 +1,7 @@
 """Weights folders: what is written comes back, and what is broken is refused by name."""
 import json
+import os
+import time
 
 import pytest
 import torch
@@ -9,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from models import WeightsError, load_models
 from models.clip_image import CLIPImageConfig, CLIPImageEncoder
 from models.clip_text import BOS, EOS, CLIPTextConfig, CLIPTextEncoder
-from models.load import carry_over, load_part, read_config, save_part, save_tensors, write_json, write_whole
+from models.load import (LEFT_ALONE, carry_over, load_part, read_checkpoint, read_config, remove_leftovers,
+                         save_part, save_tensors, write_json, write_whole)
 from models.unet import UNet, UNetConfig
 from models.vae import AutoencoderKL, VAEConfig
 
@@ -214,6 +217,36 @@ def test_a_written_file_replaces_the_old_one(tmp_path):
     path.write_text("old and long")
     write_whole(path, lambda temporary: temporary.write_text("new"))
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("file", "new")]
+
+
+def test_leftovers_of_killed_processes_are_deleted(tmp_path):
+    """Not what may still be being written, nor what belongs to others."""
+    def leave(name, seconds=2 * LEFT_ALONE):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (time.time() - seconds,) * 2)
+
+    leave(".a.png.123.tmp")
+    for name, seconds in ((".a.png.124.tmp", 0), (".b.png.123.tmp", 99), (".a.png.tmp", 99), ("a.png", 99)):
+        leave(name, seconds)
+    remove_leftovers(tmp_path, {tmp_path / "a.png"})
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".a.png.124.tmp", ".a.png.tmp", ".b.png.123.tmp", "a.png"]
+
+
+def test_a_checkpoint_comes_back_or_is_refused(tmp_path):
+    state = {"run": {}, "step": 3, "parameters": {"w": torch.ones(2)}, "average": {}, "optimizer": {},
+             "moa": None}
+    path = tmp_path / "x.pt"
+    torch.save(state, path)
+    assert read_checkpoint(path)["parameters"]["w"].tolist() == [1, 1]
+    torch.save(state | {"step": "3", "moa": []}, path)
+    with pytest.raises(WeightsError, match=r"x\.pt is not a checkpoint that can be read: no step, no moa in"):
+        read_checkpoint(path)
+    path.write_bytes(b"not a pickle")
+    with pytest.raises(WeightsError, match="damaged, no file of torch, or a pickle that could run code"):
+        read_checkpoint(path)
+    with pytest.raises(WeightsError, match="No such file"):
+        read_checkpoint(tmp_path / "absent.pt")
 
 
 def test_load_part_loads_one_part_alone(tmp_path, modules):

@@ -408,6 +408,11 @@ def test_several_add_up(pipeline, layers, three):
     assert relative_error(layers[name].weight.double() - before, sum(changes)) < 1e-5
 
 
+def test_a_setting_is_written_as_its_flag():
+    assert str(LoRASetting(Path("a/b.safetensors"))) == "b.safetensors:1"
+    assert str(LoRASetting(Path("b.safetensors"), 0.8, 0.25)) == "b.safetensors:0.8:0.25"
+
+
 def test_scale_zero_changes_nothing(pipeline, three):
     before = weights(pipeline)
     pipeline.set_loras([three[0]._replace(scale=0.0)], "all")

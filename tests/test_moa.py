@@ -208,11 +208,19 @@ def test_sparse_routing_takes_forced_and_scaled_weights():
     x, t, text, *_ = inputs()
     half = torch.zeros(8, 8)
     half[:, :4] = 1
-    for inside in (force_routing(unet, half), force_routing(unet, 0.4), scale_personalized(unet, 0.5)):
+    for inside in (force_routing(unet, half), force_routing(unet, 0.4), force_routing(unet, 1.0),
+                   scale_personalized(unet, 0.5)):
         with inside:
             dense = unet(x, t, text)
             with sparse_routing(unet, 0):
                 assert relative_error(unet(x, t, text), dense) < 2e-5
+
+
+@pytest.mark.parametrize("strength", [-0.1, float("inf"), float("nan")])
+def test_strengths_that_are_no_factor_are_refused(strength):
+    unet = add_moa(base(SMALL))
+    with pytest.raises(ValueError, match="strength must be 0 or more"), scale_personalized(unet, strength):
+        pass
 
 
 @pytest.mark.parametrize("threshold", [-0.1, 1.1, float("nan")])
@@ -405,6 +413,8 @@ def test_save_that_fails_leaves_nothing(saved, tmp_path):
     path.with_name("folder").mkdir()
     with pytest.raises(OSError):
         save_moa(unet, prompt, path.with_name("folder"))
+    with pytest.raises(OSError, match="x.safetensors cannot be written"):
+        save_moa(unet, prompt, path.with_name("absent") / "x.safetensors")
     assert path.read_bytes() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", path.name]
 
