@@ -301,7 +301,8 @@ def prepare_data() -> None:
 
 
 def table(output: Path) -> str:
-    """Means over the seeds, and the lowest and highest, of the rows that are there; writes tradeoff.png."""
+    """Means of the rows that are there, in brackets the lowest and highest seed or, of a row with one seed,
+    the interval over its cases; writes tradeoff.png."""
     import json
     lines = ["| row | seeds | " + " | ".join(COLUMNS) + " |", "|---" * (2 + len(COLUMNS)) + "|"]
     points = {}
@@ -309,15 +310,23 @@ def table(output: Path) -> str:
         files = [place(output, name, seed) / "results.json" for seed in SEEDS]
         found = [json.loads(file.read_text()) for file in files if file.exists()]
         if found:
-            values = {c: [result[c]["mean"] for result in found if result[c]["n"]] for c in COLUMNS}
-            cells = [f"{sum(v) / len(v):.3f} ({min(v):.3f} to {max(v):.3f})" if v else "-"
-                     for v in values.values()]
-            lines.append(f"| `{name}`: {row.what} | {len(found)} | " + " | ".join(cells) + " |")
-            points[name] = (values["locality"], values["identity"])
+            scores = {c: [result[c] for result in found if result[c]["n"]] for c in COLUMNS}
+            lines.append(f"| `{name}`: {row.what} | {len(found)} | "
+                         + " | ".join(map(cell, scores.values())) + " |")
+            points[name] = tuple([score["mean"] for score in scores[c]] for c in ("locality", "identity"))
     if not points:
         fail(f"there is no result in {output}: run a row first")
     plot(points, output / "tradeoff.png")
     return "\n".join(lines)
+
+
+def cell(scores: list[dict]) -> str:
+    """One score of all seeds of a row, as the table shows it."""
+    means = [score["mean"] for score in scores]
+    ends = means if len(means) > 1 else [score[end] for score in scores for end in ("low", "high")
+                                         if end in score]
+    spread = f" ({min(ends):.3f} to {max(ends):.3f})" if ends else ""
+    return f"{sum(means) / len(means):.3f}{spread}" if means else "-"
 
 
 def plot(points: dict[str, tuple[list[float], list[float]]], path: Path) -> None:

@@ -184,3 +184,11 @@ def test_rows_are_trained_measured_and_not_done_twice(tmp_path, monkeypatch, cap
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines[2:]] == ["| `one-branch`", "| `one-branch-600`"]
     assert (tmp_path / "tradeoff.png").stat().st_size > 5000
+
+
+def test_the_spread_of_a_score():
+    one = {"mean": 0.4, "low": 0.3, "high": 0.5, "n": 64}
+    other = {"mean": 0.6, "low": 0.5, "high": 0.7, "n": 64}
+    assert ablate.cell([]) == "-"
+    assert ablate.cell([one]) == "0.400 (0.300 to 0.500)"  # over the cases
+    assert ablate.cell([one, other]) == "0.500 (0.400 to 0.600)"  # over the seeds
