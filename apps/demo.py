@@ -48,6 +48,7 @@ CSS = """
 .picture {padding-top: 28px !important}
 .picture .image-frame, .picture img {width: 100% !important; height: auto !important}
 .picture img {object-fit: contain !important}
+.portrait img {aspect-ratio: 1}
 .picture .empty {aspect-ratio: 1; min-height: 0 !important; height: auto !important}
 .strip .grid-container {grid-template-columns: repeat(3, minmax(0, 1fr)) !important}
 .strip .grid-wrap {height: auto !important; min-height: 0 !important; max-height: none !important}
@@ -368,7 +369,7 @@ def person(gr, studio: Studio, title: str, looks: tuple[str, ...]) -> tuple:
     with gr.Column(min_width=140):
         file = gr.State(portrait)
         image = gr.Image(portrait, label=title, interactive=False, format="png", buttons=[], min_width=140,
-                         elem_classes="picture")
+                         elem_classes=["picture", "portrait"])
         upload = gr.UploadButton("Upload a photo", size="sm", file_types=["image"])
         chance = gr.Button("Somebody else", size="sm", visible=studio.small_world)
 
