@@ -60,7 +60,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("page").add_argument
     add("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1, this machine only)")
     add("--port", type=int, default=7860, help="default 7860; 0: the first free one from there on")
-    command.add_flags(parser)
+    command.add_flags(parser, seed=0)
     return parser.parse_args(argv)
 
 
@@ -82,7 +82,6 @@ def run(args: argparse.Namespace) -> None:
         except ImportError as error:
             raise ValueError(f"the page needs gradio ({error}): pip install -r requirements-demo.txt"
                              ) from error
-        args.seed = args.seed or 0
         page = build(gradio, Studio(args, Path(folder)))
         theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
         page.queue(max_size=20).launch(
