@@ -281,7 +281,7 @@ def build(gr, studio: Studio):
                         layer = gr.Slider(0, layers - 1, min(10, layers - 1), step=1, buttons=[],
                                           label="Transformer block l", elem_id="layer")
                         step = gr.Slider(1, args.steps, args.steps * 3 // 4, step=1, buttons=[],
-                                         label="Step (1: noise)", elem_id="step")
+                                         label="Step, from noise to picture", elem_id="step")
                         said = gr.Markdown(FIRST_DRAW, elem_id="said")
                     heat = picture(gr, "Weight of the personalized expert", "heat")
                 with gr.Tab("Swap"):
