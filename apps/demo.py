@@ -48,6 +48,7 @@ CSS = """
 .picture {padding-top: 28px !important}
 .picture .image-frame, .picture img {width: 100% !important; height: auto !important}
 .picture img {object-fit: contain !important}
+.portrait img {aspect-ratio: 1}
 .picture .empty {aspect-ratio: 1; min-height: 0 !important; height: auto !important}
 .strip .grid-container {grid-template-columns: repeat(3, minmax(0, 1fr)) !important}
 .strip .grid-wrap {height: auto !important; min-height: 0 !important; max-height: none !important}
@@ -59,7 +60,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("page").add_argument
     add("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1, this machine only)")
     add("--port", type=int, default=7860, help="default 7860; 0: the first free one from there on")
-    command.add_flags(parser)
+    command.add_flags(parser, seed=0)
     return parser.parse_args(argv)
 
 
@@ -81,7 +82,6 @@ def run(args: argparse.Namespace) -> None:
         except ImportError as error:
             raise ValueError(f"the page needs gradio ({error}): pip install -r requirements-demo.txt"
                              ) from error
-        args.seed = args.seed or 0
         page = build(gradio, Studio(args, Path(folder)))
         theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
         page.queue(max_size=20).launch(
@@ -281,7 +281,7 @@ def build(gr, studio: Studio):
                         layer = gr.Slider(0, layers - 1, min(10, layers - 1), step=1, buttons=[],
                                           label="Transformer block l", elem_id="layer")
                         step = gr.Slider(1, args.steps, args.steps * 3 // 4, step=1, buttons=[],
-                                         label="Step (1: noise)", elem_id="step")
+                                         label="Step, from noise to picture", elem_id="step")
                         said = gr.Markdown(FIRST_DRAW, elem_id="said")
                     heat = picture(gr, "Weight of the personalized expert", "heat")
                 with gr.Tab("Swap"):
@@ -368,7 +368,7 @@ def person(gr, studio: Studio, title: str, looks: tuple[str, ...]) -> tuple:
     with gr.Column(min_width=140):
         file = gr.State(portrait)
         image = gr.Image(portrait, label=title, interactive=False, format="png", buttons=[], min_width=140,
-                         elem_classes="picture")
+                         elem_classes=["picture", "portrait"])
         upload = gr.UploadButton("Upload a photo", size="sm", file_types=["image"])
         chance = gr.Button("Somebody else", size="sm", visible=studio.small_world)
 

@@ -1611,11 +1611,13 @@ def write_dataset(output: Path, count: int, split: str, workers: int, seed: int)
 def main(arguments: list[str] | None = None) -> None:
     """Command line entry point."""
     parser = argparse.ArgumentParser(prog="toyworld", description="Write a toy world dataset.")
-    parser.add_argument("--output", type=Path, required=True, help="folder to write")
-    parser.add_argument("--count", type=int, required=True, help="number of pictures")
-    parser.add_argument("--split", choices=tuple(FIRST_ID), default="train")
-    parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0, help="seed of the first picture")
+    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER",
+                        help="to write into; may hold the other split")
+    parser.add_argument("--count", type=int, required=True, metavar="N", help="how many pictures")
+    parser.add_argument("--split", choices=tuple(FIRST_ID), default="train",
+                        help="whose people: those of training, or held out (default train)")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes (default 1)")
+    parser.add_argument("--seed", type=int, default=0, help="of the first picture (default 0)")
     options = parser.parse_args(arguments)
     if options.count < 1:
         parser.error(f"--count must be at least 1, got {options.count}")

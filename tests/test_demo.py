@@ -245,6 +245,11 @@ def test_uploads(visit, tmp_path):
     upload = page.locator("input[type=file]").first
     upload.set_input_files(tmp_path / "broken.png")
     page.get_by_text("broken.png cannot be used as a picture").wait_for()
+    Image.new("RGB", (100, 400), "lightblue").save(tmp_path / "tall.png")
+    upload.set_input_files(tmp_path / "tall.png")
+    page.wait_for_function("document.querySelector('.portrait img').src.includes('tall.png')")
+    portrait = page.locator(".portrait img").first.bounding_box()
+    assert portrait["height"] == pytest.approx(portrait["width"], abs=1)
     upload.set_input_files(ROOT / "examples" / "mia.png")
     page.wait_for_timeout(1000)
     press(page, "#draw")

@@ -3,14 +3,19 @@ import json
 import re
 import shlex
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 
 import evaluate
 import sample
+from data import toyworld
+from pictures import read_picture
+from pipeline import Pipeline
+from subjects import encode_person
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = ROOT / "weights" / "toyworld"
@@ -35,6 +40,25 @@ def test_readme_sample_command(arguments, tmp_path, monkeypatch):
         (tmp_path / folder).symlink_to(ROOT / folder)
     sample.main([*arguments, "--steps", "2"])
     assert list(tmp_path.rglob("*.png"))
+
+
+def test_who_is_no_subject_of_the_small_world(tmp_path):
+    """People whom it was not trained on are like those whom it was; a document and a landscape are not."""
+    pipeline = Pipeline.load(SHIPPED)
+    rng, people = np.random.default_rng(8), []
+    for number in range(40):
+        person = toyworld.sample_identity(rng, "test")
+        people.append(Image.fromarray(toyworld.render_reference(person, 90_000 + number)))
+    text, land = Image.new("RGB", (640, 480), "white"), Image.new("RGB", (640, 480), "skyblue")
+    for row in range(20, 460, 20):
+        ImageDraw.Draw(text).text((20, row), "Dear Sir or Madam, " * 5, "black")
+    ImageDraw.Draw(land).polygon([(0, 480), (200, 200), (400, 300), (640, 250), (640, 480)], "darkgreen")
+    for image, said in (*((image, 0) for image in people), (text, 1), (land, 1)):
+        image.save(tmp_path / "a.png")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            encode_person(pipeline, SHIPPED, ["a.png"], [read_picture(tmp_path / "a.png")])
+        assert len(caught) == said
 
 
 def test_readme_evaluate_command(tmp_path, monkeypatch):

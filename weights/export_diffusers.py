@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="a weights folder")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the folder to write")
+    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="the folder to write")
     args = parser.parse_args(argv)
     from weights.diffusers_layout import export
     run(lambda: export(args.folder, args.output))
