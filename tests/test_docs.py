@@ -1,6 +1,7 @@
 """README and docs: links lead somewhere, commands are understood, edits fit the code."""
 import ast
 import importlib
+import json
 import re
 import shlex
 import subprocess
@@ -83,11 +84,26 @@ def test_edits_fit_the_code(file, before, after):
 
 
 def test_each_ablation_has_its_row():
+    """And beside it what came out, if anything did."""
     from ablate import ROWS
     text = (ROOT / "docs" / "ablate.md").read_text(encoding="utf-8")
-    titles = re.findall(r"^## (\d+)\. .*: (`.*`)$", text, re.MULTILINE)
-    assert [int(number) for number, _ in titles] == list(range(1, 11))
-    assert {name for _, names in titles for name in re.findall("`(.*?)`", names)} < set(ROWS)
+    sections = re.findall(r"^## (\d+)\. .*: (`.*`)$(.*?)(?=^## )", text, re.MULTILINE | re.DOTALL)
+    assert [int(number) for number, *_ in sections] == list(range(1, 11))
+    for _, names, section in sections:
+        for name in re.findall("`(.*?)`", names):
+            assert name in ROWS and result(name) in section, f"{name}: {result(name)}"
+    assert result("moa") in text
+
+
+def result(name: str) -> str:
+    """A row's scores as docs/ablate.md gives them, mean over its seeds."""
+    files = [json.loads(file.read_text()) for file in ROOT.glob(f"docs/ablations/{name}/seed-*/results.json")]
+    if not files:
+        return "not run yet"
+    means = [sum(scores[column]["mean"] for scores in files) / len(files)
+             for column in ("identity", "locality", "prior_agreement")]
+    return "identity {}, locality {}, agreement with the prior {}".format(*(
+        f"{mean:.3f}".lstrip("0") for mean in means))
 
 
 def test_requirements_are_there():
