@@ -149,9 +149,9 @@ def test_the_losses_see_their_layers_only():
     people = masks.sum(1).clamp(max=1)
     weights = [routing[layer, kind][..., 0] for layer in (1, 5) for kind in ("self", "cross")]
     router = router_loss(mean_routing(weights, *people.shape[-2:]), people)
-    assert float(parts["router"]) == pytest.approx(float(router), rel=1e-5)
+    assert parts["router"].item() == pytest.approx(router.item(), rel=1e-5)
     balance = object_loss([maps[6], maps[9]], masks, present)
-    assert float(parts["object"]) == pytest.approx(float(balance), rel=1e-5)
+    assert parts["object"].item() == pytest.approx(balance.item(), rel=1e-5)
 
 
 def test_means_of_vectors_and_scalars():

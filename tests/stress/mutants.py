@@ -77,8 +77,9 @@ MUTANTS = {
 
 
 def copy_tree(root: Path) -> Path:
-    """The code and its tests at a new place."""
-    return shutil.copytree(ROOT, root, ignore=shutil.ignore_patterns(".git", ".cache", "runs", "__pycache__"))
+    """The code and its tests at a new place, without weights, which may be large."""
+    return shutil.copytree(ROOT, root, ignore=shutil.ignore_patterns(
+        ".*", "__pycache__", "runs", "*.safetensors", "*.ckpt"))
 
 
 def catch(root: Path, file: str, old: str, new: str, test: str) -> bool:
