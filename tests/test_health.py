@@ -141,6 +141,15 @@ def test_nobody_in_the_batch_is_zero(monkeypatch):
     assert min(health["prior_weight_background_by_layer"]) > 0
 
 
+def test_the_router_loss_is_over_the_layers_of_eq_10():
+    """What later layers do has no part in it, so none of its gradient reaches them."""
+    stage = moa_stage(router_layers=(0, 1, 2))
+    stage.loss(0)[1]["router"].backward()
+    reached = {number for number, _, layer in moa_layers(stage.unet)
+               if any(p.grad is not None and p.grad.any() for p in layer.router.parameters())}
+    assert reached == {0, 1, 2}
+
+
 def test_means_of_vectors_and_scalars():
     values = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor(3), "c": torch.tensor([[4.0], [5.0]])}
     assert distributed.mean(values) == {"a": [1.0, 2.0], "b": 3.0, "c": [[4.0], [5.0]]}
