@@ -4,11 +4,12 @@
     python tests/stress/guided.py pictures -max_total_time=600
 
 The files, what reads them and what it may do are those of fuzz.py; what comes after the name is libFuzzer's.
-A failure ends the run, and its bytes are in a file crash-* of the current folder.
+A failure ends the run, and its bytes are in crash-pictures in the current folder.
 
 Exit status: 0 no failures, 1 one, or atheris is not installed.
 """
 import io
+import os
 import random
 import sys
 import tempfile
@@ -68,6 +69,8 @@ def main() -> None:
         corpus.mkdir()
         for number, data in enumerate(seeds(target, folder / "x.png")):
             (corpus / str(number)).write_bytes(data)
+        if child := os.fork():  # libFuzzer ends its process without a word to Python
+            sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0)
         fuzz.limit()
 
         def try_one(data: bytes) -> None:
@@ -77,7 +80,9 @@ def main() -> None:
                 fuzz.put(path, data)
             outcome = fuzz.attempt(read, errors)
             if outcome not in ("taken", "refused"):
-                raise RuntimeError(outcome)
+                Path(f"crash-{target}").write_bytes(data)
+                print(f"{outcome}: see crash-{target}", flush=True)
+                os._exit(1)
 
         atheris.Setup([sys.argv[0], "-print_final_stats=1", "-rss_limit_mb=0", *sys.argv[1:], str(corpus)],
                       try_one)
