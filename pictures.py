@@ -150,7 +150,7 @@ def read_settings(path: Path) -> dict | None:
         with Image.open(path, formats=("PNG",)) as image:
             image.load()
             return json.loads(image.text["moa"])
-    except (OSError, KeyError, ValueError, SyntaxError, RecursionError):
+    except (OSError, KeyError, ValueError, SyntaxError, RecursionError, MemoryError):  # a chunk claims any
         return None
 
 

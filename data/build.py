@@ -331,7 +331,7 @@ def check(folder: Path, sheet: Path | None, nouns=(), broken=()) -> tuple[list[s
 def report(facts: list[Facts], nouns: tuple[str, ...]) -> list[str]:
     """What good samples hold, and what is odd about them."""
     sizes = sorted((min(f.size), f.size) for f in facts)
-    words = Counter(word for f in facts for word in f.words)
+    words = Counter(one_line(word) for f in facts for word in f.words)
     people = Counter(len(f.words) for f in facts)
     pictures = Counter(identity for f in facts for identity in set(f.identities))
     small, large = (f"{w} x {h}" for _, (w, h) in (sizes[0], sizes[-1]))

@@ -5,10 +5,12 @@ reference picture. `Cache` keeps them in a folder of .npy files, so a batch is a
 whatever the samples came from.
 """
 import json
+import math
 import os
 import shutil
 import zlib
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import Pool
 from pathlib import Path
@@ -164,18 +166,19 @@ class _Render:
 
 def write_cache(folder: Path, make: Callable[[int], Sample], indices: range,
                 workers: int | None = None) -> Cache:
-    """Make all samples in parallel and write them to `folder`, whole or not at all."""
+    """Make all samples in parallel and write them to `folder`, whole or not at all. Raises OSError."""
     folder = Path(folder)
     if not folder.exists():
         temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
         temporary.mkdir(parents=True)
         try:
             _fill(temporary, make, indices, workers or len(os.sched_getaffinity(0)))
-            try:
-                temporary.rename(folder)
-            except OSError:
-                if not folder.exists():  # else another process was faster
-                    raise
+            temporary.rename(folder)
+        except OSError as error:
+            if not folder.exists():  # else another process was faster
+                free = shutil.disk_usage(folder.parent).free / 1e6
+                raise OSError(f"{folder} cannot be written ({error.strerror or error}): {free:.1f} MB are "
+                              "free there; nothing of it stays") from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     return Cache(folder)
@@ -185,20 +188,27 @@ def _fill(folder: Path, make: Callable[[int], Sample], indices: range, workers: 
     size, count = make(indices[0]).image.shape[0], len(indices)
     shapes = {"images": (count, size, size, 3), "references": (count, MAX_SUBJECTS, size, size, 3),
               "masks": (count, MAX_SUBJECTS, size, size // 8)}
-    arrays = {name: np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.uint8, shape)
-              for name, shape in shapes.items()}
-    with Pool(workers) as pool, open(folder / "samples.jsonl", "w", encoding="utf-8") as lines:
+    with ExitStack() as opened:
+        # Written, not mapped: where the disk is full, a map ends the process without a word.
+        files = {name: opened.enter_context(open(folder / f"{name}.npy", "wb")) for name in shapes}
+        for name, shape in shapes.items():
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(files[name], header)
+            files[name].truncate(files[name].tell() + math.prod(shape))
+        lines = opened.enter_context(open(folder / "samples.jsonl", "w", encoding="utf-8"))
+        pool = opened.enter_context(Pool(workers))
         samples = pool.imap(make, indices, chunksize=32)
-        for i, sample in enumerate(tqdm(samples, "rendering", count, unit="picture", leave=False)):
-            arrays["images"][i] = sample.image
-            if sample.references.any():  # absent references stay holes in the file
-                arrays["references"][i] = sample.references
-                arrays["masks"][i] = np.packbits(sample.masks, axis=-1)
+        for sample in tqdm(samples, "rendering", count, unit="picture", leave=False):
+            rows = {"images": sample.image, "references": sample.references,
+                    "masks": np.packbits(sample.masks, axis=-1)}
+            for name, row in rows.items():
+                if name == "images" or sample.references.any():
+                    files[name].write(row.tobytes())
+                else:  # absent references stay holes in the file
+                    files[name].seek(row.nbytes, os.SEEK_CUR)
             record = asdict(sample)
             json.dump({k: record[k] for k in ("caption", "ends", "labels")}, lines)
             lines.write("\n")
-    for array in arrays.values():
-        array.flush()
 
 
 def batch_indices(seed: int, step: int, batch_size: int, count: int) -> np.ndarray:

@@ -1628,9 +1628,9 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         options.output.mkdir(parents=True, exist_ok=True)
         (options.output / "image_ids.txt").touch()
+        write_dataset(options.output, options.count, options.split, options.workers, options.seed)
     except OSError as error:
-        parser.error(f"cannot write to {options.output}: {error.strerror}")
-    write_dataset(options.output, options.count, options.split, options.workers, options.seed)
+        parser.error(f"cannot write to {options.output}: {error.strerror or error}")
 
 
 if __name__ == "__main__":

@@ -202,6 +202,8 @@ def group(state: dict[str, Tensor], path: Path) -> tuple[dict[str, dict[str, Ten
         if not (value.is_floating_point() or value.numel() == 1) or not value.float().isfinite().all():
             raise LoRAError(f"{path}: {key} has values that are not finite, or no numbers: it is damaged")
         if match := PAIR.fullmatch(key):
+            if not value.dim():
+                raise LoRAError(f"{path}: {key} is a single number, no matrix: it is damaged")
             kind = {"A": "down", "B": "up"}.get(match[2], match[2])
             tensors.setdefault(match[1], {})[kind] = value
         elif (match := ALPHA.fullmatch(key)) and value.numel() == 1:

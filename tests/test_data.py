@@ -3,6 +3,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import resource
 import shutil
 import signal
 import subprocess
@@ -225,6 +226,36 @@ def test_another_process_makes_the_same_cache_first(tmp_path, monkeypatch):
     monkeypatch.setattr(data.dataset, "_fill", fill)
     assert len(write_cache(tmp_path / "cache", train_sample, range(2), workers=1)) == 2
     assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+
+
+def test_a_limit_on_the_size_of_files_is_an_error_with_a_path(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(OSError, match=r"cache cannot be written \(File too large\): .* MB are free"):
+            write_cache(tmp_path / "cache", train_sample, range(4), workers=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("code", "status"), [
+    ("from tests.test_data import *; write_cache(Path('cache'), train_sample, range(40), workers=1)", 1),
+    ("from data.toyworld import main; main(['--output', 'world', '--count', '40'])", 2)])
+def test_a_full_disk_is_an_error_with_a_path(code, status, tmp_path):
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100000", "tmpfs", tmp_path], check=False,
+                      capture_output=True).returncode:
+        pytest.skip("only root makes a small disk")
+    try:
+        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
+                              check=False, env={**os.environ, "PYTHONPATH": str(ROOT)})
+        left = {path.name for path in tmp_path.iterdir()}
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+    assert done.returncode == status, done.stderr  # -7 where it was ended by SIGBUS
+    last = done.stderr.splitlines()[-1]
+    assert "cache cannot be written (No space left" in last or "error: cannot write to world: " in last
+    assert left <= {"world"}
 
 
 # The folder layout -------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """What is printed as an error does not steer the terminal."""
 import pytest
 
+from data import build
 from errors import one_line
 
 
@@ -9,3 +10,9 @@ from errors import one_line
     ("zoë 笑.png", "zoë 笑.png"), ("\u202egnp.exe \udcff", "?gnp.exe ?"), (ValueError(""), "")])
 def test_one_line_that_a_terminal_shows_as_it_is(text, shown):
     assert one_line(text) == shown
+
+
+def test_the_report_on_a_dataset_shows_its_words_so():
+    facts = build.Facts((64, 64), ["wo\x1b[31mman"], [9], [], 1, 0)
+    lines = build.report([facts], build.NOUNS)
+    assert all(line.isprintable() for line in lines) and "words     wo?[31mman 1" in lines

@@ -2,6 +2,7 @@
 import ast
 import json
 import os
+import resource
 import subprocess
 import sys
 import zipfile
@@ -113,6 +114,20 @@ def test_pictures_that_unpack_to_gigabytes(tmp_path, monkeypatch):
     Image.new("1", (120, 120)).save(tmp_path / "x.png")
     with pytest.raises(Image.DecompressionBombWarning), open_picture(tmp_path / "x.png", ("PNG",)):
         pass
+
+
+def test_metadata_behind_a_chunk_that_claims_gigabytes(tmp_path):
+    path = tmp_path / "x.png"
+    Image.new("RGB", (16, 16)).save(path)
+    data, (soft, hard) = path.read_bytes(), resource.getrlimit(resource.RLIMIT_AS)
+    begin = data.index(b"IDAT") - 4
+    path.write_bytes(data[:begin] + b"\xff\xff\xff\xf0" + data[begin + 4:])
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2 ** 30, hard))
+    try:
+        assert read_settings(path) is None
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def test_metadata_nested_without_end(tmp_path):

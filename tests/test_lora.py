@@ -534,6 +534,7 @@ def reads(width: int) -> dict:
     ({**GOOD, f"{STEM}.lora_down.weight": torch.ones(2, 8)}, "does not fit"),
     ({**GOOD, f"{STEM}.lora_down.weight": torch.ones(8, 16).T}, "does not fit"),
     ({**GOOD, f"{STEM}.lora_down.weight": torch.ones(2)}, "does not fit"),
+    ({**GOOD, f"{STEM}.lora_down.weight": torch.tensor(1.0)}, "a single number"),
     ({**GOOD, f"{STEM}.lora_down.weight": torch.ones(0, 16), f"{STEM}.lora_up.weight": torch.ones(16, 0)},
      "does not fit"),
     ({**GOOD, f"{STEM}.lora_mid.weight": torch.ones(2, 2, 3, 3)}, "does not fit"),

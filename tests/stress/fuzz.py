@@ -29,7 +29,7 @@ import traceback
 import warnings
 import zipfile
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,7 +48,8 @@ from data import build
 from data.fastcomposer import DataError, read_ids, read_sample
 from data.shards import ShardError, Shards, build_shards, describe
 from moa import load_moa
-from models import WeightsError, load_models
+from models import WeightsError, load, load_models
+from models.clip_text import open_clip
 from models.controlnet import ControlNet
 from models.load import ALL_PARTS, load_part, read_config, read_tensors, save_part
 from models.lora import LoRAError, LoRASetting
@@ -60,7 +61,7 @@ from tests.layouts import ldm, ldm_controlnet, ldm_vae, under
 from tests.test_build import add_picture
 from tests.test_data import write_folder
 from tests.test_train import SMALL
-from weights import conversion, convert_sd15
+from weights import conversion, convert_sd15, parts
 from weights.checkpoints import Notes, Refusal
 from weights.controlnet import load_controlnet
 from weights.parts import check_together, fit, load_vae, read_value
@@ -291,6 +292,8 @@ def weights_files(folder: Path) -> Case:
 def configs(folder: Path) -> Case:
     copy_world(folder / "world")
     config = read_config(folder / "world")
+    # A part is loaded once for each of its sizes: the others' are as in an earlier case.
+    load.load_part = kept(load.load_part, lambda world, part, *_: (part, repr(read_config(world).get(part))))
 
     def read(world: Path) -> None:
         models = load_models(world)
@@ -743,11 +746,40 @@ def attempt(read: Read, errors: tuple) -> str:
         signal.setitimer(signal.ITIMER_PROF, 0)
 
 
+def kept(function: Callable, key: Callable) -> Callable:
+    """`function`, the latest results of which are kept for arguments of the same key; errors are not."""
+    results: dict = {}
+
+    def keeping(*arguments):
+        name = key(*arguments)
+        if name not in results:
+            if len(results) == 10:
+                results.clear()
+            results[name] = function(*arguments)
+        return results[name]
+    return keeping
+
+
+def unless_empty(draw: Callable) -> Callable:
+    """`draw`, which fills a tensor with random values, for tensors that have memory."""
+    return lambda tensor, *args, **more: tensor if tensor.is_meta else draw(tensor, *args, **more)
+
+
+def spare() -> None:
+    """In this process: do not do again what no broken byte changes, which is half of the time."""
+    for name in ("kaiming_uniform_", "uniform_", "normal_"):
+        setattr(torch.nn.init, name, unless_empty(getattr(torch.nn.init, name)))
+    parts.build_empty = kept(parts.build_empty, lambda part, cfg: (part, repr(cfg)))
+    parts.rename = lru_cache(10_000)(parts.rename)
+    open_clip().tokenizer.SimpleTokenizer = cache(open_clip().tokenizer.SimpleTokenizer)
+
+
 def work(name: str, seed: int, numbers: range, folder: Path, results) -> None:
     """The cases of a family in a process of its own; sends (number, outcome, seconds, memory) of each."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     make, errors = FAMILIES[name]
+    spare()
     case = make(folder)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libtiff and progress bars have much to say
     limit()
