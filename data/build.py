@@ -44,7 +44,6 @@ from data.fastcomposer import (
     PERSON,
     DataError,
     find_places,
-    in_processes,
     naming,
     open_picture,
     open_sample,
@@ -55,6 +54,7 @@ from data.fastcomposer import (
     repeated_ids,
     square,
 )
+from data.processes import in_processes
 from errors import one_line
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")

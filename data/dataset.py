@@ -12,13 +12,12 @@ import zlib
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
-from multiprocessing import Pool
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from data import toyworld
+from data.processes import in_processes
 
 MAX_SUBJECTS = 2  # of a rendered scene
 CACHE_ROOT = Path(".cache")
@@ -172,7 +171,7 @@ def write_cache(folder: Path, make: Callable[[int], Sample], indices: range,
         temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
         temporary.mkdir(parents=True)
         try:
-            _fill(temporary, make, indices, workers or len(os.sched_getaffinity(0)))
+            _fill(temporary, make, indices, workers)
             temporary.rename(folder)
         except OSError as error:
             if not folder.exists():  # else another process was faster
@@ -184,7 +183,7 @@ def write_cache(folder: Path, make: Callable[[int], Sample], indices: range,
     return Cache(folder)
 
 
-def _fill(folder: Path, make: Callable[[int], Sample], indices: range, workers: int) -> None:
+def _fill(folder: Path, make: Callable[[int], Sample], indices: range, workers: int | None) -> None:
     size, count = make(indices[0]).image.shape[0], len(indices)
     shapes = {"images": (count, size, size, 3), "references": (count, MAX_SUBJECTS, size, size, 3),
               "masks": (count, MAX_SUBJECTS, size, size // 8)}
@@ -196,9 +195,7 @@ def _fill(folder: Path, make: Callable[[int], Sample], indices: range, workers: 
             np.lib.format.write_array_header_1_0(files[name], header)
             files[name].truncate(files[name].tell() + math.prod(shape))
         lines = opened.enter_context(open(folder / "samples.jsonl", "w", encoding="utf-8"))
-        pool = opened.enter_context(Pool(workers))
-        samples = pool.imap(make, indices, chunksize=32)
-        for sample in tqdm(samples, "rendering", count, unit="picture", leave=False):
+        for sample in in_processes(make, indices, "rendering", "picture", workers):
             rows = {"images": sample.image, "references": sample.references,
                     "masks": np.packbits(sample.masks, axis=-1)}
             for name, row in rows.items():

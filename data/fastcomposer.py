@@ -18,27 +18,22 @@ a folder gives the same samples wherever and in whatever order it is read.
 import json
 import os
 import re
-import signal
 import sys
-import time
 import warnings
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from threading import Thread
 
 import numpy as np
 from PIL import Image, ImageOps
-from tqdm import tqdm
 
 from data import augment, toyworld
 from data.dataset import CACHE_ROOT, Sample, pad_subjects
+from data.processes import in_processes
 from errors import one_line
 
 SUFFIXES = (".jpg", ".npy", ".json")
@@ -350,33 +345,3 @@ def stamp(path: Path) -> tuple[int, int] | None:
     except (OSError, ValueError):
         return None
     return status.st_size, status.st_mtime_ns
-
-
-def in_processes(function: Callable, jobs: Sequence, title: str) -> Iterator:
-    """`function` of every job, in order, on all cores. Only some results wait at any time."""
-    workers = min(len(os.sched_getaffinity(0)), len(jobs)) or 1
-    block = 32 * workers
-    try:
-        with (ProcessPoolExecutor(workers, initializer=start_worker, initargs=(os.getpid(),)) as pool,
-              tqdm(total=len(jobs), desc=title, unit="sample", leave=False) as progress):
-            for start in range(0, len(jobs), block):
-                for result in pool.map(function, jobs[start:start + block], chunksize=4):
-                    progress.update()
-                    yield result
-    except BrokenProcessPool as error:
-        raise DataError("a process that read samples was killed: is there too little memory?") from error
-
-
-def start_worker(parent: int) -> None:
-    """Ctrl-C is the parent's, and torch's threads do not survive a fork."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    Thread(target=end_with, args=(parent,), daemon=True).start()
-    if "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(1)
-
-
-def end_with(parent: int) -> None:
-    """End this process when its parent was killed: the pool's workers would wait for work forever."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)

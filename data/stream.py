@@ -11,7 +11,8 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
 from data.dataset import Sample
-from data.fastcomposer import DataError, end_with
+from data.fastcomposer import DataError
+from data.processes import end_with
 
 PATIENCE = 20  # broken samples in a row before reading is given up
 Place = tuple[int, int]  # step, and turn within it

@@ -18,12 +18,12 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from multiprocessing import Pool
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
-from tqdm import tqdm
+
+from data.processes import in_processes
 
 SIZE = 128
 SUPERSAMPLING = 3
@@ -1595,10 +1595,8 @@ def _write_sample(seed: int, split: str, output: Path) -> str:
 
 def write_dataset(output: Path, count: int, split: str, workers: int, seed: int) -> None:
     """Write `count` samples; a folder may hold one run of each split."""
-    with Pool(workers) as pool:
-        job = partial(_write_sample, split=split, output=output)
-        results = pool.imap(job, range(seed, seed + count), chunksize=16)
-        ids = {split: list(tqdm(results, total=count, unit="picture"))}
+    job = partial(_write_sample, split=split, output=output)
+    ids = {split: list(in_processes(job, range(seed, seed + count), "rendering", "picture", workers))}
     for name in FIRST_ID:
         path = output / f"image_ids_{name}.txt"
         if name not in ids:

@@ -33,13 +33,13 @@ from data.fastcomposer import (
     DataError,
     Folder,
     find_places,
-    in_processes,
     open_sample,
     people_of,
     read_ids,
     read_record,
     read_sample,
 )
+from data.processes import in_processes
 from data.shards import SIZE, ShardError, Shards, build_shards, describe, shards_of
 from data.stream import PATIENCE, Stream
 
@@ -226,6 +226,23 @@ def test_another_process_makes_the_same_cache_first(tmp_path, monkeypatch):
     monkeypatch.setattr(data.dataset, "_fill", fill)
     assert len(write_cache(tmp_path / "cache", train_sample, range(2), workers=1)) == 2
     assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+
+
+def test_a_signal_to_all_processes_ends_the_rendering(tmp_path):
+    code = ("import signal; from train import leave; signal.signal(signal.SIGTERM, leave)\n"
+            "from tests.test_data import *; write_cache(Path('cache'), train_sample, range(9999), workers=2)")
+    job = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, start_new_session=True,
+                           env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL)
+    try:
+        while not any(file.stat().st_size > 10_000 for file in tmp_path.glob(".cache.*/samples.jsonl")):
+            assert job.poll() is None
+            time.sleep(0.1)
+        os.killpg(job.pid, signal.SIGTERM)
+        assert job.wait(timeout=60) == 128 + signal.SIGTERM
+    finally:
+        if job.poll() is None:
+            os.killpg(job.pid, signal.SIGKILL)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_limit_on_the_size_of_files_is_an_error_with_a_path(tmp_path):
@@ -582,7 +599,7 @@ def kill_itself(job):
 
 
 def test_a_reading_process_that_is_killed_ends_the_reading():
-    with pytest.raises(DataError, match="killed"):
+    with pytest.raises(ChildProcessError, match="killed"):
         list(in_processes(kill_itself, range(3), "reading"))
 
 
