@@ -42,6 +42,8 @@ class CLIPTextConfig:
                          and kept[0] >= 0 and kept[-1] < self.vocabulary):
             raise ValueError("kept_tokens must be ascending ids of the vocabulary and include the start and "
                              "end tokens")
+        if not (isinstance(self.words, tuple) and all(isinstance(word, str) for word in self.words)):
+            raise ValueError("words must be a list of strings")
 
     @property
     def rows(self) -> int:

@@ -173,7 +173,8 @@ def test_bad_config(folder, text, message):
     ("text_encoder", {"length": -3}), ("text_encoder", {"dim": "x"}), ("text_encoder", {"heads": 0}),
     ("text_encoder", {"heads": 5}), ("text_encoder", {"kept_tokens": 4}),
     ("text_encoder", {"kept_tokens": [[1], 2, 3, 4]}), ("text_encoder", {"kept_tokens": [1, 2, 3, 4]}),
-    ("text_encoder", {"kept_tokens": [786, 320, BOS, EOS]}),
+    ("text_encoder", {"kept_tokens": [786, 320, BOS, EOS]}), ("text_encoder", {"words": True}),
+    ("text_encoder", {"words": "man"}), ("text_encoder", {"words": ["a", 4]}),
     ("image_encoder", {"patch_size": 0}), ("image_encoder", {"heads": 3})])
 def test_sizes_that_make_no_model(folder, modules, part, sizes):
     save_part(modules["image_encoder"], folder, "image_encoder")
