@@ -4,6 +4,7 @@ import importlib
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -104,6 +105,12 @@ def result(name: str) -> str:
              for column in ("identity", "locality", "prior_agreement")]
     return "identity {}, locality {}, agreement with the prior {}".format(*(
         f"{mean:.3f}".lstrip("0") for mean in means))
+
+
+def test_the_table_of_ablations_is_that_of_the_results(tmp_path):
+    from ablate import table
+    results = shutil.copytree(ROOT / "docs" / "ablations", tmp_path / "results")
+    assert table(results) in (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
 
 
 def test_requirements_are_there():
