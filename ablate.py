@@ -313,7 +313,7 @@ def table(output: Path) -> str:
             scores = {c: [result[c] for result in found if result[c]["n"]] for c in COLUMNS}
             lines.append(f"| `{name}`: {row.what} | {len(found)} | "
                          + " | ".join(map(cell, scores.values())) + " |")
-            points[name] = tuple([score["mean"] for score in scores[c]] for c in ("locality", "identity"))
+            points[name] = {c: [score["mean"] for score in scores[c]] for c in scores}
     if not points:
         fail(f"there is no result in {output}: run a row first")
     plot(points, output / "tradeoff.png")
@@ -329,8 +329,8 @@ def cell(scores: list[dict]) -> str:
     return f"{sum(means) / len(means):.3f}{spread}" if means else "-"
 
 
-def plot(points: dict[str, tuple[list[float], list[float]]], path: Path) -> None:
-    """Identity against locality, a point for each seed and a name at each row's mean."""
+def plot(points: dict[str, dict[str, list[float]]], path: Path) -> None:
+    """Identity against what is kept of the prior's picture, a dot for each seed of each row."""
     try:
         import matplotlib
     except ImportError:
@@ -338,17 +338,17 @@ def plot(points: dict[str, tuple[list[float], list[float]]], path: Path) -> None
         return
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(figsize=(9, 6), dpi=100)
-    for k, (name, (locality, identity)) in enumerate(points.items()):
-        dots = axes.plot(locality, identity, "o", alpha=0.7)
-        mean = sum(locality) / len(locality), sum(identity) / len(identity)
-        axes.annotate(name, mean, (5, -13 if k % 2 else 5),  # above or below, as neighbours are near
-                      textcoords="offset points", color=dots[0].get_color())
-    axes.set(xlabel="locality: change outside / inside the people (low is good)",
-             ylabel="identity: attributes read right (high is good)")
-    axes.margins(x=0.15)  # for the names
-    axes.grid(alpha=0.3)
-    figure.tight_layout()
+    figure, panels = plt.subplots(1, 2, figsize=(11, 5), dpi=100, sharey=True, layout="constrained")
+    labels = {"locality": "locality: change outside / inside the people (low is good)",
+              "prior_agreement": "agreement with the prior's layout (high is good)"}
+    for axes, (column, label) in zip(panels, labels.items(), strict=True):
+        for k, (name, means) in enumerate(points.items()):
+            axes.plot(means[column], means["identity"], "os^D"[k % 4], color=f"C{k % 10}", alpha=0.8,
+                      label=name)
+        axes.set(xlabel=label)
+        axes.grid(alpha=0.3)
+    panels[0].set(ylabel="identity: attributes read right (high is good)")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center")
     figure.savefig(path)
     plt.close(figure)
 
