@@ -19,6 +19,7 @@ from errors import one_line
 from subjects import Place, cast, read_photos
 
 SHIPPED = Path(__file__).resolve().parent / "weights" / "toyworld"
+NEAR_FLAG = 0.7  # of difflib's similarity, from which on a flag is suggested for another
 BATCH = 8  # pictures drawn at once, fewer where they are large
 BATCH_PIXELS = 8 * 512 * 512
 MANY_PIXELS = 4  # times those of the weights' own pictures: behind it there is a warning
@@ -36,10 +37,16 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
                          allow_abbrev=False)
 
+    def parse_known_args(self, args=None, namespace=None):
+        self.given = sys.argv[1:] if args is None else list(args)
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> None:
-        unknown = re.search(r"unrecognized arguments:.*?(--[\w-]+)", message)
-        near = get_close_matches(unknown[1], self._option_string_actions, 1) if unknown else []
-        super().error(message + (f" (did you mean {near[0]}?)" if near else ""))
+        known = self._option_string_actions
+        flags = [word.split("=")[0] for word in self.given if word.startswith("--")]
+        near = {flag: get_close_matches(flag, known, 1, NEAR_FLAG) for flag in flags if flag not in known}
+        hints = [f"{flag}: did you mean {found[0]}?" for flag, found in near.items() if found]
+        super().error(message + (f" ({', '.join(hints)})" if hints else ""))
 
 
 class Once(argparse.Action):

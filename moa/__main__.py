@@ -39,6 +39,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     models("--preset", choices=["sd15"], help="sizes as in train.py, without any weights")
     add = parser.add_argument
     add("--moa", type=Path, metavar="FILE", help="default: moa.safetensors in the weights folder")
+    add("--untrained", action="store_true",
+        help="MoA as `add_moa` makes it, in place of a file's: what an edit of it changes shows here")
     add("--explain", type=int, metavar="LAYER",
         help="transformer block l in forward order, from 0; SD1.5 and the small world have 16")
     add("--prompt", default="a woman standing on the beach", help="of --explain (default %(default)r)")
@@ -58,20 +60,23 @@ def run(args: argparse.Namespace) -> None:
         places = bind_subjects(args.prompt, args.subject or [str(EXAMPLE)])
     if args.preset and args.moa:
         raise ValueError("--preset has no weights: leave out --moa, or give --weights in its place")
+    if args.untrained and args.moa:
+        raise ValueError("--untrained has no MoA file: leave out --moa, or --untrained")
     photos = read_photos(places)
-    pipeline = sd15() if args.preset else load(args.weights, args.moa)
+    pipeline = sd15() if args.preset else load(args.weights, args.moa, args.untrained)
     lines = tree(pipeline) if args.explain is None else explain(
         pipeline, args.explain, args.prompt, places, photos)
     print(*lines, sep="\n")
 
 
-def load(weights: Path, moa: Path | None) -> Pipeline:
-    """The pipeline, with MoA as training starts it where there is no MoA file. Raises ValueError."""
+def load(weights: Path, moa: Path | None, untrained: bool = False) -> Pipeline:
+    """The pipeline, with MoA as training starts it where there is no MoA file, or it is not wanted. Raises
+    ValueError."""
     file = moa or weights / "moa.safetensors"
     if moa and not moa.is_file():
         raise ValueError(f"--moa {moa} is not a file: give one that train.py moa has written")
     try:
-        pipeline = Pipeline.load(weights, file if file.is_file() else None)
+        pipeline = Pipeline.load(weights, file if file.is_file() and not untrained else None)
     except WeightsError as error:
         raise ValueError(error) from error
     if pipeline.models.image_encoder is None:

@@ -85,6 +85,8 @@ def read_config(folder: Path) -> dict:
 def build_config(config: dict, part: str):
     """The sizes of one part, as its dataclass. Raises WeightsError."""
     cls = ALL_PARTS[part][1]
+    if part not in config:
+        raise WeightsError(f"config.json has no sizes for {part!r}: a run writes them at its end")
     try:
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in config[part].items()})
     except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:

@@ -156,7 +156,7 @@ def test_missing_file(folder, part):
     (b"{", "not valid JSON"), (b"", "not valid JSON"), (b"\xff\xfe{", "not valid JSON"),
     (b"[" * 100_000, "not valid JSON"), (b"[]", "must hold a JSON object"),
     (b"3", "must hold a JSON object"), (b"null", "must hold a JSON object"),
-    (b"{}", "no usable sizes for 'unet'"), (b'{"unet": 3}', "no usable sizes for 'unet'"),
+    (b"{}", "no sizes for 'unet': a run writes them"), (b'{"unet": 3}', "no usable sizes for 'unet'"),
     (b'{"unet": null}', "no usable sizes for 'unet'"), (b'{"unet": []}', "no usable sizes for 'unet'"),
     (b'{"unet": {"colour": 1}}', "no usable sizes for 'unet'.*colour")])
 def test_bad_config(folder, text, message):

@@ -123,7 +123,17 @@ def test_flags_cannot_be_shortened(draw, capsys):
     assert stopped.value.code == 2 and "unrecognized arguments" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         draw("--subjects=ada.png")
-    assert "--subjects=ada.png (did you mean --subject?)" in capsys.readouterr().err
+    assert "--subjects=ada.png (--subjects: did you mean --subject?)" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        draw("--frames", "4")  # other commands'; nothing here is near
+    assert "did you mean" not in capsys.readouterr().err
+
+
+def test_a_flag_that_is_missing_may_be_misspelt(capsys):
+    with pytest.raises(SystemExit):
+        sample.parse_args(["--promt", "a man"])
+    error = capsys.readouterr().err
+    assert "required" in error and "(--promt: did you mean --prompt?)" in error
 
 
 def test_a_person_in_no_step(draw):

@@ -70,3 +70,15 @@ def test_weights_that_cannot_be_used(tmp_path, capsys):
     save_part(models["image_encoder"], tmp_path, "image_encoder")
     main(["--weights", str(tmp_path)])  # MoA as training starts it
     assert torch.is_grad_enabled() and "32 MoA layers" in capsys.readouterr().out
+
+
+def test_an_edit_of_add_moa_shows_without_a_file(world, capsys, monkeypatch):
+    import moa.__main__ as program
+    monkeypatch.setattr(program, "add_moa", lambda unet: add_moa(unet, 32))
+    main(["--weights", str(world)])
+    assert "router 16 -> 32 -> 2" not in capsys.readouterr().out  # the file brings its own width
+    main(["--weights", str(world), "--untrained"])
+    assert "router 16 -> 32 -> 2" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["--untrained", "--moa", str(world / "moa.safetensors")])
+    assert "--untrained has no MoA file" in capsys.readouterr().err
