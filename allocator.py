@@ -10,7 +10,7 @@ def reuse_memory() -> None:
     """Keep what is freed in place of giving it back to the system.
 
     By default glibc maps every large tensor anew, and the system fills each of its pages with zeros when it
-    is touched: on a CPU that is a quarter of the time of a UNet call (see docs/performance.md). Does
+    is touched: up to a quarter of the time of a UNet call on a CPU (see docs/performance.md). Does
     nothing where the C library is another one, and nothing to a GPU's memory.
     """
     try:
