@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.nn import Linear
 
 import command
-from models import WeightsError
 from models.clip_image import CLIPImageConfig, CLIPImageEncoder
 from models.clip_text import CLIPTextConfig, CLIPTextEncoder, Tokenizer
 from models.load import Models
@@ -75,10 +74,7 @@ def load(weights: Path, moa: Path | None, untrained: bool = False) -> Pipeline:
     file = moa or weights / "moa.safetensors"
     if moa and not moa.is_file():
         raise ValueError(f"--moa {moa} is not a file: give one that train.py moa has written")
-    try:
-        pipeline = Pipeline.load(weights, file if file.is_file() and not untrained else None)
-    except WeightsError as error:
-        raise ValueError(error) from error
+    pipeline = Pipeline.load(weights, file if file.is_file() and not untrained else None)
     if pipeline.models.image_encoder is None:
         raise ValueError(f"--weights {weights} has no image_encoder.safetensors, which subjects need")
     return pipeline if pipeline.prompt else start(pipeline.models)
