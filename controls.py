@@ -59,7 +59,6 @@ def load_controls(args: argparse.Namespace, hints: list, pipeline) -> list:
     """The `Control`s that the flags ask for; each ControlNet is read once. Raises ValueError."""
     from safetensors import SafetensorError
 
-    from models import WeightsError
     from pipeline import Control
     from weights.checkpoints import Refusal
     from weights.controlnet import load_controlnet
@@ -68,7 +67,7 @@ def load_controls(args: argparse.Namespace, hints: list, pipeline) -> list:
         try:
             nets[source] = load_controlnet(source).to(pipeline.device, pipeline.dtype)
             pipeline.check_controlnet(nets[source])
-        except (Refusal, WeightsError, SafetensorError, ValueError) as error:
+        except (Refusal, SafetensorError, ValueError) as error:
             raise ValueError(f"--controlnet {source}: {error}") from error
     controls = []
     for source, hint, setting in zip(args.controlnet, hints, describe(args), strict=True):

@@ -67,11 +67,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    from models import WeightsError
     reuse_memory()
     try:
         run(args)
-    except (ValueError, WeightsError, OSError) as error:
+    except (ValueError, OSError) as error:
         print("error:", one_line(error), file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
@@ -124,7 +123,7 @@ def run(args: argparse.Namespace) -> None:
 
 def progress(batches):
     from tqdm import tqdm
-    return tqdm(batches, "drawing", unit="batch", disable=None)
+    return tqdm(batches, "drawing", unit="batch")
 
 
 def fill_in(args: argparse.Namespace) -> None:

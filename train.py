@@ -117,7 +117,6 @@ def main() -> None:
     signal.signal(signal.SIGTERM, leave)
     import distributed
     from data.fastcomposer import read_ids
-    from models import WeightsError
     from pipeline import pick_device
     from stages import STAGES, StageError, make_config
     reuse_memory()
@@ -137,7 +136,7 @@ def main() -> None:
                                        args.cache)
         stage.prepare()
         train(stage, args)
-    except (StageError, WeightsError, OSError, ValueError) as error:
+    except (StageError, OSError, ValueError) as error:
         unnamed = isinstance(error, OSError) and error.errno and not error.filename  # of a file that is open
         place = f"{args.output}: " if unnamed else ""
         print("error:", one_line(f"{place}{error}"), file=sys.stderr)

@@ -3,8 +3,8 @@
     python tests/apps_full.py                     # 256 pixels, 2 steps, 11 GB of memory, 6 GB of disk
     python tests/apps_full.py --side 512
 
-Writes random models, a MoA file, a ControlNet and a LoRA, runs each command of the README's gallery with
-them, looks at what it saved, and prints what it took. --small takes small sizes instead.
+Writes random models, a MoA file, a ControlNet and a LoRA, runs each application with them, looks at what it
+saved, and prints what it took. --small takes small sizes instead.
 """
 import argparse
 import sys

@@ -14,7 +14,7 @@ import torch
 from parity_full import LIMIT, random, randomize, relative_error
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_shipped import ROOT, readme_commands
+from test_shipped import ROOT, documented
 
 import command
 import sample
@@ -273,7 +273,7 @@ def test_the_script_runs_from_anywhere_without_diffusers(tmp_path, weights):
 
 
 def test_readme_command(tmp_path, monkeypatch):
-    ((folder, *rest),) = readme_commands("weights/export_diffusers.py")
+    ((folder, *rest),) = documented("weights/export_diffusers.py")
     monkeypatch.chdir(tmp_path)
     export_diffusers.main([str(ROOT / folder), *rest])
     assert (tmp_path / rest[-1] / "model_index.json").exists()

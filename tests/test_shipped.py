@@ -1,4 +1,4 @@
-"""The weights that ship with the code, and every sample and evaluate command of the README."""
+"""The weights that ship with the code, and every sample and evaluate command of the pages about them."""
 import json
 import re
 import shlex
@@ -21,9 +21,10 @@ ROOT = Path(__file__).parents[1]
 SHIPPED = ROOT / "weights" / "toyworld"
 
 
-def readme_commands(script: str) -> list[list[str]]:
-    """The arguments of all README commands of one script that need no other weights."""
-    blocks = re.findall(r"^```\w*\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S | re.M)
+def documented(script: str) -> list[list[str]]:
+    """The arguments of all commands of one script in README and docs/apps.md that need no other weights."""
+    pages = "\n".join((ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "docs/apps.md"))
+    blocks = re.findall(r"^```\w*\n(.*?)^```", pages, re.S | re.M)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     return [shlex.split(line)[2:] for line in lines
             if line.startswith(f"python {script} ") and "weights/sd15" not in line]
@@ -33,8 +34,8 @@ def test_weights_stay_small():
     assert sum(path.stat().st_size for path in SHIPPED.rglob("*") if path.is_file()) <= 32e6
 
 
-@pytest.mark.parametrize("arguments", readme_commands("sample.py"))
-def test_readme_sample_command(arguments, tmp_path, monkeypatch):
+@pytest.mark.parametrize("arguments", documented("sample.py"))
+def test_documented_sample_command(arguments, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for folder in ("examples", "weights"):
         (tmp_path / folder).symlink_to(ROOT / folder)
@@ -62,7 +63,7 @@ def test_who_is_no_subject_of_the_small_world(tmp_path):
 
 
 def test_readme_evaluate_command(tmp_path, monkeypatch):
-    (arguments,) = readme_commands("evaluate.py")
+    (arguments,) = documented("evaluate.py")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments, "--count", "2", "--steps", "2"])
     evaluate.main()

@@ -40,11 +40,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the MoA file to write")
     args = parser.parse_args(argv)
     from safetensors import SafetensorError
-
-    from models import WeightsError
     try:
         export(args.checkpoint, args.output)
-    except (WeightsError, ValueError, OSError, SafetensorError) as error:
+    except (ValueError, OSError, SafetensorError) as error:
         print("error:", one_line(error), file=sys.stderr)
         sys.exit(2)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from models.load import ALL_PARTS, PARTS, WeightsError, build_config, build_empty, differences
+from models.load import ALL_PARTS, PARTS, build_config, build_empty, differences
 from weights.checkpoints import (FLOATS, REQUIRED, Lazy, Notes, State, WrongKind, WrongTensors, choose,
                                  locate, open_file, read_json)
 
@@ -397,7 +397,7 @@ def fit(name: str, part: Part, notes: Notes) -> None:
     try:
         part.cfg = part.cfg or find_sizes(name, part)
         expected = build_empty(name, part.cfg).state_dict()
-    except (TypeError, ValueError, WeightsError) as error:
+    except (TypeError, ValueError) as error:
         raise WrongTensors(f"{part.path}, {LABELS[name]}: {error}") from error
     found = part.tensors
     convolutions = [k for k in sorted(found.keys() & expected.keys())
