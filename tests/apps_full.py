@@ -1,6 +1,6 @@
 """Every application once at SD1.5's full size, with random weights: nothing depends on small sizes.
 
-    python tests/apps_full.py                     # 256 pixels, 2 steps, 11 GB of memory, 6 GB of disk
+    python tests/apps_full.py                     # 256 pixels, 2 steps, 9 GB of memory, 6 GB of disk
     python tests/apps_full.py --side 512
 
 Writes random models, a MoA file, a ControlNet and a LoRA, runs each application with them, looks at what it
