@@ -176,6 +176,8 @@ ROWS = {
     "people-only": Row("only the people of every sample count, as in the paper", {"masked_probability": 1.0}),
     "no-encoding": Row("no conditioning on (t, l)", edits=(no_encoding,)),
     "no-router-loss": Row("without Eq. 9", {"lambda_router": 0.0}),
+    "people-only-no-router-loss": Row("the paper's masked loss, without Eq. 9",
+                                      {"masked_probability": 1.0, "lambda_router": 0.0}),
     "mean-router-loss": Row("Eq. 9 as a mean over the pixels", edits=(mean_router_loss,)),
     "no-object-loss": Row("without Eq. 12", {"lambda_object": 0.0}),
     "router-16": Row("routers with a hidden layer of 16", edits=(lambda: router_width(16),)),
@@ -218,7 +220,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if args.list:
         for name, row in ROWS.items():
-            print(f"{name:18}{row.what}")
+            print(f"{name:28}{row.what}")
     elif args.table:
         print(table(args.output))
     elif args.all:
