@@ -1,8 +1,8 @@
 """One training run in several processes, started by `torchrun`; alone, everything here does nothing.
 
-Every process draws the data of the whole batch, which is a function of the step, and works on its
-share, in one turn or in several to save memory. So a run is the same run for any number of processes
-and turns, up to the order of sums.
+Every process knows which samples the whole batch has and draws its noise, both functions of the step, and
+reads and works on its share, in one turn or in several to save memory. So a run is the same run for any
+number of processes and turns, up to the order of sums.
 
 A process that dies ends the others: `torchrun` ends those of its machine, closed connections those of
 all others. One that hangs, or whose machine is gone, ends them after `PATIENCE`.
@@ -180,12 +180,15 @@ def average_gradients(parameters: Sequence[torch.nn.Parameter], flag: bool) -> b
     """
     if not dist.is_initialized():
         return flag
-    gradients = [p.grad for p in parameters]
+    # None where nothing of this process's share reached a parameter.
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     message = torch.cat([g.flatten() for g in gradients] + [gradients[0].new_tensor([float(flag)])])
     with together():
         dist.all_reduce(message)
     parts = (message[:-1] / world_size()).split([g.numel() for g in gradients])
     torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
+    for p, gradient in zip(parameters, gradients, strict=True):
+        p.grad = gradient
     return bool(message[-1] > 0)
 
 

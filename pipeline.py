@@ -13,14 +13,14 @@ import torch.nn.functional as F
 import torch.nn as nn
 from torch import Tensor
 
-from moa import (ExpertContext, MultimodalPrompt, base_modules, force_routing, load_moa,
+from moa import (ExpertContext, MultimodalPrompt, base_modules, belongs_to_encoder, force_routing, load_moa,
                  scale_personalized, sparse_routing)
 from models import Models, load_models
 from models.controlnet import ControlNet, add_residuals, guess_ramp
 from models.lora import LoRASetting, MergedLoRAs
 from samplers import NUM_TIMESTEPS, SAMPLERS, SCHEDULES, guided
 
-PRIOR_ABOVE = 800  # MoA was trained below this timestep; above it the prior draws alone
+PRIOR_ABOVE = 800  # MoA was trained below this timestep; from it on the prior draws alone
 
 
 def pick_device(name: str) -> torch.device:
@@ -130,6 +130,9 @@ class Pipeline:
         if moa is None:
             return cls(models)
         prompt = load_moa(models.unet, moa)
+        if belongs_to_encoder(moa) and Path(moa).resolve().parent != Path(weights).resolve():
+            raise ValueError(f"{moa} was trained together with its image encoder, which lies beside it: give "
+                             f"--weights {Path(moa).parent}")
         width = models.image_encoder.cfg.output_dim if models.image_encoder else prompt.cfg.image_dim
         sizes = models.text_encoder.cfg.dim, width, len(list(models.unet.transformer_blocks()))
         wanted = prompt.cfg.text_dim, prompt.cfg.image_dim, prompt.cfg.layers
@@ -164,8 +167,14 @@ class Pipeline:
 
     @torch.no_grad()
     def encode_subjects(self, images: Tensor) -> Tensor:
-        """Pictures of people (B, 3, H, W) in [0, 1] -> image features (B, F)."""
-        encoder = self.models.image_encoder
+        """Pictures of people (B, 3, H, W) in [0, 1] -> image features (B, F).
+
+        Padded to a square with black, as references are in training.
+        """
+        encoder, (height, width) = self.models.image_encoder, images.shape[-2:]
+        left, top = (max(height - width, 0)) // 2, (max(width - height, 0)) // 2
+        side = max(height, width)
+        images = F.pad(images, (left, side - width - left, top, side - height - top))
         return encoder(encoder.preprocess(images).to(self.device, self.dtype))
 
     def encode_text(self, prompts: list[str], clip_skip: int = 1) -> Tensor:

@@ -118,7 +118,7 @@ def main() -> None:
     import distributed
     from data.fastcomposer import read_ids
     from pipeline import pick_device
-    from stages import STAGES, StageError, make_config
+    from stages import STAGES, StageError, check_preset, make_config
     reuse_memory()
     until_the_end = ExitStack()
     try:
@@ -127,6 +127,7 @@ def main() -> None:
             args.samples = min(args.samples or count, count)
         config = make_config(args.preset, args.stage, steps=args.steps, batch_size=args.batch_size,
                              samples=args.samples, accumulate=args.accumulate)
+        check_preset(args.preset, args.weights)
         device = distributed.start(pick_device(args.device))
         with distributed.first_rank_first():
             prepare_output(args)
@@ -365,9 +366,9 @@ def run_identity(args: argparse.Namespace, config) -> dict:
     for path in [*parts, *([args.moa] if args.moa else [])]:
         if path.exists():
             checksum = zlib.crc32(path.read_bytes(), checksum)
-    return {"stage": args.stage, "preset": args.preset, "seed": args.seed, "steps": config.steps,
-            "batch_size": config.batch_size, "samples": config.samples, "weights": checksum,
-            "data": args.data and str(args.data.resolve())}
+    recipe = {k: v for k, v in asdict(config).items() if k not in ("accumulate", "checkpointing")}
+    return {"stage": args.stage, "preset": args.preset, "seed": args.seed, **recipe, "weights": checksum,
+            "data": args.data and str(args.data.resolve()), "cache": args.cache is not None}
 
 
 def save_checkpoint(output: Path, state: dict, keep: int) -> None:

@@ -35,7 +35,9 @@ def describe(folder: Path, description: dict) -> None:
     """Take a new or empty folder, or one of the same description. Raises ShardError."""
     path = folder / DESCRIPTION
     if not path.exists():
-        if folder.exists() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
+        held = {entry.name for entry in folder.iterdir()} if folder.exists() else set()
+        # Another process may have written the description meanwhile.
+        if any(not name.startswith(".") for name in held - {DESCRIPTION}):
             raise ShardError(f"{folder} holds other files: give another folder")
         folder.mkdir(parents=True, exist_ok=True)
         with whole(path) as temporary:

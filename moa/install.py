@@ -1,6 +1,6 @@
 """Put Mixture-of-Attention into a UNet, watch it, and keep what was trained."""
 import json
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -81,16 +81,20 @@ def record_routing(unet: nn.Module) -> Iterator[dict[RoutingKey, Tensor]]:
 
 
 @contextmanager
-def record_subject_attention(unet: nn.Module, positions: Tensor) -> Iterator[dict[int, Tensor]]:
+def record_subject_attention(unet: nn.Module, positions: Tensor,
+                             trained: Container[int] | None = None) -> Iterator[dict[int, Tensor]]:
     """Collect how the personalized cross-attentions attend to the subjects' tokens.
 
-    positions: (B, S) int64 token indices. Yields {l: (B, H, N, S)}, filled by a UNet call inside.
+    positions: (B, S) int64 token indices. trained: the layers l through whose maps gradients flow, by
+    default all. Yields {l: (B, H, N, S)}, filled by a UNet call inside.
     """
     maps: dict[int, Tensor] = {}
 
     def recorder(layer: int):
-        return lambda module, args, output: maps.__setitem__(
-            layer, module.token_maps(*args, positions))
+        def record(module, args, output):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and (trained is None or layer in trained)):
+                maps[layer] = module.token_maps(*args, positions)
+        return record
 
     hooks = [moa.personalized.register_forward_hook(recorder(layer))
              for layer, kind, moa in moa_layers(unet) if kind == "cross"]
@@ -230,6 +234,15 @@ def read_moa(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
     return config, state
 
 
-__all__ = ["ExpertContext", "add_moa", "base_modules", "force_routing", "load_moa", "moa_config",
-           "moa_layers", "record_routing", "record_subject_attention", "save_moa", "scale_personalized",
-           "write_moa"]
+def belongs_to_encoder(path: str | Path) -> bool:
+    """Whether a MoA file was trained together with an image encoder, which it does not hold."""
+    with safe_open(path, "pt") as file:
+        config = json.loads(file.metadata()["moa"])
+    settings = config.get("settings")
+    preset = settings.get("preset") if isinstance(settings, dict) else None
+    return isinstance(preset, dict) and bool(preset.get("image_layers"))
+
+
+__all__ = ["ExpertContext", "add_moa", "base_modules", "belongs_to_encoder", "force_routing", "load_moa",
+           "moa_config", "moa_layers", "record_routing", "record_subject_attention", "save_moa",
+           "scale_personalized", "write_moa"]

@@ -50,8 +50,11 @@ class CrossAttention(nn.Module):
         """
         q, k = self.split_heads(self.to_q(x)), self.split_heads(self.to_k(context))
         one_hot = F.one_hot(positions, context.shape[1]).to(q.dtype)  # (B, S, M)
-        value = repeat(one_hot, "b s m -> b h m s", h=self.heads)
-        return F.scaled_dot_product_attention(q, k, value)
+        # As wide as a head and contiguous: only then is the attention fused.
+        subjects = positions.shape[1]
+        value = F.pad(repeat(one_hot, "b s m -> b h m s", h=self.heads),
+                      (0, max(q.shape[-1] - subjects, 0))).contiguous()
+        return F.scaled_dot_product_attention(q, k, value)[..., :subjects]
 
 
 class GEGLU(nn.Module):

@@ -4,12 +4,12 @@ from stages.controlnet import ControlNetStage
 from stages.judge import JudgeStage
 from stages.lora import LoRAStage
 from stages.moa import MoAStage
-from stages.presets import PRESETS, SMALL, StageError, TrainConfig, make_config
+from stages.presets import PRESETS, SMALL, StageError, TrainConfig, check_preset, make_config
 from stages.prior import PriorStage
 from stages.stage import Stage
 from stages.vae import VAEStage
 
-__all__ = ["PRESETS", "SMALL", "STAGES", "Stage", "StageError", "TrainConfig", "make_config"]
+__all__ = ["PRESETS", "SMALL", "STAGES", "Stage", "StageError", "TrainConfig", "check_preset", "make_config"]
 
 STAGES: dict[str, type[Stage]] = {
     "vae": VAEStage, "clip": CLIPStage, "prior": PriorStage, "moa": MoAStage,

@@ -1,5 +1,6 @@
 """Personalized experts, routers and multimodal prompt on a frozen base."""
 import re
+import sys
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -103,7 +104,8 @@ class MoAStage(PriorStage):
         people = masks.sum(1).clamp(max=1)
         present = self.draw_shown(step, batch["present"] & ~null[:, None])
         context = ExpertContext(text, self.prompt(text, features, positions, present, t))
-        with record_routing(self.unet) as routing, record_subject_attention(self.unet, positions) as maps:
+        with record_routing(self.unet) as routing, record_subject_attention(
+                self.unet, positions, self.config.object_layers) as maps:
             eps_hat = self.unet(x, t, context).float()
         self.watched = ({key: r.detach() for key, r in routing.items()},
                         {layer: a.detach() for layer, a in maps.items()}, masks, present)
@@ -120,7 +122,7 @@ class MoAStage(PriorStage):
         return loss, {
             "masked": masked, "router": router, "object": balance,
             "prior_weight_people": (mean_prior * people).sum() / people.sum().clamp(min=1),
-            "prior_weight_background": (mean_prior * (1 - people)).sum() / (1 - people).sum()}
+            "prior_weight_background": (mean_prior * (1 - people)).sum() / (1 - people).sum().clamp(min=1)}
 
     def encoded(self, step: int) -> dict[str, Tensor]:
         if not self.config.image_layers:
@@ -179,11 +181,13 @@ class MoAStage(PriorStage):
     def sheet(self, path: Path) -> None:
         """First row the prior alone, then one row per subject: same seeds, another person. Beside it, as
         `..._routing.png`, what the routers do in the first picture of the second row."""
-        encode = self.encode
+        encode, subjects = self.encode, self.sheet_subjects()
+        if not subjects:
+            print(f"warning: no {path.name}: nobody is to be seen in the first samples", file=sys.stderr)
+            return
         models = Models(self.unet, encode.vae, encode.text_encoder, encode.tokenize, self.image_encoder,
                         {"image_size": self.size})
         pipeline = Pipeline(models, self.prompt.eval())
-        subjects = self.sheet_subjects()
         with encode.precision():
             save_grid(self.swaps(pipeline, subjects), path)
             self.routing_sheet(pipeline, *subjects[0], path.with_name(f"{path.stem}_routing.png"))
@@ -230,7 +234,9 @@ class MoAStage(PriorStage):
                                      if p.requires_grad}, strict=False)
             save_part(encoder, folder, "image_encoder")
         save_moa(self.unet, self.prompt, folder / "moa.safetensors", preset=asdict(self.config))
-        save_tensors(feature_statistics(self.subject_features()), folder / "subjects.safetensors")
+        features = self.subject_features()
+        if len(features) > 1:
+            save_tensors(feature_statistics(features), folder / "subjects.safetensors")
 
     def subject_features(self) -> Tensor:
         """(N, F) of subjects of the first samples."""

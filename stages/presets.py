@@ -1,10 +1,12 @@
 """Hyperparameters of the stages and sizes of the small world's models."""
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from data import toyworld
 from models.clip_image import CLIPImageConfig
 from models.clip_text import BOS, EOS, CLIPTextConfig
 from models.controlnet import ControlNetConfig
+from models.load import build_config, read_config
 from models.open_clip_import import open_clip
 from models.unet import UNetConfig
 from models.vae import VAEConfig
@@ -104,6 +106,15 @@ def make_config(preset: str, stage: str, **changes) -> TrainConfig:
         raise StageError(f"preset {preset} has no stage {stage}: its base model comes from "
                          "weights/convert_sd15.py, only `moa` and `lora` are trained")
     return replace(PRESETS[preset][stage], **{k: v for k, v in changes.items() if v is not None})
+
+
+def check_preset(preset: str, weights: Path | None) -> None:
+    """Raise StageError for Stable Diffusion's weights and the small world's hyperparameters."""
+    if preset == "toyworld" and weights is not None:
+        config = read_config(weights)
+        if "unet" in config and build_config(config, "unet") == UNetConfig():
+            raise StageError(f"{weights} is of Stable Diffusion 1.5's size: give --preset sd15 "
+                             "(toyworld is the default)")
 
 
 # Sizes of the small world's models. The UNet has SD1.5's four levels and two layers, so 686 tensors

@@ -99,9 +99,13 @@ class Stage:
     def training_samples(self) -> Samples:
         """Those of the folder --data, else rendered scenes."""
         if self.data is None:
+            if self.size != toyworld.SIZE:
+                raise StageError(f"{self.weights} draws {self.size} pixels, the small world's scenes have "
+                                 f"{toyworld.SIZE}: give --data FOLDER")
             return self.rendered("scenes", self.config.samples)
+        seed = self.seed if self.cache is None else 0  # a cache serves runs with any seed
         samples = Folder(self.data, self.config.samples, self.size, max_people=self.config.max_people,
-                         augmented=self.config.augment)
+                         augmented=self.config.augment, seed=seed)
         local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         self.stream = Stream(samples, Schedule(self.config, self.seed, len(samples)), worker_count(local))
         return samples
@@ -145,7 +149,8 @@ class Stage:
         the backward pass and before the gradients are clipped."""
         if self.stream is None:
             return {}
-        broken = distributed.mean({"broken": torch.tensor(self.stream.broken)})["broken"]
+        # On the device: between GPUs nothing else can be exchanged.
+        broken = distributed.mean({"broken": torch.tensor(self.stream.broken, device=self.device)})["broken"]
         return {"broken": round(broken * world_size())}  # samples that others were read in place of
 
     def moa_config(self) -> dict | None:

@@ -813,6 +813,22 @@ def test_an_interrupted_shard_leaves_nothing(tmp_path):
         Shards(tmp_path, COUNT).rows([0])
 
 
+def test_processes_that_take_a_new_folder_at_the_same_time(tmp_path, monkeypatch):
+    """One writes the description after another has seen that there is none."""
+    exists = Path.exists
+
+    def later(path, **options):
+        found = exists(path, **options)
+        if path.name == "description.json" and not found:
+            monkeypatch.setattr(Path, "exists", exists)
+            describe(tmp_path, {"count": 3})
+        return found
+
+    monkeypatch.setattr(Path, "exists", later)
+    describe(tmp_path, {"count": 3})
+    assert json.loads((tmp_path / "description.json").read_text()) == {"count": 3}
+
+
 def test_a_folder_of_other_shards_is_refused(tmp_path):
     describe(tmp_path / "new" / "cache", {"count": 3, "models": "a"})
     describe(tmp_path / "new" / "cache", {"count": 3, "models": "a"})

@@ -2,6 +2,7 @@
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -47,6 +48,16 @@ def moa_stage(**changes) -> stages.Stage:
         weight = stage.prompt.mlp[-1].weight
         weight.copy_(torch.randn(weight.shape, generator=generator))
     return stage
+
+
+def test_processes_exchange_nothing_that_is_not_on_the_device(monkeypatch):
+    """Between GPUs a tensor on the CPU cannot be."""
+    devices, stage = [], object.__new__(stages.Stage)
+    stage.device, stage.stream = torch.device("meta"), SimpleNamespace(broken=2)
+    monkeypatch.setattr(distributed, "mean", lambda values: (
+        devices.extend(value.device.type for value in values.values()) or dict.fromkeys(values, 2.0)))
+    assert stage.health() == {"broken": 2}
+    assert devices == ["meta"]
 
 
 def shrunk(maps: torch.Tensor, size: int) -> np.ndarray:

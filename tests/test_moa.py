@@ -511,6 +511,26 @@ def test_token_maps_equal_an_explicit_softmax():
         assert relative_error(a, b) < 1e-5
 
 
+def test_token_maps_keep_no_map_of_all_tokens():
+    """For the backward pass: at SD1.5's size it would be gigabytes."""
+    attention, kept = randomize(CrossAttention(32, 24, 4)), []
+    positions = torch.tensor([[2, 7], [8, 3]])
+    x, context = random(2, 64, 32).requires_grad_(), random(2, 77, 24, seed=2)
+    with torch.autograd.graph.saved_tensors_hooks(lambda v: kept.append(v.shape) or v, lambda v: v):
+        maps = attention.token_maps(x, context, positions)
+    assert maps.requires_grad and not any(shape[-2:] == (64, 77) for shape in kept)
+
+
+def test_maps_of_layers_outside_the_loss_carry_no_gradient():
+    unet, prompt = add_moa(base(SMALL)), new_prompt(SMALL)
+    x, t, *rest = inputs()
+    context, layers = contexts(prompt, *rest), set(range(len(list(unet.transformer_blocks()))))
+    for trained, expected in ((None, layers), ((1, 2), {1, 2})):
+        with record_subject_attention(unet, rest[2], trained) as maps:
+            unet(x, t, context)
+        assert {layer for layer, a in maps.items() if a.requires_grad} == expected and maps.keys() == layers
+
+
 @torch.no_grad()
 def test_recorded_attention_is_the_personalized_experts():
     unet, prompt = add_moa(base(SMALL)), new_prompt(SMALL)

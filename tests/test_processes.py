@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -17,6 +18,17 @@ from tests.test_train import assert_same_run
 
 KILLS = 2
 STEPS = 6 + 3 * KILLS  # as kill.py takes them
+def test_a_process_whose_share_did_not_reach_a_parameter(monkeypatch):
+    """Adds zeros to the mean: nothing of its share had a subject for an image encoder that is trained."""
+    used, unused = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(3))
+    used.grad = torch.ones(2)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "all_reduce", lambda message: message.add_(torch.tensor([1., 1, 4, 4, 4, 0])))
+    assert distributed.average_gradients([used, unused], False) is False
+    assert used.grad.tolist() == [1, 1] and unused.grad.tolist() == [2, 2, 2]
+
+
 ENDED = "error: another process of this run has ended, its own message or torchrun's says why"
 
 

@@ -117,6 +117,19 @@ def test_several_pictures_of_one_person_are_one_with_their_mean_feature(draw, wo
     assert np.abs(pixels("twice.png") - pixels("ada_alone.png")).max() <= 1
 
 
+def test_a_photo_that_is_not_square_is_seen_whole(world):
+    """With black borders, as references are in training."""
+    pipeline, photo = Pipeline.load(world, world / "moa.safetensors"), torch.rand(1, 3, 40, 21)
+    for image in (photo, photo.mT):
+        squared = torch.zeros(1, 3, 40, 40)
+        top, left = (40 - image.shape[2]) // 2, (40 - image.shape[3]) // 2
+        squared[:, :, top:top + image.shape[2], left:left + image.shape[3]] = image
+        feature = pipeline.encode_subjects(image)
+        assert torch.equal(feature, pipeline.encode_subjects(squared))
+        image[:, :, 0] = 1 - image[:, :, 0]
+        assert not torch.equal(feature, pipeline.encode_subjects(image))
+
+
 def test_flags_cannot_be_shortened(draw, capsys):
     with pytest.raises(SystemExit) as stopped:
         draw("--guidance", "3")

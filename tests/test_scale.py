@@ -9,6 +9,7 @@ import stages
 from data import shards, toyworld
 from models import load_models
 from models.load import read_tensors
+from pipeline import Pipeline
 from tests.test_train import (
     assert_close_runs,
     assert_refused,
@@ -21,6 +22,7 @@ from tests.test_train import (
     torchrun,
     train_stage,
 )
+from weights import export_moa
 
 ROOT = Path(__file__).parents[1]
 
@@ -106,6 +108,19 @@ def test_a_run_that_reads_goes_on_where_it_was(place, tmp_path, monkeypatch):
     assert_same_run(tmp_path / "run", place / "streamed")
 
 
+def test_the_seed_draws_other_augmentations(place):
+    """But not with a cache, which serves runs with any seed."""
+    config, folder = stages.make_config("sd15", "moa", batch_size=4, bf16=False), place / "world"
+    pictures, keys = [], []
+    for seed in (0, 1):
+        stage = stages.STAGES["moa"](config, seed, torch.device("cpu"), place / "prior", folder)
+        pictures.append(stage.samples.read(0).references)
+        cached = stages.STAGES["moa"](config, seed, torch.device("cpu"), place / "prior", folder,
+                                      cache=Path("cache"))
+        keys.append(cached.samples.key)
+    assert (pictures[0] != pictures[1]).any() and keys[0] == keys[1]
+
+
 def test_every_epoch_draws_its_own_augmentations(place):
     stage = make_stage("moa", place, steps=6, augment=True, data=place / "world")
     first, second = ({sample.caption: sample for step in steps for sample in stage.batch(step)}
@@ -141,6 +156,12 @@ def test_the_last_layers_of_the_image_encoder_are_trained(place, tmp_path):
                      for folder in (place / "prior", tmp_path / "run"))
     changed = {k for k in before if not torch.equal(before[k], after[k])}
     assert changed and all(".resblocks.0." in k for k in changed)  # the only layer there is
+    assert Pipeline.load(tmp_path / "run", tmp_path / "run" / "moa.safetensors").prompt is not None
+    with pytest.raises(ValueError, match="was trained together with its image encoder, which lies beside it"):
+        Pipeline.load(place / "prior", tmp_path / "run" / "moa.safetensors")
+    checkpoint, = (tmp_path / "run" / "checkpoints").iterdir()
+    with pytest.raises(ValueError, match="trains the image encoder too"):
+        export_moa.export(checkpoint, tmp_path / "other.safetensors")
     for wrong in ({"data": None}, {"cache": tmp_path / "cache"}):
         with pytest.raises(stages.StageError, match="image_layers needs --data, and no --cache"):
             make_stage("moa", place, image_layers=1, **{"data": place / "world", **wrong})

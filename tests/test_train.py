@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -251,7 +251,7 @@ def make_stage(name: str, runs: Path, data=None, cache=None, weights=None, **cha
 
 def train_stage(stage: stages.Stage, output: Path) -> None:
     args = Namespace(stage="test", preset="toyworld", seed=0, output=output, resume=False, log_every=50,
-                     checkpoint_every=1000, keep=1, weights=None, data=None, moa=None)
+                     checkpoint_every=1000, keep=1, weights=None, data=None, moa=None, cache=None)
     train.prepare_output(args)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     train.train(stage, args)
@@ -517,6 +517,14 @@ def test_another_run_s_checkpoint_is_refused(changed, match, runs, capsys):
                    "--resume", match=match)
 
 
+def test_a_run_whose_recipe_was_edited_is_refused(runs, capsys, monkeypatch):
+    """The presets are there to be edited, but a run goes on with the one that it began with."""
+    edited = replace(stages.PRESETS["toyworld"]["vae"], lr=2e-3)
+    monkeypatch.setitem(stages.PRESETS["toyworld"], "vae", edited)
+    assert_refused(capsys, runs / "vae", *options_of("vae", runs), "--output", runs / "vae", "--resume",
+                   match="is of another run: lr 0.001, not 0.002")
+
+
 def test_another_stage_s_checkpoint_is_refused(runs, capsys):
     assert_refused(capsys, runs, *options_of("vae", runs), "--output", runs / "moa", "--resume",
                    match="stage moa, not vae")
@@ -644,6 +652,23 @@ def test_bad_options_are_one_line(arguments, match, runs, tmp_path, capsys):
     assert_refused(capsys, runs, *arguments, "--steps", 1, "--output", tmp_path / "run", match=match)
 
 
+def test_worlds_are_not_mixed(runs, tmp_path, capsys):
+    """SD1.5's weights with the small world's recipe, or on its scenes."""
+    big = tmp_path / "sd15"
+    big.mkdir()
+    (big / "config.json").write_text(json.dumps({"unet": asdict(UNetConfig())}))
+    for stage in ("moa", "lora"):
+        assert_refused(capsys, big, stage, "--weights", big, "--output", tmp_path / "run",
+                       match="is of Stable Diffusion 1.5's size: give --preset sd15")
+    shutil.copytree(runs / "prior", tmp_path / "prior")
+    config = json.loads((tmp_path / "prior" / "config.json").read_text())
+    (tmp_path / "prior" / "config.json").write_text(json.dumps({**config, "image_size": 256}))
+    for stage in ("moa", "lora"):
+        assert_refused(capsys, runs, stage, "--preset", "sd15", "--weights", tmp_path / "prior",
+                       "--batch-size", 4, "--output", tmp_path / "run",
+                       match="draws 256 pixels, the small world's scenes have 128: give --data")
+
+
 @pytest.fixture(scope="module")
 def folder(place) -> Path:
     """Eight pictures in FastComposer's layout."""
@@ -713,6 +738,17 @@ def test_moa_trains_on_a_built_dataset(runs, tmp_path):
     options = [*options_of("moa", runs), "--steps", 2, "--data", tmp_path / "data"]
     assert run(*options, "--output", tmp_path / "run") == 0
     assert [line["object"] != 0 for line in metrics_of(tmp_path / "run")] == [True, True]
+
+
+def test_a_run_whose_first_pictures_show_nobody(folder, runs, tmp_path, capsys, monkeypatch):
+    """It has no sample sheets, and ends like any other."""
+    monkeypatch.setattr(stages.moa.MoAStage, "sheet_subjects", lambda self: [])
+    monkeypatch.setattr(stages.moa.MoAStage, "subject_features", lambda self: torch.zeros(0, 16))
+    output = tmp_path / "run"
+    assert run(*options_of("moa", runs), "--steps", 2, "--data", folder, "--output", output) == 0
+    assert "warning: no 000002.png: nobody is to be seen in the first samples" in capsys.readouterr().err
+    assert not list(output.glob("samples/*.png")) and not (output / "subjects.safetensors").exists()
+    assert Pipeline.load(output, output / "moa.safetensors").prompt is not None
 
 
 def test_a_noun_that_does_not_fit_into_the_prompt_is_not_a_subject(runs):

@@ -23,6 +23,9 @@ def export(checkpoint: Path, output: Path) -> None:
     state = read_checkpoint(checkpoint)
     if state["moa"] is None:
         raise ValueError(f"{checkpoint} is of the stage {state['run'].get('stage')}: only moa has a MoA file")
+    if any(name.startswith("image_encoder.") for name in state["average"]):
+        raise ValueError(f"{checkpoint} trains the image encoder too (image_layers), which a MoA file cannot "
+                         "hold: the run writes both at its end")
     if output.exists() and not output.is_file():
         raise ValueError(f"--output {output} is no file: give the name of one")
     if output.resolve() == checkpoint.resolve():
