@@ -58,9 +58,9 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
 
     device, dtype = pick(args, keep_memory=args.side == "kept")
     call = {"unet": unet, "picture": picture, "training": training}[args.jobs[0]](args, device, dtype)
-    call()
-    reset_peak(device)
     with torch.set_grad_enabled(args.jobs[0] == "training"):
+        call()
+        reset_peak(device)
         taken = [seconds(call, device) for _ in range(args.calls)]
     return {"seconds": statistics.median(taken), "gb": peak_memory(device)}
 
