@@ -762,11 +762,6 @@ def test_a_noun_that_does_not_fit_into_the_prompt_is_not_a_subject(runs):
     assert batch["present"].tolist() == [[True, False], [True, False], [False, False]]
 
 
-if __name__ == "__main__":
-    shrink(pytest.MonkeyPatch())
-    train.main()
-
-
 def test_a_worker_that_is_ended_ends():
     """Even where it is while it is being forked: Python drops exceptions there."""
     child = os.fork()
@@ -778,3 +773,8 @@ def test_a_worker_that_is_ended_ends():
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + signal.SIGTERM
     with pytest.raises(SystemExit):
         train.leave(signal.SIGTERM, None)
+
+
+if __name__ == "__main__":
+    shrink(pytest.MonkeyPatch())
+    train.main()
