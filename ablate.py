@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from math import nan
 from pathlib import Path
 
 from command import fail
@@ -345,8 +346,9 @@ def plot(points: dict[str, dict[str, list[float]]], path: Path) -> None:
               "prior_agreement": "agreement with the prior's layout (high is good)"}
     for axes, (column, label) in zip(panels, labels.items(), strict=True):
         for k, (name, means) in enumerate(points.items()):
-            axes.plot(means[column], means["identity"], "os^D"[k % 4], color=f"C{k % 10}", alpha=0.8,
-                      label=name)
+            # A swap that changes the people less than the rest has no place to speak of: not shown.
+            x = [nan if column == "locality" and value > 1 else value for value in means[column]]
+            axes.plot(x, means["identity"], "os^D"[k % 4], color=f"C{k % 10}", alpha=0.8, label=name)
         axes.set(xlabel=label)
         axes.grid(alpha=0.3)
     panels[0].set(ylabel="identity: attributes read right (high is good)")
