@@ -180,15 +180,15 @@ def average_gradients(parameters: Sequence[torch.nn.Parameter], flag: bool) -> b
     """
     if not dist.is_initialized():
         return flag
-    # None where nothing of this process's share reached a parameter.
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    for p in parameters:
+        if p.grad is None:  # nothing of this process's share reached it
+            p.grad = torch.zeros_like(p)
+    gradients = [p.grad for p in parameters]
     message = torch.cat([g.flatten() for g in gradients] + [gradients[0].new_tensor([float(flag)])])
     with together():
         dist.all_reduce(message)
     parts = (message[:-1] / world_size()).split([g.numel() for g in gradients])
     torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
-    for p, gradient in zip(parameters, gradients, strict=True):
-        p.grad = gradient
     return bool(message[-1] > 0)
 
 

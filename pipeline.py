@@ -172,8 +172,8 @@ class Pipeline:
         Padded to a square with black, as references are in training.
         """
         encoder, (height, width) = self.models.image_encoder, images.shape[-2:]
-        left, top = (max(height - width, 0)) // 2, (max(width - height, 0)) // 2
         side = max(height, width)
+        left, top = (side - width) // 2, (side - height) // 2
         images = F.pad(images, (left, side - width - left, top, side - height - top))
         return encoder(encoder.preprocess(images).to(self.device, self.dtype))
 

@@ -225,7 +225,7 @@ def read_moa(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
     """Config and tensors of a MoA file. Raises ValueError."""
     try:
         with safe_open(path, "pt") as file:
-            config = json.loads((file.metadata() or {}).get("moa", "null"))
+            config = config_in(file)
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  it has no iterator
     except (SafetensorError, OSError, RecursionError) as error:
         raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
@@ -234,11 +234,15 @@ def read_moa(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
     return config, state
 
 
+def config_in(file: safe_open):
+    """The MoA config in an open file's metadata; None where there is none."""
+    return json.loads((file.metadata() or {}).get("moa", "null"))
+
+
 def belongs_to_encoder(path: str | Path) -> bool:
     """Whether a MoA file was trained together with an image encoder, which it does not hold."""
     with safe_open(path, "pt") as file:
-        config = json.loads(file.metadata()["moa"])
-    settings = config.get("settings")
+        settings = config_in(file).get("settings")
     preset = settings.get("preset") if isinstance(settings, dict) else None
     return isinstance(preset, dict) and bool(preset.get("image_layers"))
 

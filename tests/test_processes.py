@@ -18,6 +18,9 @@ from tests.test_train import assert_same_run
 
 KILLS = 2
 STEPS = 6 + 3 * KILLS  # as kill.py takes them
+ENDED = "error: another process of this run has ended, its own message or torchrun's says why"
+
+
 def test_a_process_whose_share_did_not_reach_a_parameter(monkeypatch):
     """Adds zeros to the mean: nothing of its share had a subject for an image encoder that is trained."""
     used, unused = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(3))
@@ -27,9 +30,6 @@ def test_a_process_whose_share_did_not_reach_a_parameter(monkeypatch):
     monkeypatch.setattr(dist, "all_reduce", lambda message: message.add_(torch.tensor([1., 1, 4, 4, 4, 0])))
     assert distributed.average_gradients([used, unused], False) is False
     assert used.grad.tolist() == [1, 1] and unused.grad.tolist() == [2, 2, 2]
-
-
-ENDED = "error: another process of this run has ended, its own message or torchrun's says why"
 
 
 @pytest.fixture(scope="module")
