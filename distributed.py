@@ -19,6 +19,9 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+# Before there is a group: default arguments in there would hold it for good, `stop` could not end its
+# threads, and one of them that is late ends the process with SIGABRT while the interpreter goes.
+import torch.distributed.nn  # noqa: F401
 
 # Rank 0 writes a checkpoint and draws a sample sheet between two exchanges while the others wait.
 PATIENCE = timedelta(minutes=30)

@@ -32,6 +32,34 @@ def test_a_process_whose_share_did_not_reach_a_parameter(monkeypatch):
     assert used.grad.tolist() == [1, 1] and unused.grad.tolist() == [2, 2, 2]
 
 
+LEAVE = """
+import os, sys
+sys.path.insert(0, {root!r})
+import torch
+import distributed
+
+def threads():
+    return [open(f"/proc/self/task/{{thread}}/comm").read() for thread in os.listdir("/proc/self/task")]
+
+distributed.start(torch.device("cpu"))
+distributed.mean({{"loss": torch.zeros(())}})
+assert any("gloo" in thread for thread in threads()), threads()
+import torch.distributed.nn.functional  # as torch's compiler does, which the optimizers import
+distributed.stop()
+assert not any("gloo" in thread for thread in threads()), threads()
+"""
+
+
+def test_no_thread_outlives_the_exchange(tmp_path):
+    """One that is late while the interpreter goes ends the process with SIGABRT, after a good run."""
+    program = tmp_path / "leave.py"
+    program.write_text(LEAVE.format(root=str(kill.ROOT)))
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                           "--nproc-per-node", "2", str(program)],
+                          capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.fixture(scope="module")
 def stressed(tmp_path_factory) -> Path:
     """What kill.py leaves: base, world, the undisturbed run in whole/ and the other in killed/."""
