@@ -25,6 +25,7 @@ import command
 import evaluate
 from ablate import UNSEEN, has_unseen_pair
 from data import toyworld
+from data.toyworld.pen import Pen
 
 # Group -> (split of the people, pairs of activity and place that training never drew, pairs of UNSEEN).
 GROUPS = {"training's people, known scenes": ("train", False, False),
@@ -176,13 +177,13 @@ def covered(scene: toyworld.Scene) -> list[float]:
 def render_silhouettes(scene: toyworld.Scene, counts: Callable[[int], bool]) -> np.ndarray:
     """(P, S, S): the people's masks where only shapes whose label `counts` can cover anything."""
     from ablate import replaced
-    each = toyworld.Pen._each
+    each = Pen._each
 
     def surfaces(pen, color):
         found = each(pen, color)
         return found if counts(pen.label) else found[:1]
 
-    with replaced(toyworld.Pen, "_each", surfaces):
+    with replaced(Pen, "_each", surfaces):
         return toyworld.render_scene(scene)[1]
 
 

@@ -146,7 +146,8 @@ def render_cache(kind: str, count: int, split: str = "train", first: int = 0,
 
     The folder's name holds a checksum of the renderer, so that a changed world is drawn anew.
     """
-    version = zlib.crc32(Path(toyworld.__file__).read_bytes() + Path(__file__).read_bytes())
+    files = [*sorted(Path(toyworld.__file__).parent.glob("*.py")), Path(__file__)]
+    version = zlib.crc32(b"".join(file.read_bytes() for file in files))
     folder = CACHE_ROOT / f"{kind}-{split}-{first}-{count}-{version:08x}"
     make = _Render(kind, split)
     return write_cache(folder, make, range(first, first + count), workers)

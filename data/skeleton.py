@@ -11,7 +11,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from data import toyworld
-from data.toyworld import TRAITS, Identity, Outfit, Pen, Point, Pose, Scene
+from data.toyworld import TRAITS, Identity, Scene, activities
+from data.toyworld.pen import Pen, Point
+from data.toyworld.people import Outfit, Pose
 
 # OpenPose's 18 joints; left and right are the person's own.
 JOINTS = ("nose", "neck", "right shoulder", "right elbow", "right wrist", "left shoulder", "left elbow",
@@ -37,16 +39,16 @@ def scene_joints(scene: Scene) -> np.ndarray:
         found[pen.label] = person_joints(pen, person, pose)
 
     # All activities draw people through this name. The layout does not depend on the picture's size.
-    draw_person, toyworld.draw_person = toyworld.draw_person, watch
+    draw_person, activities.draw_person = activities.draw_person, watch
     try:
         toyworld.render_scene(scene, size=8)
     finally:
-        toyworld.draw_person = draw_person
+        activities.draw_person = draw_person
     return np.stack([found[label] for label in sorted(found)])
 
 
 def person_joints(pen: Pen, person: Identity, pose: Pose) -> np.ndarray:
-    """(18, 2) joints of one person, where `toyworld.draw_person` has them."""
+    """(18, 2) joints of one person, where `draw_person` has them."""
     traits = TRAITS[person.noun]
     half, apart, (hx, hy) = traits.shoulders * person.width, 5.5 * person.width, pose.hip
     sx, sy = hx + pose.lean, hy - 26

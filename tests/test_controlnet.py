@@ -13,6 +13,7 @@ from PIL import Image
 
 import sample
 from data import skeleton, toyworld
+from data.toyworld import activities
 from models.controlnet import ControlNet, ControlNetConfig, guess_ramp
 from models.load import carry_over, load_part, read_config, save_part
 from models.unet import UNet, UNetConfig
@@ -515,14 +516,14 @@ def test_right_is_on_the_viewer_s_left():
 
 def test_watching_leaves_the_renderer_as_it_was(monkeypatch):
     scene = toyworld.sample_scene(3, "train")
-    before, draw_person = toyworld.render_scene(scene)[0], toyworld.draw_person
+    before, draw_person = toyworld.render_scene(scene)[0], activities.draw_person
     skeleton.scene_joints(scene)
-    assert toyworld.draw_person is draw_person
+    assert activities.draw_person is draw_person
     assert (toyworld.render_scene(scene)[0] == before).all()
-    monkeypatch.setitem(toyworld.ACTIVITY_PAINTERS, scene.activity, lambda stage: 1 / 0)
+    monkeypatch.setitem(activities.ACTIVITY_PAINTERS, scene.activity, lambda stage: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         skeleton.scene_joints(scene)
-    assert toyworld.draw_person is draw_person
+    assert activities.draw_person is draw_person
 
 
 def test_skeletons_do_not_depend_on_the_size_that_is_watched(monkeypatch):

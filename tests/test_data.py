@@ -310,6 +310,14 @@ def test_a_written_folder_is_read_back(folder, tmp_path, monkeypatch):
     assert len(list(tmp_path.iterdir())) == 3
 
 
+@pytest.mark.parametrize("split", ["composed", "validation"])
+def test_people_are_of_no_other_split(split):
+    with pytest.raises(ValueError, match=f"'train' or 'test', not '{split}'"):
+        toyworld.sample_identity(np.random.default_rng(0), split)
+    with pytest.raises(ValueError, match=f"'train' or 'test', not '{split}'"):
+        toyworld.sample_scene(0, split)
+
+
 def test_a_folder_has_both_splits(folder):
     ids = {name: (folder / f"image_ids{name}.txt").read_text().split() for name in ("", "_train", "_test")}
     assert ids[""] == ids["_train"] + ids["_test"]
