@@ -24,8 +24,8 @@ Exit status: 0 all samples are good, 1 some are broken, 2 an error (one line on 
 """
 import argparse
 import json
-import os
 import re
+import secrets
 import shutil
 import sys
 import textwrap
@@ -121,7 +121,7 @@ def build(args: argparse.Namespace) -> tuple[list[str], list[str]]:
     if output.resolve().is_relative_to(folder.resolve()):
         raise DataError(f"{output} is inside of {folder}: give another --output")
     pictures, broken = find_pictures(folder)
-    temporary = output.absolute().with_name(f".{output.name}.{os.getpid()}")
+    temporary = output.absolute().with_name(f".{output.name}.{secrets.token_hex(6)}")
     temporary.mkdir(parents=True)
     try:
         nouns = None if args.without_people else (*NOUNS, *args.nouns)

@@ -7,6 +7,7 @@ whatever the samples came from.
 import json
 import math
 import os
+import secrets
 import shutil
 import zlib
 from collections.abc import Callable
@@ -169,7 +170,7 @@ def write_cache(folder: Path, make: Callable[[int], Sample], indices: range,
     """Make all samples in parallel and write them to `folder`, whole or not at all. Raises OSError."""
     folder = Path(folder)
     if not folder.exists():
-        temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+        temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(6)}")
         temporary.mkdir(parents=True)
         try:
             _fill(temporary, make, indices, workers)

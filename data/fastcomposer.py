@@ -16,8 +16,8 @@ All draws (noise, flips, augmentations, which other picture) are a function of (
 a folder gives the same samples wherever and in whatever order it is read.
 """
 import json
-import os
 import re
+import secrets
 import sys
 import warnings
 import zlib
@@ -332,7 +332,7 @@ def remembered(path: Path, function: Callable[[], dict]) -> dict:
     if not path.exists():
         result = function()
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
         temporary.write_text(json.dumps(result), encoding="utf-8")
         temporary.replace(path)
     return json.loads(path.read_text(encoding="utf-8"))

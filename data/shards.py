@@ -6,6 +6,7 @@ the rows were made from; a folder with another description is never touched.
 """
 import json
 import os
+import secrets
 import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -64,7 +65,7 @@ def build_shards(folder: Path, count: int, make: Callable[[range], dict[str, Ten
         for number in missing:
             for damaged in files_of(folder, number):
                 damaged.unlink()
-            path = folder / f".{number:06d}.{os.getpid()}"
+            path = folder / f".{number:06d}.{secrets.token_hex(6)}"
             try:
                 save_file({k: v.contiguous().cpu() for k, v in make(ranges[number]).items()}, path)
                 with open(path, "rb+") as file:
@@ -101,7 +102,7 @@ def checksum(path: Path) -> int:
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """A name to write to; `path` then appears whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
     try:
         yield temporary
         temporary.replace(path)

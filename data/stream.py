@@ -4,6 +4,7 @@ import os
 import signal
 import weakref
 from collections.abc import Iterator, Sequence
+from functools import partial
 from threading import Thread, Timer
 from typing import Protocol
 
@@ -57,12 +58,12 @@ class Reader(Dataset):
         return None, problems
 
 
-def start_reader(number: int) -> None:
+def start_reader(trainer: int, number: int) -> None:
     """A job that is stopped signals all its processes. The training one still wants to finish its step,
     so this one goes on for a moment; usually that one ends it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # It holds copies of the training process's connections, which close only when both have ended.
-    Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
+    Thread(target=end_with, args=(trainer,), daemon=True).start()
     end = Timer(10, os._exit, (0,))
     end.daemon = True
     signal.signal(signal.SIGTERM, lambda *_: end.start() if end.ident is None else None)
@@ -87,7 +88,8 @@ class Stream:
             self.close()
             self.batches = iter(DataLoader(
                 self.reader, batch_sampler=batches_from(self.schedule, place), num_workers=self.workers,
-                collate_fn=list, worker_init_fn=start_reader, prefetch_factor=2 if self.workers else None))
+                collate_fn=list, worker_init_fn=partial(start_reader, os.getpid()),
+                prefetch_factor=2 if self.workers else None))
         results = next(self.batches)
         self.next = self.schedule.after(place)
         self.broken += sum(len(problems) for _, problems in results)

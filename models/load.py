@@ -2,6 +2,7 @@
 import json
 import os
 import pickle
+import secrets
 import shutil
 import time
 import warnings
@@ -218,7 +219,7 @@ def write_whole(path: Path, write: Callable[[Path], object], size: int = 0) -> N
     size: in bytes, where it is known, for the message. Raises OSError.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
         write(temporary)
         with open(temporary, "rb+") as file:

@@ -97,7 +97,7 @@ def test_killed_in_the_middle(lines, world, place):
     """No picture is lost, half written or drawn twice."""
     file = lines(*(f"{LINES[0]} {k}" for k in range(40)))
     command = [sys.executable, str(ROOT / "sample.py"), "--weights", str(world), "--from-file", str(file),
-               "--output", "out", "--steps", "6"]
+               "--output", "out", "--steps", "30"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not list(place.glob("out/*.png")):
         assert process.poll() is None

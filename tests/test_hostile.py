@@ -24,7 +24,7 @@ from weights.checkpoints import Refusal
 from weights.parts import load_vae
 
 ROOT = Path(__file__).parents[1]
-SOURCES = [path for path in ROOT.rglob("*.py") if not {".cache", "runs", "tests"} & set(path.parts)]
+SOURCES = [path for path in sorted(ROOT.rglob("*.py")) if not {".cache", "runs", "tests"} & set(path.parts)]
 # Calls that run what they read, and arguments without which others do.
 NEVER = {"eval", "exec", "pickle.load", "pickle.loads", "yaml.load", "os.system", "os.popen", "shelve.open",
          "marshal.loads", "joblib.load", "__import__"}

@@ -33,19 +33,27 @@ def test_a_process_whose_share_did_not_reach_a_parameter(monkeypatch):
 
 
 LEAVE = """
-import os, sys
+import os, sys, time
+from contextlib import suppress
 sys.path.insert(0, {root!r})
 import torch
 import distributed
 
 def threads():
-    return [open(f"/proc/self/task/{{thread}}/comm").read() for thread in os.listdir("/proc/self/task")]
+    names = []
+    for thread in os.listdir("/proc/self/task"):
+        with suppress(OSError):  # it has ended meanwhile
+            names.append(open(f"/proc/self/task/{{thread}}/comm").read())
+    return names
 
 distributed.start(torch.device("cpu"))
 distributed.mean({{"loss": torch.zeros(())}})
 assert any("gloo" in thread for thread in threads()), threads()
 import torch.distributed.nn.functional  # as torch's compiler does, which the optimizers import
 distributed.stop()
+end = time.monotonic() + 10  # a thread that was waited for is listed for a moment
+while any("gloo" in thread for thread in threads()) and time.monotonic() < end:
+    time.sleep(0.01)
 assert not any("gloo" in thread for thread in threads()), threads()
 """
 
@@ -56,7 +64,7 @@ def test_no_thread_outlives_the_exchange(tmp_path):
     program.write_text(LEAVE.format(root=str(kill.ROOT)))
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
                            "--nproc-per-node", "2", str(program)],
-                          capture_output=True, text=True, timeout=120, check=False)
+                          capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
 
 
@@ -83,7 +91,7 @@ def test_killed_and_resumed_is_the_same_run(stressed):
 def wait_for_text(folder: Path, text: str, seconds: float) -> None:
     """Until the log holds a text."""
     end = time.monotonic() + seconds
-    while text not in (log := (folder / "log.txt").read_text()):
+    while text not in (log := (folder / "log.txt").read_text(errors="replace")):
         assert time.monotonic() < end, log[-3000:]
         time.sleep(0.05)
 
@@ -107,7 +115,7 @@ import pytest
 import distributed, stages, train
 from tests.test_train import shrink
 shrink(pytest.MonkeyPatch())
-distributed.PATIENCE = timedelta(seconds=5)
+distributed.PATIENCE = timedelta(seconds=20)
 
 def slow_folder(*arguments, **options):
     print("reading", flush=True)
@@ -127,19 +135,20 @@ def start(stressed, tmp_path):
     def start(name: str, slow: bool) -> subprocess.Popen:
         program = tmp_path / "driver.py"
         program.write_text(DRIVER.format(root=str(kill.ROOT), slow=slow))
-        started.append(kill.start(stressed, name, 200, program=program))
+        # A checkpoint's sheet may take longer than the others' patience, which is short here.
+        started.append(kill.start(stressed, name, 200, "--checkpoint-every", 1000, program=program))
         return started[0]
 
     yield start
     workers = kill.find_workers(started[0])
-    kill.kill([started[0].pid, *workers.values()])
+    kill.kill([*([started[0].pid] if started[0].poll() is None else []), *workers.values()])
     started[0].wait()
 
 
 def test_a_process_that_dies_while_data_are_read_ends_the_job(stressed, start):
     place = stressed / "reading"
     torchrun = start(place.name, slow=True)
-    wait_for_text(place, "reading", 100)
+    wait_for_text(place, "reading", 300)
     kill.wait_until(lambda: len(kill.find_workers(torchrun)) == 2, "two processes")
     time.sleep(1)
     kill.kill([kill.find_workers(torchrun)[1]])
@@ -153,7 +162,7 @@ def test_a_process_that_hangs_ends_the_job(stressed, start):
     kill.wait_until(lambda: kill.steps_logged(place / "run") >= 1, "the first step")
     stopped = kill.find_workers(torchrun)[1]
     os.kill(stopped, signal.SIGSTOP)
-    wait_for_text(place, "error: another process of this run did not answer for 0:00:05", 60)
+    wait_for_text(place, "error: another process of this run did not answer for 0:00:20", 120)
     os.kill(stopped, signal.SIGCONT)  # torchrun would wait for it for another 30 seconds
     assert torchrun.wait(60) != 0
 
