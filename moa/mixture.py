@@ -12,12 +12,12 @@ from moa.router import Router
 class ExpertContext(NamedTuple):
     """What the two experts of a cross-attention attend to (section 3.2.1).
 
-    `prior` (B, M, C) is the text alone; `personalized` (L, B, M, C) has the subjects' tokens, which
-    are different ones in each transformer block l and at each timestep (Eq. 8).
+    `prior` (B, M, C) is the text alone; `personalized` (L, B, M, C), or a tuple of its L parts, has the
+    subjects' tokens, which are different ones in each transformer block l and at each timestep (Eq. 8).
     """
 
     prior: Tensor
-    personalized: Tensor
+    personalized: Tensor | tuple[Tensor, ...]
 
 
 class MixtureOfAttention(nn.Module):

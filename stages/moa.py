@@ -103,7 +103,8 @@ class MoAStage(PriorStage):
         masks, positions, features = batch["masks"], batch["positions"], batch["features"]
         people = masks.sum(1).clamp(max=1)
         present = self.draw_shown(step, batch["present"] & ~null[:, None])
-        context = ExpertContext(text, self.prompt(text, features, positions, present, t))
+        # Layer by layer: the gradient of an index would be as large as the whole, once for each layer.
+        context = ExpertContext(text, self.prompt(text, features, positions, present, t).unbind())
         with record_routing(self.unet) as routing, record_subject_attention(
                 self.unet, positions, self.config.object_layers) as maps:
             eps_hat = self.unet(x, t, context).float()
