@@ -316,7 +316,8 @@ def table(output: Path) -> str:
             scores = {c: [result[c] for result in found if result[c]["n"]] for c in COLUMNS}
             lines.append(f"| `{name}`: {row.what} | {len(found)} | "
                          + " | ".join(map(cell, scores.values())) + " |")
-            points[name] = {c: [score["mean"] for score in scores[c]] for c in scores}
+            points[name] = {c: [result[c]["mean"] if result[c]["n"] else nan for result in found]
+                            for c in COLUMNS}
     if not points:
         fail(f"there is no result in {output}: run a row first")
     plot(points, output / "tradeoff.png")
@@ -333,7 +334,7 @@ def cell(scores: list[dict]) -> str:
 
 
 def plot(points: dict[str, dict[str, list[float]]], path: Path) -> None:
-    """Identity against what is kept of the prior's picture, a dot for each seed of each row."""
+    """Identity against what is kept of the prior's picture, a mark for each seed of each row."""""
     try:
         import matplotlib
     except ImportError:
@@ -348,7 +349,8 @@ def plot(points: dict[str, dict[str, list[float]]], path: Path) -> None:
         for k, (name, means) in enumerate(points.items()):
             # A swap that changes the people less than the rest has no place to speak of: not shown.
             x = [nan if column == "locality" and value > 1 else value for value in means[column]]
-            axes.plot(x, means["identity"], "os^D"[k % 4], color=f"C{k % 10}", alpha=0.8, label=name)
+            axes.plot(x, means["identity"], "os^Dv<>"[k % 7] + "-", linewidth=0.7, color=f"C{k % 10}",
+                      alpha=0.8, label=name)
         axes.set(xlabel=label)
         axes.grid(alpha=0.3)
     panels[0].set(ylabel="identity: attributes read right (high is good)")
