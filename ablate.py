@@ -102,7 +102,8 @@ def deeper_routers(hidden: int) -> Iterator[None]:
         add_moa(unet, hidden)
         for _, _, mixture in moa.install.moa_layers(unet):
             first, act, last = mixture.router.f
-            mixture.router.f = nn.Sequential(first, act, nn.Linear(hidden, hidden), nn.GELU(), last)
+            mixture.router.f = nn.Sequential(
+                first, act, nn.Linear(hidden, hidden).to(last.weight), nn.GELU(), last)
         return unet
 
     with replaced(moa.install, "add_moa", add), replaced(stages.moa, "add_moa", add):
@@ -286,7 +287,8 @@ def run_all(output: Path, jobs: int) -> None:
                    "--output", str(output)]
         with open(output / f"{name}-{seed}.log", "a") as log:
             failed = subprocess.run(command, stdout=log, stderr=log, env=environment, check=False).returncode
-        tqdm.write(f"{name}, seed {seed}: " + (f"failed, see {log.name}" if failed else "done"))
+        done = (place(output, name, seed) / "results.json").exists()  # else it was stopped
+        tqdm.write(f"{name}, seed {seed}: " + (f"failed, see {log.name}" if failed or not done else "done"))
 
     for again in (False, True):
         todo = [(name, seed) for seed in SEEDS for name, row in ROWS.items() if bool(row.trained_by) == again

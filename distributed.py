@@ -188,11 +188,12 @@ def average_gradients(parameters: Sequence[torch.nn.Parameter], flag: bool) -> b
             p.grad = torch.zeros_like(p)
     gradients = [p.grad for p in parameters]
     message = torch.cat([g.flatten() for g in gradients] + [gradients[0].new_tensor([float(flag)])])
-    with together():
+    with together():  # between GPUs an exchange fails where its result is asked for
         dist.all_reduce(message)
+        flag = bool(message[-1] > 0)
     parts = (message[:-1] / world_size()).split([g.numel() for g in gradients])
     torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
-    return bool(message[-1] > 0)
+    return flag
 
 
 def mean(values: dict[str, torch.Tensor]) -> dict[str, float | list[float]]:

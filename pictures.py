@@ -89,9 +89,10 @@ def to_images(pictures: Tensor, what: str = "the picture") -> list[Image.Image]:
     return [Image.fromarray(pixels) for pixels in to_uint8(pictures)]
 
 
-def to_picture(images: np.ndarray | Tensor) -> Tensor:
-    """(B, H, W, 3) uint8 -> (B, 3, H, W) in [-1, 1]."""
-    return rearrange(torch.as_tensor(np.array(images)), "b h w c -> b c h w").float() / 127.5 - 1
+def to_picture(images: np.ndarray | Tensor, device: torch.device | None = None) -> Tensor:
+    """(B, H, W, 3) uint8 -> (B, 3, H, W) in [-1, 1], on a device, which gets the bytes alone."""
+    pixels = torch.as_tensor(np.array(images)).to(device)
+    return rearrange(pixels, "b h w c -> b c h w").float() / 127.5 - 1
 
 
 def to_uint8(pictures: Tensor) -> np.ndarray:

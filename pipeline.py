@@ -24,12 +24,14 @@ PRIOR_ABOVE = 800  # MoA was trained below this timestep; from it on the prior d
 
 
 def pick_device(name: str) -> torch.device:
-    """A device by name; `auto` is CUDA where there is one, under `torchrun` this process's own.
+    """A device by name; `auto` is CUDA where there is one. `cuda` is under `torchrun` this process's own.
 
     Raises ValueError when it cannot be used.
     """
     if name == "auto":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     if not re.fullmatch(r"(cpu|mps|xpu|cuda(:\d+)?)", name):
         raise ValueError(f"--device {name!r} is unknown: give auto, cpu, cuda, cuda:1, ...")
     try:

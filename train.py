@@ -19,8 +19,8 @@ TensorBoard is installed tensorboard/, lock, which lets no second process write 
 those of --weights too, so each run's folder is the next one's --weights; of judge and lora only their
 own file.
 
-Exit status: 0 trained, or saved and stopped by SIGTERM as on a machine that is taken away; 2 an error
-(one line on stderr); 130 saved and stopped by SIGINT; 143 SIGTERM before the first step.
+Exit status, of a process without `torchrun`: 0 trained, or saved and stopped by SIGTERM as on a machine
+that is taken away; 2 an error (one line on stderr); 130 saved and stopped by SIGINT; 143 SIGTERM before the first step.
 """
 import argparse
 import json
@@ -114,6 +114,7 @@ def leave(number: int, frame) -> None:
 
 def main() -> None:
     args = parse_args()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     signal.signal(signal.SIGTERM, leave)
     import distributed
     from data.fastcomposer import read_ids
@@ -159,6 +160,8 @@ def main() -> None:
     finally:
         until_the_end.close()
         distributed.stop()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def prepare_output(args: argparse.Namespace) -> None:

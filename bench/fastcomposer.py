@@ -105,7 +105,7 @@ class FastComposerStage(Stage):
     def features(self, samples: list) -> Tensor:
         """(B, S, F) of all slots for people, whether somebody is in them or not."""
         slots, size = self.config.max_people, self.resolution
-        photos = to_picture(np.concatenate([sample.references for sample in samples])).to(self.device)
+        photos = to_picture(np.concatenate([sample.references for sample in samples]), self.device)
         photos = F.interpolate(photos, (size, size), mode="bilinear", antialias=True)
         return rearrange(self.module["image_encoder"](photos).image_embeds, "(b s) f -> b s f", s=slots)
 

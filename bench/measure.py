@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -57,6 +58,8 @@ def pick(args: argparse.Namespace, keep_memory: bool = True):
         reuse_memory()
     try:
         device = pick_device(args.device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # whose events `seconds` reads
     except ValueError as error:
         print("error:", error, file=sys.stderr)
         sys.exit(2)
@@ -169,15 +172,18 @@ def in_child(script: str, arguments: Sequence[str]) -> dict:
 
 def machine(device) -> dict[str, str | int]:
     """What the numbers depend on."""
-    from importlib.metadata import version
+    from importlib.metadata import PackageNotFoundError, version
 
     import torch
     processor = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
                       if line.startswith("model name")), "unknown")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor
+    versions = {}
+    for package in ("torch", "diffusers", "transformers"):
+        with suppress(PackageNotFoundError):
+            versions[package] = version(package)
     return {"device": name, "threads": torch.get_num_threads(), "clock": clock(device),
-            "cores": len(os.sched_getaffinity(0)),
-            **{package: version(package) for package in ("torch", "diffusers", "transformers")}}
+            "cores": len(os.sched_getaffinity(0)), **versions}
 
 
 def cell(value) -> str:

@@ -53,7 +53,9 @@ def run(args: argparse.Namespace) -> None:
     args.moa = args.judge = args.guidance_scale = args.prior_above = None
     args.output.mkdir(parents=True, exist_ok=True)
     evaluate.fill_in(args)
-    pipeline, judge, _ = evaluate.load(args)
+    pipeline, judge, files = evaluate.load(args)
+    # Part of the names of what is kept, so that other weights are drawn anew.
+    args.weights_are = "-".join(evaluate.checksum(files[part])[:8] for part in ("unet", "moa"))
     converged = draw(args, pipeline, judge, "unipc-3", CONVERGED)[1]
     rows = []
     for steps in sorted(args.steps):
@@ -72,7 +74,7 @@ def draw(args: argparse.Namespace, pipeline, judge, sampler: str, steps: int) ->
 
     import evaluate
     from samplers import SAMPLERS, SCHEDULES, sample_unipc
-    stem = args.output / f"{sampler}_{steps}_{args.count}"
+    stem = args.output / f"{sampler}_{steps}_{args.count}_{args.weights_are}"
     kept = stem.with_suffix(".json"), stem.with_suffix(".npy")
     if all(path.exists() for path in kept):
         return json.loads(kept[0].read_text(encoding="utf-8")), np.load(kept[1])

@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -217,6 +218,10 @@ def batch_indices(seed: int, step: int, batch_size: int, count: int) -> np.ndarr
     """
     start = step * batch_size
     positions = np.arange(start, start + batch_size)
-    epochs = {e: np.random.default_rng([seed, int(e)]).permutation(count)
-              for e in np.unique(positions // count)}
-    return np.array([epochs[p // count][p % count] for p in positions])
+    return np.array([permutation(seed, int(p // count), count)[p % count] for p in positions])
+
+
+@lru_cache(maxsize=4)
+def permutation(seed: int, epoch: int, count: int) -> np.ndarray:
+    """The order of the samples in an epoch."""
+    return np.random.default_rng([seed, epoch]).permutation(count)

@@ -9,6 +9,7 @@ from threading import Thread, Timer
 from typing import Protocol
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from data.dataset import Sample
@@ -89,7 +90,9 @@ class Stream:
             self.batches = iter(DataLoader(
                 self.reader, batch_sampler=batches_from(self.schedule, place), num_workers=self.workers,
                 collate_fn=list, worker_init_fn=partial(start_reader, os.getpid()),
-                prefetch_factor=2 if self.workers else None))
+                prefetch_factor=2 if self.workers else None,
+                # A thread then fetches what they have read, while this one keeps the GPU busy.
+                pin_memory=torch.cuda.is_available()))
         results = next(self.batches)
         self.next = self.schedule.after(place)
         self.broken += sum(len(problems) for _, problems in results)

@@ -69,4 +69,4 @@ def object_loss(maps: list[Tensor], masks: Tensor, present: Tensor) -> Tensor:
         inside, outside = subject_attention(attention, masks)
         balance = outside - inside
         total = total + ((balance.mean(1) * present).sum(1) / present.sum(1).clamp(min=1)).mean()
-    return total / len(maps)
+    return total / max(len(maps), 1)

@@ -53,7 +53,7 @@ class CLIPStage(Stage):
 
     def features(self, images: np.ndarray) -> Tensor:
         encoder = self.module["image_encoder"]
-        return encoder(encoder.preprocess(to_picture(images).to(self.device) / 2 + 0.5))
+        return encoder(encoder.preprocess(to_picture(images, self.device) / 2 + 0.5))
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         half = self.config.batch_size // 2

@@ -47,7 +47,7 @@ class Encoder:
     @torch.no_grad()
     def images(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
         """latents (B, 4, h, w), scaled; masks (B, S, h, w), the share of a cell that a subject covers."""
-        pictures = to_picture(np.stack([sample.image for sample in samples])).to(self.device)
+        pictures = to_picture(np.stack([sample.image for sample in samples]), self.device)
         latents = self.vae.encode(pictures).float()
         masks = torch.from_numpy(np.stack([sample.masks for sample in samples])).to(self.device)
         return {"latents": latents, "masks": F.adaptive_avg_pool2d(masks.float(), latents.shape[-2:])}
@@ -55,13 +55,14 @@ class Encoder:
     @torch.no_grad()
     def texts(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
         """text (B, M, C); positions (B, S) int64 of the subjects' nouns; present (B, S) bool, whether
-        there is one. A noun behind the last token that fits is not there."""
+        there is one. A noun behind the last token that fits is not there, nor one that has no embedding."""
         shape = (len(samples), len(samples[0].masks))
         positions, present = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.bool)
         for i, sample in enumerate(samples):
             for s, end in enumerate(sample.ends):
                 position = len(self.tokenize.encode(sample.caption[:end]))
-                if position < self.tokenize.length - 1:  # the last is the end of the text
+                known = not self.tokenize.unknown_words(sample.caption[:end].split()[-1])
+                if known and position < self.tokenize.length - 1:  # the last is the end of the text
                     positions[i, s], present[i, s] = position, True
         text = self.text_encoder(self.tokenize([sample.caption for sample in samples]).to(self.device))
         return {"text": text.float(), "positions": positions.to(self.device),
@@ -73,7 +74,7 @@ class Encoder:
         features = torch.zeros(len(samples), len(samples[0].masks), self.image_encoder.cfg.output_dim,
                                device=self.device)
         if people:
-            pictures = to_picture(np.stack([samples[i].references[s] for i, s in people])).to(self.device)
+            pictures = to_picture(np.stack([samples[i].references[s] for i, s in people]), self.device)
             found = self.image_encoder(self.image_encoder.preprocess(pictures / 2 + 0.5)).float()
             rows, columns = torch.tensor(people, device=self.device).unbind(1)
             features = features.index_put((rows, columns), found)

@@ -32,7 +32,7 @@ class JudgeStage(Stage):
         """Pictures (B, 3, S, S), masks (B, P, 32, 32) and labels."""
         masks = F.adaptive_avg_pool2d(torch.from_numpy(cache.masks(indices)).float(), 32)
         labels = {k: v[indices].to(self.device) for k, v in self.labels[id(cache)].items()}
-        return to_picture(cache.images[indices]).to(self.device), masks.to(self.device), labels
+        return to_picture(cache.images[indices], self.device), masks.to(self.device), labels
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         image, masks, labels = self.labelled(

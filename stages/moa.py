@@ -3,6 +3,7 @@ import re
 import sys
 from contextlib import suppress
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -139,13 +140,13 @@ class MoAStage(PriorStage):
             rng = np.random.default_rng(11)
             people = [toyworld.sample_identity(rng, "test", "woman") for _ in range(3)]
             return [("woman", toyworld.render_reference(person, i)) for i, person in enumerate(people)]
-        samples = self.first_samples(64)
+        samples = list(self.first_samples(64))
         with suppress(DataError):
             test = Folder(self.data, 64, self.size, "test")
             samples = [test.read(i) for i in range(len(test))] if test.people else samples
         found = [(re.findall(r"\w+", sample.caption[:sample.ends[0]])[-1], sample.references[0])
                  for sample in samples if sample.ends]
-        return found[:3]
+        return [pair for pair in found if not self.encode.tokenize.unknown_words(pair[0])][:3]
 
     @torch.no_grad()
     def health(self) -> dict[str, float | list[float]]:
@@ -242,11 +243,14 @@ class MoAStage(PriorStage):
     def subject_features(self) -> Tensor:
         """(N, F) of subjects of the first samples."""
         if self.shards is not None:
-            batches = [self.shards.rows(range(min(STATISTICS, len(self.shards))))]
-        else:
-            samples = self.first_samples(STATISTICS)
-            batches = [self.encode(samples[i:i + CHUNK]) for i in range(0, len(samples), CHUNK)]
-        return torch.cat([batch["features"][batch["present"]].float().cpu() for batch in batches])
+            rows = self.shards.rows(range(min(STATISTICS, len(self.shards))))
+            return rows["features"][rows["present"]].float()
+        samples, found = self.first_samples(STATISTICS), []
+        with torch.no_grad(), self.encode.precision():
+            while part := list(islice(samples, CHUNK)):  # not all pictures at once
+                present = self.encode.texts(part)["present"]
+                found.append(self.encode.references(part)[present].float().cpu())
+        return torch.cat(found)
 
 
 def feature_statistics(features: Tensor) -> dict[str, Tensor]:

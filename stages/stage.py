@@ -1,5 +1,6 @@
 """What all stages share."""
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -124,11 +125,13 @@ class Stage:
         """Pictures of the small world."""
         return render_cache(kind, count, split)
 
-    def first_samples(self, count: int) -> list[Sample]:
+    def first_samples(self, count: int) -> Iterator[Sample]:
         """The first samples there are, at most `count`."""
         reader = Reader(self.samples)
-        return [sample for sample, _ in map(reader.__getitem__, ((i, 0) for i in range(
-            min(count, len(self.samples))))) if sample is not None]
+        for index in range(min(count, len(self.samples))):
+            sample, _ = reader[index, 0]
+            if sample is not None:
+                yield sample
 
     def noise(self, shape: torch.Size, generator: torch.Generator) -> Tensor:
         """This process's share, of `shape`, of the noise of a step."""

@@ -23,7 +23,7 @@ class VAEStage(Stage):
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         vae, generator = self.module, step_generator(self.seed, step)
-        image = to_picture(np.stack([sample.image for sample in self.batch(step)])).to(self.device)
+        image = to_picture(np.stack([sample.image for sample in self.batch(step)]), self.device)
         image = image.contiguous(memory_format=torch.channels_last)
         mean, logvar = vae.posterior(image)
         z = mean + (0.5 * logvar).exp() * self.noise(mean.shape, generator)
@@ -38,7 +38,7 @@ class VAEStage(Stage):
     @torch.no_grad()
     def reconstruct(self, images: np.ndarray) -> np.ndarray:
         """(N, S, S, 3) uint8 -> its reconstruction."""
-        batches = [self.module.decode(self.module.encode(to_picture(batch).to(self.device)))
+        batches = [self.module.decode(self.module.encode(to_picture(batch, self.device)))
                    for batch in np.array_split(images, max(1, len(images) // 32))]
         return to_uint8(torch.cat(batches))
 
@@ -53,7 +53,7 @@ class VAEStage(Stage):
     def export(self, folder: Path) -> None:
         """Latents get mean 0 and spread 1 per channel, so that SD's scale factor fits them."""
         images = np.stack([sample.image for sample in self.first_samples(2048)])
-        means = torch.cat([self.module.posterior(to_picture(batch).to(self.device))[0]
+        means = torch.cat([self.module.posterior(to_picture(batch, self.device))[0]
                            for batch in np.array_split(images, max(1, len(images) // 32))])
         channels = rearrange(means, "b c h w -> c (b h w)")
         self.module.normalize_latents(channels.mean(1), channels.std(1))
