@@ -1,5 +1,6 @@
 """The command line that sample.py and the apps share: flags, checks, loading, drawing, settings."""
 import argparse
+import hashlib
 import importlib
 import json
 import os
@@ -11,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 
 import controls
@@ -127,7 +129,8 @@ def execute(run: Callable[[argparse.Namespace], None], args: argparse.Namespace)
     except (MemoryError, RuntimeError) as error:
         if "allocate" not in str(error):  # on a CPU, torch has no error class for it
             raise
-        fail("not enough memory: make --width and --height smaller, or take --dtype fp16")
+        fail("not enough memory: make --width and --height smaller, draw fewer pictures at once, or take "
+             "--dtype fp16")
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -173,6 +176,8 @@ def check(args: argparse.Namespace) -> None:
             raise ValueError(f"{flag} must be a multiple of 8, not {value}: {value // 8 * 8} or "
                              f"{value // 8 * 8 + 8}")
     controls.check(args)
+    if args.negative_prompt and args.guidance_scale == 1:
+        warnings.warn("--negative-prompt has no effect with --guidance-scale 1", stacklevel=2)
     if args.lora_scope and not args.lora:
         raise ValueError("--lora-scope means nothing without --lora")
     if "seeds" in args:
@@ -483,7 +488,8 @@ def draw_rows(args: argparse.Namespace, pipeline, castings: Sequence[Sequence | 
 
 
 def describe(args: argparse.Namespace, places: Sequence[Place], **more) -> dict:
-    """The settings that go into a picture's metadata: names of files, never where they lie."""
+    """The settings that go into a picture's metadata: names of files, never where they lie, and `files`,
+    which tells whether they hold the same."""
     kept = ("negative_prompt", "seed", "steps", "sampler", "guidance_scale", "clip_skip", "width", "height",
             "prior_above", "strength", "sparse", "dtype")
     return {**{name: getattr(args, name) for name in kept},
@@ -491,4 +497,29 @@ def describe(args: argparse.Namespace, places: Sequence[Place], **more) -> dict:
             "vae": Path(args.vae).resolve().name if args.vae else None,
             "loras": [str(lora) for lora in args.lora],
             "lora_scope": (args.lora_scope or "attn") if args.lora else None,
-            "subjects": [str(place) for place in places], "controls": controls.describe(args), **more}
+            "subjects": [str(place) for place in places], "controls": controls.describe(args),
+            "files": contents([*(args.weights / f"{part}.safetensors" for part in (
+                "unet", "vae", "text_encoder", "image_encoder")), args.moa, args.vae,
+                *(lora.file for lora in args.lora), *args.controlnet, *args.control_image,
+                *(file for place in places for file in place.files)]), **more}
+
+
+def contents(paths: Sequence[str | Path | None]) -> str:
+    """Twelve digits that change with what these files and folders hold, whatever their names."""
+    whole = hashlib.sha256()
+    for path in map(Path, filter(None, paths)):
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if file.is_file():
+                found = file.stat()
+                whole.update(ends(file, found.st_size, found.st_mtime_ns))
+    return whole.hexdigest()[:12]
+
+
+@cache
+def ends(file: Path, size: int, changed: int) -> bytes:
+    """A checksum of a file's size and of its first and last megabyte: weights have gigabytes, and others
+    differ there as they do everywhere."""
+    with open(file, "rb") as opened:
+        first = opened.read(1 << 20)
+        opened.seek(max(len(first), size - (1 << 20)))
+        return hashlib.sha256(b"%d " % size + first + opened.read()).digest()

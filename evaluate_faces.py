@@ -23,7 +23,7 @@ from pathlib import Path
 import command
 import sample
 from data.table3 import IMAGES, MULTI, SINGLE, SUBJECTS, TABLE3
-from subjects import PEOPLE
+from subjects import PEOPLE, bind_subjects
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -65,16 +65,14 @@ def run(args: argparse.Namespace) -> None:
     pipeline = sample.load(args, people=True)
     weights = claim(args)
     mine = sample.own_share(cases)
-    sample.draw_lines(args, pipeline, {
-        case.picture: sample.Line(case.picture.name, case.prompt, case.seed, [
-            f"{k}={person.photo}" for k, person in enumerate(case.people, 1)]) for case in mine})
+    sample.draw_lines(args, pipeline, {case.picture: to_line(case) for case in mine})
     del pipeline
     with torch.no_grad():
         score(mine, judges, references)
     if cases[0] in mine:  # this is the first process
         source = {"code": git_describe(), "torch": torch.__version__, "device": device_name(device),
                   "sha256": weights | judges.files}
-        write_results(args, cases, gather(cases, judges), source)
+        write_results(args, cases, gather(args, cases, judges), source)
 
 
 def check(args: argparse.Namespace) -> None:
@@ -176,6 +174,12 @@ def plan(args: argparse.Namespace, people: list[Person | None]) -> list[Case]:
     return cases
 
 
+def to_line(case: Case) -> sample.Line:
+    """What `sample.draw_lines` takes."""
+    return sample.Line(case.picture.name, case.prompt, case.seed, [
+        f"{k}={person.photo}" for k, person in enumerate(case.people, 1)])
+
+
 def read_references(judges, people: set[Person]) -> dict[Person, object]:
     """The embedding (E,) of the face in each person's photo. Raises ValueError naming a photo without."""
     from pictures import read_picture, to_images
@@ -251,11 +255,17 @@ def score(cases: list[Case], judges, references: dict) -> None:
                     "faces": 0 if faces is None else len(faces), "of": origin}, case.scores)
 
 
-def gather(cases: list[Case], judges) -> list[dict]:
+def gather(args: argparse.Namespace, cases: list[Case], judges) -> list[dict]:
     """The scores of all pictures; waits for those of the other processes, whose end would end this one."""
+    from pictures import read_settings
     scores = []
     for case in cases:
-        while not (found := read_score(case, fingerprint(case, judges))):
+        line = to_line(case)
+        places = [] if args.prior_only else bind_subjects(line.prompt, line.subject)
+        settings = {**sample.describe(args, line.prompt, places), "seed": line.seed}
+        # An older picture, and its score, may lie there until the process that it belongs to comes to it.
+        while (read_settings(case.picture) != settings
+               or not (found := read_score(case, fingerprint(case, judges)))):
             time.sleep(1)
         scores.append(found)
     return scores

@@ -20,6 +20,7 @@ from models.controlnet import ControlNet, add_residuals, guess_ramp
 from models.lora import LoRASetting, MergedLoRAs
 from samplers import NUM_TIMESTEPS, SAMPLERS, SCHEDULES, guided
 
+DECODED = 64 * 64  # latent pixels that are decoded at a time
 PRIOR_ABOVE = 800  # MoA was trained below this timestep; from it on the prior draws alone
 
 
@@ -128,7 +129,6 @@ class Pipeline:
              dtype: torch.dtype = torch.float32) -> "Pipeline":
         """Load a weights folder and, if given, a MoA file. Raises WeightsError and ValueError."""
         models = load_models(weights, device, dtype)
-        models.vae.float()  # real ones overflow in fp16 and draw black pictures
         if moa is None:
             return cls(models)
         prompt = load_moa(models.unet, moa)
@@ -340,7 +340,10 @@ class Pipeline:
         Infinite values become NaN, so that they cannot pass for black or white.
         """
         vae = self.models.vae
-        pictures = vae.decode(latents.to(vae.post_quant_conv.weight.dtype)).float().cpu()
+        latents = latents.to(vae.post_quant_conv.weight.dtype)
+        # In fp32 the VAE takes more memory than the UNet: one picture of 512 x 512 at a time.
+        size = max(1, DECODED // latents[0, 0].numel())
+        pictures = torch.cat([vae.decode(part).float().cpu() for part in latents.split(size)])
         return pictures.masked_fill(pictures.isinf(), float("nan")).clamp(-1, 1)
 
 
@@ -350,7 +353,7 @@ def slerp(a: Tensor, b: Tensor, amount: float) -> Tensor:
     straight line where there is no one arc, between vectors along one line.
     """
     weights = torch.tensor([1 - amount, amount], dtype=torch.float64)
-    cosine = torch.cosine_similarity(a.flatten().double().cpu(), b.flatten().double().cpu(), dim=0)
+    cosine = torch.cosine_similarity(a.flatten().cpu().double(), b.flatten().cpu().double(), dim=0)
     if cosine.abs() < 1 - 1e-9:
         angle = cosine.acos()
         weights = (weights * angle).sin() / angle.sin()

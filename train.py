@@ -20,7 +20,8 @@ those of --weights too, so each run's folder is the next one's --weights; of jud
 own file.
 
 Exit status, of a process without `torchrun`: 0 trained, or saved and stopped by SIGTERM as on a machine
-that is taken away; 2 an error (one line on stderr); 130 saved and stopped by SIGINT; 143 SIGTERM before the first step.
+that is taken away; 2 an error (one line on stderr); 130 saved and stopped by SIGINT; 143 SIGTERM before
+the first step.
 """
 import argparse
 import json

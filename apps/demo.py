@@ -70,6 +70,9 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(args: argparse.Namespace) -> None:
     command.check(args)
+    if (args.width or 0) * (args.height or 0) > command.BATCH_PIXELS // 2:
+        raise ValueError(f"--width and --height: the page draws two pictures at a time, of at most "
+                         f"{command.BATCH_PIXELS // 2} pixels each")
     if not 0 <= args.port <= 65535:
         raise ValueError(f"--port must be in 0..65535, not {args.port}")
     with tempfile.TemporaryDirectory(prefix="moa-demo-") as folder:
@@ -154,7 +157,8 @@ class Studio:
                 routing.clear()
                 seen = step < steps and step % max(1, round(steps / PREVIEWS)) == 0
                 show({"done": step / steps,
-                      **({"pictures": to_images(self.pipeline.decode(x0))} if seen else {})})
+                      **({"pictures": list(map(args.checker, to_images(self.pipeline.decode(x0))))}
+                         if seen else {})})
             pictures = list(command.draw(args, self.pipeline, [args.prompt] * 2, [args.seed] * 2,
                                          [None, people], watch))
         file = self.place(f"seed-{args.seed}")

@@ -107,7 +107,7 @@ class MergedLoRAs:
 
         Their changes are summed in float32 and added to the first weights, always in one order, so that
         the order of `settings` does not matter. Raises LoRAError, and leaves all as it was; warns where
-        the scope leaves out layers of the UNet.
+        the scope leaves out layers.
         """
         if scope not in SCOPES:
             raise LoRAError(f"the scope of a LoRA must be one of {', '.join(SCOPES)}, not {scope!r}")
@@ -118,10 +118,14 @@ class MergedLoRAs:
             if setting.scale and not any(strengths.values()):
                 raise LoRAError(f"{setting.file} has nothing for the UNet's attention, which is all that "
                                 "scope attn changes: use scope all")
-            left_out = sum(name.startswith("unet.") and not strength for name, strength in strengths.items())
-            if setting.scale and left_out:
-                warnings.warn(f"{setting.file}: {left_out} of its {len(strengths)} layers are not the UNet's "
-                              "attention, scope attn leaves them out; scope all takes them", stacklevel=3)
+            left_out = [name for name, strength in strengths.items() if not strength]
+            text = sum(name.startswith("text_encoder.") for name in left_out)
+            asked = setting.text_scale == 0 and text == len(left_out)
+            if setting.scale and left_out and not asked:
+                also = f", a TEXT_SCALE the {text} of the text encoder" if text else ""
+                warnings.warn(f"{setting.file}: {len(left_out)} of its {len(strengths)} layers are not the "
+                              f"UNet's attention, scope attn leaves them out; scope all takes them{also}",
+                              stacklevel=3)
             for name, strength in strengths.items():
                 if strength:
                     changes.setdefault(name, []).append((strength, lora.layers[name]))

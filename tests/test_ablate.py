@@ -78,6 +78,12 @@ def test_where_the_personalized_expert_acts(built, name, fixed):
         assert len(trained) == (32 - len(fixed)) * 2 * layers  # weights and biases
 
 
+def test_deeper_routers_are_of_their_layers_type():
+    with ablate.deeper_routers(8):
+        unet = moa.install.add_moa(small_models()["unet"].bfloat16())
+    assert {p.dtype for *_, layer in moa_layers(unet) for p in layer.router.parameters()} == {torch.bfloat16}
+
+
 def test_widths_of_routers(built):
     for width in (16, 64):
         for unet in built(f"router-{width}"):

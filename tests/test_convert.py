@@ -360,7 +360,8 @@ def test_replacement_vae(tmp_path, out, states, expected, kind):
     source, vae = tmp_path / "model.safetensors", tmp_path / "vae.safetensors"
     state, broken = states["vae"], {k: v + 1 for k, v in states["vae"].items()}
     save_file(own(ldm({**states, "vae": broken})), source)
-    leftovers = {"loss.logvar": torch.zeros(1), "loss.perceptual_loss.lin0.model.1.weight": torch.ones(1)}
+    leftovers = {"loss.logvar": torch.zeros(1), "loss.perceptual_loss.lin0.model.1.weight": torch.ones(1),
+                 "model_ema.decay": torch.tensor(0.999), "model_ema.num_updates": torch.tensor(10)}
     layouts = {"bare": ldm_vae(state, 3) | leftovers, "prefixed": under("first_stage_model.", ldm_vae(state)),
                "full": ldm(states), "diffusers": state, "pt": {"state_dict": ldm_vae(state) | leftovers}}
     if kind == "pt":

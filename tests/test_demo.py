@@ -54,6 +54,23 @@ def test_pictures_are_those_of_the_pipeline(studio, photos, world):
     assert not list(Path(shown[-1]["file"]).parent.glob("*.tmp"))
 
 
+def test_previews_are_given_to_the_checker(studio, photos, monkeypatch):
+    def never(image):
+        raise ValueError("not this one")
+
+    monkeypatch.setattr(studio.args, "checker", never)
+    shown = studio.live(studio.draw, photos, *VALUES)
+    assert "pictures" not in next(shown)
+    with pytest.raises(ValueError, match="not this one"):
+        next(shown)
+
+
+def test_two_pictures_have_to_fit_into_a_batch(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        demo.main(["--width", "1024", "--height", "1032"])
+    assert "the page draws two pictures at a time" in capsys.readouterr().err
+
+
 def test_swap_and_morph_start_and_end_with_the_pictures(studio, photos):
     prior, mixed = map(np.array, drawn(studio, studio.draw, photos)["pictures"])
     strip = drawn(studio, studio.swap, photos)["strip"]

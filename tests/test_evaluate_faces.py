@@ -309,6 +309,35 @@ def test_two_people_and_two_processes(evaluate, monkeypatch):
     assert {tuple(one["people"]) for one in results["pictures"].values()} == {("ada", "bob")}
 
 
+def test_waits_for_pictures_of_the_same_settings(evaluate, monkeypatch):
+    """Another process, which has not come to its pictures yet, has older ones there, with scores."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        evaluate()
+    waited = []
+
+    def sleep(seconds):
+        waited.append(seconds)
+        raise RuntimeError("waited")
+
+    monkeypatch.setattr(evaluate_faces.time, "sleep", sleep)
+    with pytest.raises(RuntimeError, match="waited"):
+        evaluate("--guidance-scale", "2")
+    monkeypatch.setenv("RANK", "1")
+    evaluate("--guidance-scale", "2")
+    monkeypatch.setenv("RANK", "0")
+    assert evaluate("--guidance-scale", "2")[1]["settings"]["guidance_scale"] == 2 and len(waited) == 1
+
+
+def test_another_photo_of_the_same_name(evaluate, subjects):
+    evaluate()
+    photo = subjects / "bob" / "1.png"
+    Image.open(photo).transpose(Image.Transpose.ROTATE_180).save(photo)
+    out, _, looked = evaluate()
+    assert "4 drawn, 4 were there" in out and looked == 4
+
+
 def refused(run, capsys) -> str:
     with pytest.raises(SystemExit) as stopped:
         run()

@@ -1,6 +1,7 @@
 """sample.py --from-file: a picture for each line, resumable, shared by processes."""
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,8 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import sample
+from command import contents
 from pictures import read_settings
 
 ROOT = Path(sample.__file__).parent
@@ -91,6 +94,42 @@ def test_what_a_killed_process_left_is_removed(draw, lines, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     draw(file)
     assert set(out.glob(".*")) == {old[0], *old[2:], new}
+
+
+def test_files_of_the_same_name_are_told_apart(draw, lines, world, place):
+    for folder, photo in (("a", "ada.png"), ("b", "bob.png")):
+        (place / folder).mkdir()
+        (place / photo).rename(place / folder / "0.png")
+    texts = [json.dumps({"prompt": "a woman", "subjects": [f"{folder}/0.png"]}) for folder in "ab"]
+    draw(lines(texts[0]))
+    first = pixels("out/00000.png")
+    assert draw(lines(texts[0]))[-1] == "0 drawn, 1 were there"
+    assert draw(lines(texts[1]))[-1] == "1 drawn, 0 were there"  # another person
+    assert (pixels("out/00000.png") != first).any()
+    other = place / "other"
+    shutil.copytree(world, other / world.name)
+    state = load_file(world / "vae.safetensors")
+    save_file({k: v * 0.9 for k, v in state.items()}, other / world.name / "vae.safetensors")
+    assert draw(lines(texts[1]))[-1] == "0 drawn, 1 were there"
+    assert draw(lines(texts[1]), "--weights", other / world.name)[-1] == "1 drawn, 0 were there"
+
+
+def test_what_files_hold(tmp_path):
+    def write(name: str, content: bytes) -> Path:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+        return tmp_path / name
+
+    big = bytes(3 << 20)
+    files = [write("a/x", b"1"), write("b/x", b"1"), write("c/x", b"2"), write("d/x", b""), write("e/x", big),
+             write("f/x", big[:-1] + b"1"), write("g/x", big + b"1"), write("h/x", b"1" + big[1:])]
+    digits = [contents([file]) for file in files]
+    assert digits[0] == digits[1] and len(set(digits)) == len(files) - 1
+    both = contents([files[0], None, files[2]])
+    assert both == contents([str(files[1]), files[2]]) != contents([files[2], files[1]])
+    assert contents([tmp_path / "a"]) == digits[0] and contents([tmp_path / "none"]) == contents([])
+    write("a/x", b"3")
+    assert contents([files[0]]) not in digits
 
 
 def test_killed_in_the_middle(lines, world, place):

@@ -60,6 +60,10 @@ def test_processes_exchange_nothing_that_is_not_on_the_device(monkeypatch):
     assert devices == ["meta"]
 
 
+def test_object_loss_of_no_layers_is_nothing():
+    assert object_loss([], torch.ones(2, 1, 4, 4), torch.ones(2, 1, dtype=torch.bool)) == 0
+
+
 def shrunk(maps: torch.Tensor, size: int) -> np.ndarray:
     """(B, S, h, w) masks on a layer's grid, (B, S, size * size)."""
     small = F.interpolate(maps, (size, size), mode="bilinear", antialias=True)

@@ -1,6 +1,7 @@
 """LoRA: every layout against plain formulas, diffusers and PEFT; merging; scopes; what is refused."""
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from itertools import permutations
 from pathlib import Path
@@ -435,16 +436,30 @@ def test_a_file_that_cannot_be_used_leaves_all_as_it_was(pipeline, three, tmp_pa
 def test_scope_attn_changes_the_priors_attention_only(pipeline, three):
     pipeline = with_moa(pipeline)
     before = weights(pipeline)
-    with pytest.warns(UserWarning, match="64 of its 204 layers are not the UNet's attention"):
+    with pytest.warns(UserWarning, match="76 of its 204 layers are not the UNet's .*, a TEXT_SCALE the 12"):
         pipeline.set_loras(three[:1])
     changed = differing(before, weights(pipeline))
     assert len(changed) == 32 * 4
     assert all(".prior.to_" in name for name in changed)
-    pipeline.set_loras([three[0]._replace(text_scale=0.5)])
+    with pytest.warns(UserWarning, match="64 of its 204 layers are not the UNet's .* takes them$"):
+        pipeline.set_loras([three[0]._replace(text_scale=0.5)])
     more = differing(before, weights(pipeline))
     assert changed < more
     assert all(name.startswith("1.text_model.") for name in more - changed)
     assert len(more - changed) == 2 * 6
+
+
+def test_scope_attn_says_so_where_it_leaves_out_nothing_but_text(pipeline, layers, tmp_path):
+    low = make_lora(layers, choose=lambda name: ".to_" in name or name.startswith("text_encoder."))
+    save_file(kohya(low), tmp_path / "x.safetensors")
+    setting = LoRASetting(tmp_path / "x.safetensors")
+    with pytest.warns(UserWarning, match="12 of its 140 layers are .*, a TEXT_SCALE the 12 of"):
+        pipeline.set_loras([setting])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipeline.set_loras([setting._replace(text_scale=0.0)])  # asked for
+        pipeline.set_loras([setting._replace(text_scale=0.5)])
+        pipeline.set_loras([setting], "all")
 
 
 def test_scope_all_changes_what_the_experts_share_too_but_no_personalized_expert(pipeline, three):

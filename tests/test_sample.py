@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import command
+import pipeline
 import sample
 from moa import MultimodalPrompt, PromptConfig, add_moa, save_moa
 from models.load import read_config, save_part, write_json
@@ -75,7 +77,7 @@ def settings(path) -> dict:
 # What it draws
 
 
-def test_one_picture(draw, place):
+def test_one_picture(draw, world):
     out, err = draw("--subject", "ada.png", "--output", "new/folder/x.png")
     assert out == ["seed 5", "new/folder/x.png"] and err == []
     assert pixels("new/folder/x.png").shape == (64, 64, 3)
@@ -87,7 +89,9 @@ def test_one_picture(draw, place):
         "prompt": PROMPT, "negative_prompt": "", "steps": 3, "sampler": "unipc", "guidance_scale": 3.0,
         "clip_skip": 1, "vae": None, "width": 64, "height": 64, "prior_only": False, "dtype": "fp32",
         "prior_above": 800, "strength": 1.0, "sparse": 0.0, "controls": [], "loras": [], "lora_scope": None,
-        "weights": "tiny", "moa": "moa.safetensors", "subjects": ["woman=ada.png"], "seed": 5}
+        "weights": "tiny", "moa": "moa.safetensors", "subjects": ["woman=ada.png"], "seed": 5,
+        "files": command.contents([*(world / f"{part}.safetensors" for part in (
+            "unet", "vae", "text_encoder", "image_encoder", "moa")), "ada.png"])}
 
 
 def test_image_k_of_many_is_seed_plus_k_alone(draw, monkeypatch):
@@ -548,6 +552,36 @@ def test_nan_is_an_error_and_no_picture(refuse, other_world, part, value, cause)
     name = {"unet": "conv_out.bias", "vae": "decoder.conv_out.bias"}.get(part, sorted(state)[-1])
     save_file({**state, name: torch.full_like(state[name], value)}, file)
     assert f"{cause} came out as NaN" in refuse("--subject", "ada.png", weights=other_world)
+
+
+def test_the_vae_stays_in_float32(world):
+    state, vae = load_file(world / "vae.safetensors"), Pipeline.load(world, dtype=torch.bfloat16).models.vae
+    assert all(torch.equal(value, state[name]) for name, value in vae.state_dict().items())
+
+
+def test_pictures_are_decoded_a_few_at_a_time(world, monkeypatch):
+    drawing, latents = Pipeline.load(world), torch.randn(5, 4, 8, 8)
+    whole, seen, decode = drawing.decode(latents), [], drawing.models.vae.decode
+    monkeypatch.setattr(pipeline, "DECODED", 2 * 64)
+    monkeypatch.setattr(drawing.models.vae, "decode", lambda z: seen.append(len(z)) or decode(z))
+    assert torch.allclose(drawing.decode(latents), whole, atol=1e-5) and seen == [2, 2, 1]
+    monkeypatch.setattr(pipeline, "DECODED", 1)
+    assert torch.allclose(drawing.decode(latents), whole, atol=1e-5) and seen[3:] == [1] * 5
+
+
+def test_each_process_has_its_gpu(monkeypatch):
+    monkeypatch.setattr(torch, "zeros", lambda *_, device: SimpleNamespace(device=torch.device(device)))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for rank, index in ((None, 0), ("3", 3)):
+        if rank:
+            monkeypatch.setenv("LOCAL_RANK", rank)
+        assert pipeline.pick_device("auto") == pipeline.pick_device("cuda") == torch.device("cuda", index)
+        assert pipeline.pick_device("cuda:1") == torch.device("cuda:1")
+
+
+def test_a_negative_prompt_without_guidance(draw):
+    flags = "--prior-only", "--negative-prompt", "red", "--guidance-scale", "1"
+    assert "warning: --negative-prompt has no effect with --guidance-scale 1" in draw(*flags)[1]
 
 
 def test_a_safety_checker_is_given_every_picture(draw, refuse, place, monkeypatch):

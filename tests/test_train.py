@@ -762,6 +762,24 @@ def test_a_noun_that_does_not_fit_into_the_prompt_is_not_a_subject(runs):
     assert batch["present"].tolist() == [[True, False], [True, False], [False, False]]
 
 
+def test_a_noun_without_embedding_is_not_a_subject(runs):
+    stage = make_stage("moa", runs, steps=1)
+    sample = stage.samples.read(0)
+    captions = ["a woman running", "an astronaut running"]
+    samples = [replace(sample, caption=c, ends=[c.index(" run")]) for c in captions]
+    assert stage.encode(samples)["present"].tolist() == [[True, False], [False, False]]
+    stage.data, stage.first_samples = Path("none"), lambda count: iter(samples)
+    assert [noun for noun, _ in stage.sheet_subjects()] == ["woman"]
+
+
+def test_what_signals_do_is_as_before_afterwards(tmp_path, monkeypatch):
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    monkeypatch.setattr(sys, "argv", ["train.py", "moa", "--output", str(tmp_path / "run")])
+    with pytest.raises(SystemExit, match="2"):
+        train.main()
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
 def test_a_worker_that_is_ended_ends():
     """Even where it is while it is being forked: Python drops exceptions there."""
     child = os.fork()

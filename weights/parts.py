@@ -158,8 +158,10 @@ def refuse_foreign(state: State, path: Path, foreign: dict[str, str], wanted: st
 
 LDM = {"model.diffusion_model.": "unet", "first_stage_model.": "vae",
        "cond_stage_model.transformer.": "text_encoder"}
-# Inside a part, but not of it: position_ids, which merges break, leftovers of training, CLIP's other half.
-DROPPED = re.compile(r"(.*\.)?position_ids|loss\..*|logit_(scale|bias)|text_projection(\.weight)?")
+# Inside a part, but not of it: position_ids, which merges break, leftovers of training, as the counters that
+# stand-alone VAEs have, CLIP's other half.
+DROPPED = re.compile(r"(.*\.)?position_ids|loss\..*|model_ema\..*|logit_(scale|bias)|"
+                     r"text_projection(\.weight)?")
 
 
 def split(state: State, path: Path, settings: dict, ema: str, notes: Notes) -> dict[str, Part]:
