@@ -336,7 +336,7 @@ def cell(scores: list[dict]) -> str:
 
 
 def plot(points: dict[str, dict[str, list[float]]], path: Path) -> None:
-    """Identity against what is kept of the prior's picture, a mark for each seed of each row."""""
+    """Identity against what is kept of the prior's picture, a mark for each seed of each row."""
     try:
         import matplotlib
     except ImportError:

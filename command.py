@@ -176,8 +176,6 @@ def check(args: argparse.Namespace) -> None:
             raise ValueError(f"{flag} must be a multiple of 8, not {value}: {value // 8 * 8} or "
                              f"{value // 8 * 8 + 8}")
     controls.check(args)
-    if args.negative_prompt and args.guidance_scale == 1:
-        warnings.warn("--negative-prompt has no effect with --guidance-scale 1", stacklevel=2)
     if args.lora_scope and not args.lora:
         raise ValueError("--lora-scope means nothing without --lora")
     if "seeds" in args:
@@ -339,6 +337,8 @@ def load_pipeline(args: argparse.Namespace, moa: bool | None = True, people: boo
         replace_vae(pipeline, args.vae)
     pipeline.set_loras(args.lora, args.lora_scope or "attn")
     fill_in(args, pipeline.models.config)
+    if args.negative_prompt and args.guidance_scale == 1:
+        warnings.warn("--negative-prompt has no effect with --guidance-scale 1", stacklevel=2)
     args.controls = controls.load_controls(args, hints, pipeline)
     return pipeline
 

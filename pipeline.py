@@ -17,6 +17,7 @@ from moa import (ExpertContext, MultimodalPrompt, base_modules, belongs_to_encod
                  scale_personalized, sparse_routing)
 from models import Models, load_models
 from models.controlnet import ControlNet, add_residuals, guess_ramp
+from models.load import load_part
 from models.lora import LoRASetting, MergedLoRAs
 from samplers import NUM_TIMESTEPS, SAMPLERS, SCHEDULES, guided
 
@@ -129,6 +130,8 @@ class Pipeline:
              dtype: torch.dtype = torch.float32) -> "Pipeline":
         """Load a weights folder and, if given, a MoA file. Raises WeightsError and ValueError."""
         models = load_models(weights, device, dtype)
+        if dtype != torch.float32:  # as it was stored: real ones overflow in fp16 and draw black pictures
+            models.vae = load_part(weights, "vae", device)
         if moa is None:
             return cls(models)
         prompt = load_moa(models.unet, moa)

@@ -58,14 +58,10 @@ class Models:
 
 
 def load_models(folder: str | Path, device="cpu", dtype: torch.dtype = torch.float32) -> Models:
-    """Load a weights folder, strictly, for inference. Raises WeightsError.
-
-    The VAE stays in float32: real ones overflow in fp16 and draw black pictures.
-    """
+    """Load a weights folder, strictly, for inference. Raises WeightsError."""
     folder = Path(folder)
     config = read_config(folder)
-    modules = {part: load_part(folder, part, device, torch.float32 if part == "vae" else dtype)
-               for part in ("unet", "vae", "text_encoder")}
+    modules = {part: load_part(folder, part, device, dtype) for part in ("unet", "vae", "text_encoder")}
     has_images = (folder / "image_encoder.safetensors").exists()
     image_encoder = load_part(folder, "image_encoder", device, dtype) if has_images else None
     tokenize = Tokenizer(modules["text_encoder"].cfg)

@@ -136,6 +136,7 @@ def test_swap_shows_the_pictures_of_sample(app, drawn):
     assert (tile(sheet, 0, 0) == 255).all() and tile(sheet, 1, 0).std() > 1
     found, alone = settings("new/x.png"), settings("sampled.png")
     assert found.pop("castings") == [["woman=ada.png"], ["woman=bob.png"]] and found.pop("seeds") == [3, 8]
+    assert found.pop("files") != alone.pop("files")  # of all photos
     assert found == {**{k: v for k, v in alone.items() if k != "prior_only"}, "seed": 3,
                      "subjects": ["woman=ada.png", "woman=bob.png"]}
     assert os.listdir("new") == ["x.png"]
