@@ -261,8 +261,8 @@ def gather(args: argparse.Namespace, cases: list[Case], judges) -> list[dict]:
     scores = []
     for case in cases:
         line = to_line(case)
-        places = [] if args.prior_only else bind_subjects(line.prompt, line.subject)
-        settings = {**sample.describe(args, line.prompt, places), "seed": line.seed}
+        line.places = [] if args.prior_only else bind_subjects(line.prompt, line.subject)
+        settings = sample.line_settings(args, line)
         # An older picture, and its score, may lie there until the process that it belongs to comes to it.
         while (read_settings(case.picture) != settings
                or not (found := read_score(case, fingerprint(case, judges)))):

@@ -186,8 +186,7 @@ def draw_lines(args: argparse.Namespace, pipeline, lines: dict[Path, Line]) -> N
     from pictures import read_settings
     for folder in {file.parent for file in lines}:
         remove_leftovers(folder, lines)  # of its own share: other processes may be writing theirs
-    settings = {file: {**describe(args, line.prompt, line.places), "seed": line.seed}
-                for file, line in lines.items()}
+    settings = {file: line_settings(args, line) for file, line in lines.items()}
     todo = [file for file in lines if read_settings(file) != settings[file]]
     images = command.draw(args, pipeline, [lines[file].prompt for file in todo],
                           [lines[file].seed for file in todo], [lines[file].people for file in todo],
@@ -195,6 +194,11 @@ def draw_lines(args: argparse.Namespace, pipeline, lines: dict[Path, Line]) -> N
     for file, image in zip(todo, images, strict=True):
         command.save(image, file, settings[file])
     print(f"{len(todo)} drawn, {len(lines) - len(todo)} were there", flush=True)
+
+
+def line_settings(args: argparse.Namespace, line: Line) -> dict:
+    """What the metadata of a line's picture say, once its people have their places."""
+    return {**describe(args, line.prompt, line.places), "seed": line.seed}
 
 
 def read_lines(file: Path, seed: int) -> list[Line]:
