@@ -16,13 +16,14 @@ CHUNK = 4  # jobs whose results a process sends at a time
 
 
 def in_processes(function: Callable, jobs: Sequence, title: str, unit: str = "sample",
-                 workers: int | None = None) -> Iterator:
-    """`function` of every job, in order, on all cores or by so many `workers`. Only some results wait at any
-    time. Raises what `function` raises, and ChildProcessError, an OSError, when one of the processes was
-    killed."""
+                 workers: int | None = None, shown: bool = True) -> Iterator:
+    """`function` of every job, in order, on all cores or by so many `workers`; how far it is may be `shown`.
+    Only some results wait at any time. Raises what `function` raises, and ChildProcessError, an OSError,
+    when one of the processes was killed."""
     chunks = [jobs[start:start + CHUNK] for start in range(0, len(jobs), CHUNK)]
     workers = min(workers or len(os.sched_getaffinity(0)), len(chunks))
-    with tqdm(total=len(jobs), desc=title, unit=unit, leave=False) as progress, ExitStack() as started:
+    with (tqdm(total=len(jobs), desc=title, unit=unit, leave=False, disable=not shown) as progress,
+          ExitStack() as started):
         pipes = [started.enter_context(worker(function, chunks[first::workers])) for first in range(workers)]
         for number in range(len(chunks)):
             try:

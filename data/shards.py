@@ -53,9 +53,10 @@ def describe(folder: Path, description: dict) -> None:
                          "give another folder, or remove this one")
 
 
-def build_shards(folder: Path, count: int, make: Callable[[range], dict[str, Tensor]],
+def build_shards(folder: Path, count: int, make: Callable[[range], Iterable[dict[str, Tensor]]],
                  numbers: Iterable[int]) -> None:
-    """Make those of the shards `numbers` that are missing or damaged; `make` gives the rows of a range."""
+    """Make those of the shards `numbers` that are missing or damaged; `make` gives the rows of a range,
+    some at a time."""
     ranges = shards_of(count)
     wanted = [number for number in numbers if number < len(ranges)]
     checked = tqdm(wanted, "checking the cache", unit="file", leave=False)
@@ -65,9 +66,14 @@ def build_shards(folder: Path, count: int, make: Callable[[range], dict[str, Ten
         for number in missing:
             for damaged in files_of(folder, number):
                 damaged.unlink()
+            parts = []
+            for part in make(ranges[number]):
+                parts.append({name: rows.cpu() for name, rows in part.items()})
+                progress.update(len(next(iter(part.values()))))
             path = folder / f".{number:06d}.{secrets.token_hex(6)}"
             try:
-                save_file({k: v.contiguous().cpu() for k, v in make(ranges[number]).items()}, path)
+                joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+                save_file({name: rows.contiguous() for name, rows in joined.items()}, path)
                 with open(path, "rb+") as file:
                     os.fsync(file.fileno())
                 path.rename(folder / f"{number:06d}-{checksum(path):08x}.safetensors")
@@ -77,7 +83,6 @@ def build_shards(folder: Path, count: int, make: Callable[[range], dict[str, Ten
                                  f"{free:.1f} MB are free there; the others stay") from error
             finally:
                 path.unlink(missing_ok=True)
-            progress.update(len(ranges[number]))
 
 
 def intact(folder: Path, number: int) -> bool:

@@ -123,6 +123,7 @@ def close_streams() -> None:
         stream.close()
 
 
-def worker_count(processes: int) -> int:
-    """How many readers suit a machine on which `processes` train."""
+def worker_count() -> int:
+    """How many readers suit this process and those that train beside it on this machine."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return min(8, max(1, len(os.sched_getaffinity(0)) // processes - 1))

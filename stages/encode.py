@@ -1,6 +1,8 @@
 """What a training step needs of its samples: computed on the spot, or once and kept on disk."""
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from zlib import crc32
 
@@ -11,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.dataset import Sample
+from data.processes import in_processes
 from data.shards import Shards, build_shards, describe, shards_of
-from data.stream import Samples
+from data.stream import Samples, worker_count
 from distributed import rank, wait, world_size
 from models.clip_image import CLIPImageEncoder
 from models.clip_text import CLIPTextEncoder, Tokenizer
@@ -98,11 +101,11 @@ def encode_all(samples: Samples, encoder: Encoder, folder: Path) -> Shards:
     Floats are kept as float16. Raises ShardError, or DataError for a sample that broke meanwhile."""
     describe(folder, {"samples": samples.key, "count": len(samples), "models": encoder.key()})
 
-    def make(rows: range) -> dict[str, Tensor]:
-        parts = [encoder([samples.read(i, 0) for i in rows[start:start + CHUNK]])
-                 for start in range(0, len(rows), CHUNK)]
-        joined = {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}
-        return {k: v.half() if v.is_floating_point() else v for k, v in joined.items()}
+    def make(rows: range) -> Iterator[dict[str, Tensor]]:
+        read = in_processes(partial(samples.read, epoch=0), rows, "reading", workers=worker_count(),
+                            shown=False)
+        while some := list(islice(read, CHUNK)):
+            yield {k: v.half() if v.is_floating_point() else v for k, v in encoder(some).items()}
 
     build_shards(folder, len(samples), make, range(rank(), len(shards_of(len(samples))), world_size()))
     wait("encoded")

@@ -1,5 +1,4 @@
 """What all stages share."""
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -107,8 +106,7 @@ class Stage:
         seed = self.seed if self.cache is None else 0  # a cache serves runs with any seed
         samples = Folder(self.data, self.config.samples, self.size, max_people=self.config.max_people,
                          augmented=self.config.augment, seed=seed)
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        self.stream = Stream(samples, Schedule(self.config, self.seed, len(samples)), worker_count(local))
+        self.stream = Stream(samples, Schedule(self.config, self.seed, len(samples)), worker_count())
         return samples
 
     def batch(self, step: int) -> list[Sample]:

@@ -801,7 +801,7 @@ def build(folder: Path, numbers=(0, 1), made=None) -> None:
     def make(rows):
         if made is not None:
             made.append(rows)
-        return make_rows(rows)
+        return map(make_rows, (rows[:3], rows[3:]))
 
     build_shards(folder, COUNT, make, numbers)
 

@@ -1,5 +1,7 @@
 """Training MoA from folders: read while training or from a cache, in bf16, with the SD1.5 preset."""
 import json
+import multiprocessing
+import os
 from pathlib import Path
 
 import pytest
@@ -7,6 +9,7 @@ import torch
 
 import stages
 from data import shards, toyworld
+from data.fastcomposer import Folder
 from models import load_models
 from models.load import read_tensors
 from pipeline import Pipeline
@@ -72,6 +75,30 @@ def test_two_processes_fill_a_cache_and_train_as_one_that_reads(place, tmp_path)
     assert_close_runs(tmp_path / "two", place / "streamed", "moa")
     assert run(*moa(place, "--cache", tmp_path / "cache"), "--output", tmp_path / "one") == 0
     assert_close_runs(tmp_path / "cached", tmp_path / "one", "moa")
+
+
+def test_other_processes_read_what_fills_a_cache(place, tmp_path, monkeypatch, capsys):
+    """A picture that broke after it was checked ends them all, and what was encoded before stays."""
+    monkeypatch.setattr(shards, "SIZE", 3)
+    picture = sorted((place / "world").rglob("*.jpg"))[6]
+    read, readers, whole = Folder.read, tmp_path / "readers.txt", picture.read_bytes()
+
+    def noted(self, index, epoch):
+        with open(readers, "a", encoding="ascii") as file:
+            file.write(f"{os.getpid()}\n")
+        if self.ids[index] == picture.stem:
+            picture.write_bytes(b"")
+        return read(self, index, epoch)
+
+    monkeypatch.setattr(Folder, "read", noted)
+    try:
+        assert_refused(capsys, tmp_path / "runs", *moa(place, "--cache", tmp_path / "cache"), "--output",
+                       tmp_path / "runs" / "one", match=f"{picture.name}: cannot identify image file")
+    finally:
+        picture.write_bytes(whole)
+    assert str(os.getpid()) not in readers.read_text(encoding="ascii").split()
+    assert not multiprocessing.active_children()
+    assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 2  # of 3
 
 
 def test_caches_that_cannot_be_used(place, tmp_path, capsys):

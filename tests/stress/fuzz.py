@@ -615,7 +615,7 @@ def shards(folder: Path) -> Case:
     rows = {"latents": torch.rand(6, 4, 2, 2), "positions": torch.zeros(6, 2, dtype=torch.int64)}
     description = {"samples": "a", "count": 6, "models": "b"}
     describe(folder / "cache", description)
-    build_shards(folder / "cache", 6, lambda numbers: {k: v[list(numbers)] for k, v in rows.items()}, [0])
+    build_shards(folder / "cache", 6, lambda numbers: [{k: v[list(numbers)] for k, v in rows.items()}], [0])
     file, = (folder / "cache").glob("*.safetensors")
 
     def read() -> None:
