@@ -7,10 +7,14 @@
 
 All rows have the same budget, data and evaluation, and differ in one thing, which is an edit of a module
 below: copy a row to try an idea of your own. What is done is skipped and what was stopped goes on, so a
-night can be spent in pieces. A row's folder holds its run and `results.json` of evaluate.py.
+night can be spent in pieces. A row's folder holds its run, `results.json` of evaluate.py, and `row.json`,
+what the row was: with a row that was changed since nothing is done.
 """
 import argparse
+import inspect
+import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -19,6 +23,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from math import nan
 from pathlib import Path
+from threading import Event
+from types import CodeType, FunctionType
 
 from command import fail
 
@@ -54,21 +60,33 @@ def replaced(owner: object, name: str, value: object) -> Iterator[None]:
 
 
 @contextmanager
-def fixed_routing(personalized: Callable[[int, str], float | None]) -> Iterator[None]:
-    """Layers whose router is a constant: `personalized(l, kind)` is its weight, None a learned one."""
+def changed_moa(change: Callable, router_hidden: int | None = None) -> Iterator[None]:
+    """Inside, `add_moa` makes routers with a hidden layer of `router_hidden`, if it is given, and `change` is
+    called with the UNet, in training and where a file is loaded. Such edits add up."""
     import moa.install
     import stages.moa
-    add_moa = moa.install.add_moa
+    add_moa = stages.moa.add_moa
 
-    def add(unet, router_hidden=None):
-        add_moa(unet, router_hidden)
-        for layer, kind, mixture in moa.install.moa_layers(unet):
-            weight = personalized(layer, kind)
-            if weight is not None:
-                fix(mixture.router, weight)
+    def add(unet, hidden=None):
+        add_moa(unet, router_hidden or hidden)
+        change(unet)
         return unet
 
     with replaced(moa.install, "add_moa", add), replaced(stages.moa, "add_moa", add):
+        yield
+
+
+@contextmanager
+def fixed_routing(personalized: Callable[[int, str], float | None]) -> Iterator[None]:
+    """Layers whose router is a constant: `personalized(l, kind)` is its weight, None a learned one."""
+    def change(unet) -> None:
+        from moa import moa_layers
+        for layer, kind, mixture in moa_layers(unet):
+            weight = personalized(layer, kind)
+            if weight is not None:
+                fix(mixture.router, weight)
+
+    with changed_moa(change):
         yield
 
 
@@ -81,32 +99,24 @@ def fix(router, weight: float) -> None:
     last.bias.copy_(torch.tensor([1 - weight, weight]).clamp(min=1e-13).log())  # about 30, as for fp16
 
 
-@contextmanager
-def router_width(hidden: int) -> Iterator[None]:
+def router_width(hidden: int):
     """Routers with a hidden layer."""
-    import stages.moa
-    add_moa = stages.moa.add_moa
-    with replaced(stages.moa, "add_moa", lambda unet: add_moa(unet, hidden)):
-        yield  # load_moa reads the width from the file
+    return changed_moa(lambda unet: None, hidden)
 
 
 @contextmanager
 def deeper_routers(hidden: int) -> Iterator[None]:
     """Routers with two hidden layers."""
-    import moa.install
-    import stages.moa
-    import torch.nn as nn
-    add_moa = moa.install.add_moa
+    def change(unet) -> None:
+        import torch.nn as nn
 
-    def add(unet, router_hidden=None):
-        add_moa(unet, hidden)
-        for _, _, mixture in moa.install.moa_layers(unet):
+        from moa import moa_layers
+        for _, _, mixture in moa_layers(unet):
             first, act, last = mixture.router.f
             mixture.router.f = nn.Sequential(
                 first, act, nn.Linear(hidden, hidden).to(last.weight), nn.GELU(), last)
-        return unet
 
-    with replaced(moa.install, "add_moa", add), replaced(stages.moa, "add_moa", add):
+    with changed_moa(change, hidden):
         yield
 
 
@@ -172,7 +182,7 @@ ROWS = {
     "moa": Row("the method as shipped"),
     "one-branch": Row("no MoA: all attention finetuned, FastComposer's losses",
                       {"masked_probability": 0.5, "lambda_router": 0.0, "max_timestep": 1000}, **FINETUNED),
-    **{f"one-branch-{t}": Row(f"the same, the people enter below t = {t}", edits=FINETUNED["edits"],
+    **{f"one-branch-{t}": Row(f"the same, the people enter below t = {t}",
                               evaluation={"prior-above": 1000, "start": t}, trained_by="one-branch")
        for t in (800, 600, 400)},
     "people-only": Row("only the people of every sample count, as in the paper", {"masked_probability": 1.0}),
@@ -194,7 +204,9 @@ ROWS = {
     "unseen-pairs": Row("trained without three pairs of attributes: see bench/generalization.py",
                         edits=(without_unseen_pairs,)),
 }
+METHOD = "moa"  # the row that the others are compared with
 COLUMNS = ("identity", "mixup", "context", "activity", "locality", "prior_agreement", "router_iou", "variety")
+COMPARED = ("identity", "mixup", "activity", "locality", "prior_agreement", "router_iou")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -208,11 +220,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     what.add_argument("--table", action="store_true", help="print what is there; plots beside it")
     add("--output", type=Path, default=Path("runs/ablations"), metavar="FOLDER",
         help="of all rows' folders (default runs/ablations)")
-    add("--seed", type=int, default=0, help="of the training (default 0)")
+    add("--seed", type=int, help="of a row's training (default 0)")
     add("--jobs", type=int, default=1, metavar="N", help="rows at the same time, one core each (default 1)")
     args = parser.parse_args(argv)
     if args.jobs < 1:
         parser.error(f"--jobs must be at least 1, not {args.jobs}")
+    if args.seed is not None and not args.row:
+        parser.error("--seed is a row's: --all trains every row with the seeds "
+                     f"{', '.join(map(str, SEEDS))}")
     if args.output.exists() and not args.output.is_dir():
         parser.error(f"--output {args.output} is a file: give a folder's name")
     return args
@@ -228,7 +243,7 @@ def main(argv: list[str] | None = None) -> None:
     elif args.all:
         run_all(args.output, args.jobs)
     else:
-        run(args.row, args.seed, args.output)
+        run(args.row, args.seed or 0, args.output)
 
 
 def place(output: Path, name: str, seed: int) -> Path:
@@ -240,24 +255,88 @@ def run(name: str, seed: int, output: Path) -> None:
     import evaluate
     import train
     row, folder = ROWS[name], place(output, name, seed)
-    if (folder / "results.json").exists():
-        return
-    trained = place(output, row.trained_by or name, seed)
+    trainer = row.trained_by or name
+    trained = place(output, trainer, seed)
     weights = trained / "moa.safetensors"
+    for made, by in ((trained, trainer), (folder, name)):
+        if other := differing(made, by):
+            fail(f"{made} is of another version of the row {by}, see its row.json ({other}): move it away, "
+                 "or give another --output")
+    if (folder / "results.json").exists():
+        measured = json.loads((folder / "results.json").read_text(encoding="utf-8"))["run"]["sha256"]["moa"]
+        if weights.exists() and measured != evaluate.checksum(weights):
+            fail(f"{folder / 'results.json'} is of other weights than {weights}: remove it to measure these")
+        print(f"{folder / 'results.json'} is there already")
+        return
     with ExitStack() as stack:
-        for edit in row.edits:
+        for edit in edits_of(row):
             stack.enter_context(edit())
         if row.trained_by is None and not weights.exists():
+            keep_description(trained, name)
             stack.enter_context(preset(row.config))
             resume = ["--resume"] if train.list_checkpoints(trained) else []
             stack.enter_context(replaced(sys, "argv", [
                 "train.py", "moa", "--weights", str(ROOT / "weights" / "toyworld"), "--output", str(trained),
-                "--seed", str(seed), "--batch-size", str(BATCH_SIZE), "--checkpoint-every", "250", *resume]))
+                "--seed", str(seed), "--checkpoint-every", "250", *resume]))
             train.main()
         if not weights.exists():
             fail(f"{weights} is not there: run the row {row.trained_by} first")
+        keep_description(folder, name)
         flags = [word for key, value in row.evaluation.items() for word in (f"--{key}", str(value))]
         evaluate.main(["--weights", str(trained), "--output", str(folder), "--count", str(CASES), *flags])
+
+
+def edits_of(row: Row) -> tuple[Callable, ...]:
+    """A row's edits, those first that its weights were trained with."""
+    return (*ROWS[row.trained_by].edits, *row.edits) if row.trained_by else row.edits
+
+
+# --- what a row was when it was run ---
+
+
+def description(name: str) -> dict:
+    """All that a row's results depend on, as its row.json holds it."""
+    row = ROWS[name]
+    found = {"config": {"steps": STEPS, "batch_size": BATCH_SIZE, **row.config},
+             "evaluation": {"count": CASES, **row.evaluation}, "trained_by": row.trained_by,
+             "edits": [source for edit in edits_of(row) for source in sources(edit)]}
+    return json.loads(json.dumps(found))
+
+
+def sources(function: FunctionType) -> list[str]:
+    """The text of a function of this file and of those that it calls or holds."""
+    found, todo = {}, [function]
+    while todo:
+        each = inspect.unwrap(todo.pop())
+        if each not in found:
+            found[each] = inspect.getsource(each)
+            named = [each.__globals__.get(word) for word in words_of(each.__code__)]
+            held = [cell.cell_contents for cell in each.__closure__ or ()]
+            todo += [other for other in (*held, *named) if isinstance(other, FunctionType)
+                     and inspect.unwrap(other).__module__ == function.__module__]
+    return list(found.values())
+
+
+def words_of(code: CodeType) -> list[str]:
+    """What a function's code names, also inside of the functions that it makes."""
+    inner = [word for part in code.co_consts if isinstance(part, CodeType) for word in words_of(part)]
+    return [*code.co_names, *inner]
+
+
+def keep_description(folder: Path, name: str) -> None:
+    """Write row.json."""
+    from models.load import write_json
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(description(name), folder / "row.json")
+
+
+def differing(folder: Path, name: str) -> str:
+    """What of a row is another than in a folder's row.json: nothing where there is none."""
+    path = folder / "row.json"
+    if not path.exists():
+        return ""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return ", ".join(key for key, value in description(name).items() if found.get(key) != value)
 
 
 @contextmanager
@@ -266,8 +345,8 @@ def preset(config: dict) -> Iterator[None]:
     from dataclasses import replace
 
     from stages.presets import PRESETS
-    before = PRESETS["toyworld"]
-    PRESETS["toyworld"] = {**before, "moa": replace(before["moa"], **{"steps": STEPS, **config})}
+    before, config = PRESETS["toyworld"], {"steps": STEPS, "batch_size": BATCH_SIZE, **config}
+    PRESETS["toyworld"] = {**before, "moa": replace(before["moa"], **config)}
     try:
         yield
     finally:
@@ -275,26 +354,46 @@ def preset(config: dict) -> Iterator[None]:
 
 
 def run_all(output: Path, jobs: int) -> None:
-    """Every row with every seed, `jobs` at a time, those that others need first; logs beside the runs."""
+    """Every row with every seed, `jobs` at a time, those that others need first; logs beside the runs. Exit
+    status 1 where one failed; SIGTERM stops all, which save what they have."""
     from tqdm import tqdm
     output.mkdir(parents=True, exist_ok=True)
     prepare_data()
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    children, stopped = set(), Event()
 
-    def one(job: tuple[str, int]) -> None:
+    def one(job: tuple[str, int]) -> bool:
         name, seed = job
         command = [sys.executable, str(ROOT / "ablate.py"), name, "--seed", str(seed),
                    "--output", str(output)]
-        with open(output / f"{name}-{seed}.log", "a") as log:
-            failed = subprocess.run(command, stdout=log, stderr=log, env=environment, check=False).returncode
-        done = (place(output, name, seed) / "results.json").exists()  # else it was stopped
-        tqdm.write(f"{name}, seed {seed}: " + (f"failed, see {log.name}" if failed or not done else "done"))
+        with open(output / f"{name}-{seed}.log", "a", encoding="utf-8") as log:
+            if stopped.is_set():
+                return False
+            with subprocess.Popen(command, stdout=log, stderr=log, env=environment) as child:
+                children.add(child)
+            children.remove(child)
+        done = child.returncode == 0 and (place(output, name, seed) / "results.json").exists()
+        tqdm.write(f"{name}, seed {seed}: " + ("done" if done else f"failed, see {log.name}"))
+        return done
 
-    for again in (False, True):
-        todo = [(name, seed) for seed in SEEDS for name, row in ROWS.items() if bool(row.trained_by) == again
-                and not (place(output, name, seed) / "results.json").exists()]
-        with ThreadPoolExecutor(jobs) as pool:
-            list(tqdm(pool.map(one, todo), "ablations", len(todo), unit="row", disable=None))
+    def stop(number: int, frame) -> None:
+        stopped.set()
+        for child in list(children):
+            child.terminate()
+        sys.exit(128 + number)
+
+    before, done = signal.signal(signal.SIGTERM, stop), []
+    try:
+        for again in (False, True):
+            todo = [(name, seed) for seed in SEEDS for name, row in ROWS.items()
+                    if bool(row.trained_by) == again
+                    and not (place(output, name, seed) / "results.json").exists()]
+            with ThreadPoolExecutor(jobs) as pool:
+                done += tqdm(pool.map(one, todo), "ablations", len(todo), unit="row", disable=None)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if not all(done):
+        sys.exit(1)
 
 
 def prepare_data() -> None:
@@ -306,33 +405,100 @@ def prepare_data() -> None:
 
 
 def table(output: Path) -> str:
-    """Means of the rows that are there, in brackets the lowest and highest seed or, of a row with one seed,
-    the interval over its cases; writes tradeoff.png."""
-    import json
-    lines = ["| row | seeds | " + " | ".join(COLUMNS) + " |", "|---" * (2 + len(COLUMNS)) + "|"]
-    points = {}
-    for name, row in ROWS.items():
-        files = [place(output, name, seed) / "results.json" for seed in SEEDS]
-        found = [json.loads(file.read_text()) for file in files if file.exists()]
-        if found:
-            scores = {c: [result[c] for result in found if result[c]["n"]] for c in COLUMNS}
-            lines.append(f"| `{name}`: {row.what} | {len(found)} | "
-                         + " | ".join(map(cell, scores.values())) + " |")
-            points[name] = {c: [result[c]["mean"] if result[c]["n"] else nan for result in found]
-                            for c in COLUMNS}
-    if not points:
+    """Means over the seeds of the rows that are there, in brackets their intervals over the cases; below, how
+    far each row is from the method. Writes tradeoff.png."""
+    found = {name: seeds for name in ROWS if (seeds := results_of(output, name))}
+    if not found:
         fail(f"there is no result in {output}: run a row first")
-    plot(points, output / "tradeoff.png")
-    return "\n".join(lines)
+    devices = {result["run"]["device"] for seeds in found.values() for result in seeds.values()
+               if "device" in result.get("run", {})}
+    if len(devices) > 1:
+        print(f"these were drawn on several devices: {', '.join(sorted(devices))}", file=sys.stderr)
+    lines = ["| row | seeds | " + " | ".join(COLUMNS) + " |", "|---" * (2 + len(COLUMNS)) + "|"]
+    for name, seeds in found.items():
+        cells = [over_seeds([result[column] for result in seeds.values()]) for column in COLUMNS]
+        lines.append(f"| `{name}`: {ROWS[name].what} | {len(seeds)} | {' | '.join(cells)} |")
+    plot({name: {column: [nan if (mean := result[column]["mean"]) is None else mean
+                          for result in seeds.values()] for column in COLUMNS}
+          for name, seeds in found.items()}, output / "tradeoff.png")
+    return "\n".join([*lines, *differences(found)])
 
 
-def cell(scores: list[dict]) -> str:
-    """One score of all seeds of a row, as the table shows it."""
-    means = [score["mean"] for score in scores]
-    ends = means if len(means) > 1 else [score[end] for score in scores for end in ("low", "high")
-                                         if end in score]
-    spread = f" ({min(ends):.3f} to {max(ends):.3f})" if ends else ""
-    return f"{sum(means) / len(means):.3f}{spread}" if means else "-"
+def results_of(output: Path, name: str) -> dict[int, dict]:
+    """Seed -> results.json of a row. What was made by another version of it is left out, and said."""
+    found = {}
+    for path in output.glob(f"{name}/seed-*/results.json"):
+        if other := differing(path.parent, name):
+            print(f"{path} is left out: the row was another ({other})", file=sys.stderr)
+        else:
+            found[int(path.parent.name.removeprefix("seed-"))] = json.loads(path.read_text(encoding="utf-8"))
+    return dict(sorted(found.items()))
+
+
+def over_seeds(scores: list[dict]) -> str:
+    """One score of a row, the mean of all its seeds' means and ends."""
+    from evaluate import cell
+    counted = [score for score in scores if score["n"]]
+    ends = {end: [score[end] for score in counted if score.get(end) is not None]
+            for end in ("mean", "low", "high")}
+    return cell({end: sum(values) / len(values) if values else None for end, values in ends.items()})
+
+
+def differences(found: dict[str, dict[int, dict]]) -> list[str]:
+    """How far each row is from the method, with two standard errors: of the difference case by case, and of
+    the trainings' seeds. Lines of Markdown."""
+    compared = {name: cells for name, seeds in found.items() if name != METHOD
+                and any(cells := [difference(found, name, column) for column in COMPARED])}
+    if not compared:
+        return []
+    spread = {column: spread_of_seeds(found, column) for column in COMPARED}
+    said = [f"{column} {deviation:.3f}" for column, (deviation, _) in spread.items() if deviation]
+    lines = ["", f"The row minus `{METHOD}`, over the cases and seeds that both have; bold: more than two "
+             "standard errors, which follow the sign ±.", "",
+             "| row | seeds | " + " | ".join(COMPARED) + " |", "|---" * (2 + len(COMPARED)) + "|"]
+    lines += [f"| `{name}` | {len(shared_seeds(found, name))} | {' | '.join(cells)} |"
+              for name, cells in compared.items()]
+    if said:
+        trainings = 1 + max(freedom for _, freedom in spread.values())
+        lines += ["", f"One standard deviation of a training's seed, from {trainings} trainings or fewer: "
+                  f"{', '.join(said)}."]
+    return lines
+
+
+def shared_seeds(found: dict[str, dict[int, dict]], name: str) -> list[int]:
+    """The seeds of a row and of the method whose scores are there case by case, for the same cases."""
+    method = found.get(METHOD, {})
+    return [seed for seed, result in found[name].items() if "cases" in result
+            and result["cases"]["number"] == method.get(seed, {}).get("cases", {}).get("number")]
+
+
+def difference(found: dict[str, dict[int, dict]], name: str, column: str) -> str:
+    """A row's score minus the method's with two standard errors; empty where they share nothing."""
+    import numpy as np
+    seeds = shared_seeds(found, name)
+    cases = [np.subtract(*(np.array(found[row][seed]["cases"][column], float) for row in (name, METHOD)))
+             for seed in seeds]
+    values = np.mean(cases, 0)[~np.isnan(np.mean(cases, 0))] if seeds else []
+    if len(values) < 2:
+        return ""
+    deviation, _ = spread_of_seeds(found, column)
+    error = np.sqrt(np.var(values, ddof=1) / len(values) + 2 * deviation ** 2 / len(seeds))
+    text = f"{np.mean(values):+.3f} ± {2 * error:.3f}"
+    return f"**{text}**" if abs(np.mean(values)) > 2 * error else text
+
+
+def spread_of_seeds(found: dict[str, dict[int, dict]], column: str) -> tuple[float, int]:
+    """Standard deviation of a score from seed to seed of a row, pooled over all rows that have several
+    seeds, and its degrees of freedom. Rows with others' weights say nothing new."""
+    import numpy as np
+    squares = freedom = 0
+    for name, seeds in found.items():
+        means = [result[column]["mean"] for result in seeds.values() if result[column]["n"]]
+        # The map of routers that are constants has the same score with every seed.
+        if ROWS[name].trained_by is None and len(set(means)) > 1:
+            squares += np.var(means) * len(means)
+            freedom += len(means) - 1
+    return (float(np.sqrt(squares / freedom)), freedom) if freedom else (0.0, 0)
 
 
 def plot(points: dict[str, dict[str, list[float]]], path: Path) -> None:
@@ -349,10 +515,8 @@ def plot(points: dict[str, dict[str, list[float]]], path: Path) -> None:
               "prior_agreement": "agreement with the prior's layout (high is good)"}
     for axes, (column, label) in zip(panels, labels.items(), strict=True):
         for k, (name, means) in enumerate(points.items()):
-            # A swap that changes the people less than the rest has no place to speak of: not shown.
-            x = [nan if column == "locality" and value > 1 else value for value in means[column]]
-            axes.plot(x, means["identity"], "os^Dv<>"[k % 7] + "-", linewidth=0.7, color=f"C{k % 10}",
-                      alpha=0.8, label=name)
+            axes.plot(means[column], means["identity"], "os^Dv<>"[k % 7] + "-", linewidth=0.7,
+                      color=f"C{k % 10}", alpha=0.8, label=name)
         axes.set(xlabel=label)
         axes.grid(alpha=0.3)
     panels[0].set(ylabel="identity: attributes read right (high is good)")

@@ -14,6 +14,7 @@ import hashlib
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +32,8 @@ DILATION = 9  # pixels, a window: people's masks are widened by half of it befor
 KINDS = ("self", "cross")
 SHOWN = 16  # cases on each contact sheet
 START = 1000  # the subjects are there at timesteps below this one: at all of them
+SEEN = 1  # of 255: a swap that changes the people by less changes nothing
+FEWEST = 8  # values that an interval is drawn from: of fewer, resampling finds far too narrow ones
 # Score -> what is good, and which of the judge's own numbers says how far to trust it.
 SCORES = {"context": ("high", "context"), "activity": ("high", "activity"), "count": ("high", "count"),
           "identity": ("high", "identity"), "mixup": ("low", "mixup"), "locality": ("low", "people_iou"),
@@ -51,7 +54,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--moa", type=Path, metavar="FILE", help="default: moa.safetensors in the weights folder")
     add("--judge", type=Path, metavar="FILE",
         help="default: judge.safetensors in the weights folder, or the shipped one")
-    add("--count", type=int, default=256, metavar="N", help="how many cases, the first ones (default 256)")
+    add("--count", type=int, default=256, metavar="N", help="how many cases (default 256)")
+    add("--first", type=int, default=0, metavar="CASE",
+        help="number of the first case: others than those that something was chosen by (default 0)")
     add("--steps", type=int, default=20, metavar="N", help="sampling steps (default 20)")
     add("--guidance-scale", type=float, metavar="SCALE",
         help="classifier-free guidance; 1 is none (default: the weights')")
@@ -94,25 +99,25 @@ def run(args: argparse.Namespace) -> None:
     pipeline, judge, files = load(args)
     options = {"steps": args.steps, "guidance_scale": args.guidance_scale, "prior_above": args.prior_above,
                "sparse": args.sparse}
-    settings = {"count": args.count, **options, "start": args.start, "weights": args.weights.resolve().name,
-                "moa": files["moa"].name}
+    settings = {"count": args.count, "first": args.first, **options, "start": args.start,
+                "weights": args.weights.resolve().name, "moa": files["moa"].name}
     source = {"code": git_describe(), "torch": torch.__version__, "device": device_name(pipeline.device),
               "threads": torch.get_num_threads(),
               "sha256": {name: checksum(path) for name, path in files.items()}}
-    cases, seconds = [], []
+    every, cases, seconds = range(args.first, args.first + args.count), [], []
     with torch.no_grad():
-        for first in progress(range(0, args.count, BATCH)):
-            numbers = range(first, min(first + BATCH, args.count))
-            drawn, took = draw(pipeline, judge, numbers, start=args.start, **options)
+        for done in progress(range(0, args.count, BATCH)):
+            drawn, took = draw(pipeline, judge, every[done:done + BATCH], start=args.start, **options)
             cases += drawn
             seconds.append(took)
         ceiling = judge_accuracy(judge)
-        ratios = variety(pipeline, max(1, args.count // 16), start=args.start, **options)
+        ratios = variety(pipeline, every[:max(1, args.count // 16)], start=args.start, **options)
     router = router_arrays(cases, timesteps)
     draw_sheets(cases, router, args.output)
     source["seconds"] = round(time.perf_counter() - start, 1)
     results = {"settings": settings, "run": source, **scores(cases, ratios, seconds, ceiling),
                "judge": ceiling,
+               "cases": {"number": list(every), **values_of(cases)},
                "worst": {name: [describe(case) for case in chosen] for name, chosen in worst(cases).items()},
                "router": router}
     write_json(results, args.output / "results.json")
@@ -154,6 +159,8 @@ def check(args: argparse.Namespace) -> list[int]:
     from samplers import SCHEDULES
     if args.count < 2:
         raise ValueError(f"--count must be at least 2, not {args.count}")
+    if args.first < 0:
+        raise ValueError(f"--first must be at least 0, not {args.first}")
     if not 1 <= args.start <= START:
         raise ValueError(f"--start must be in 1..{START}, not {args.start}")
     if not 0 <= args.sparse <= 1:
@@ -281,7 +288,7 @@ def draw(pipeline, judge, numbers, start: int = START, **options) -> tuple[list[
                for number, scenes in zip(numbers, castings, strict=True)] for k in range(2)]
     generate(None)
     with record_routing(pipeline.models.unet) as routing:
-        generate(people[0], collector(routing, maps))
+        generate(people[0], collector(routing, maps, options.get("sparse", 0)))
     generate(people[1])
     routing = np.stack(maps, axis=3)  # (B, 2, L, T, h, w)
     cases = [Case(number, *castings[i], np.stack([p[i] for p in pictures]), [r[i] for r in readings],
@@ -303,17 +310,20 @@ def subjects_of(pipeline, scene: toyworld.Scene, photos: np.ndarray, start: int 
     return [Subject(p, f, start) for p, f in zip(places, features, strict=True)]
 
 
-def collector(routing: dict, maps: list):
+def collector(routing: dict, maps: list, sparse: float = 0):
     """A progress callback that keeps each step's routing, brought to the latents' grid as in Eq. 10:
-    (B, 2, L, h, w). Steps that the prior draws alone have none."""
+    (B, 2, L, h, w). Weights up to `sparse` are 0. Steps that the prior draws alone have none."""
     from moa.loss import mean_routing
 
     def collect(step, steps, t, x0):
+        def grid(layer, kind):
+            weight = routing[layer, kind][-len(x0):, :, 1]
+            return mean_routing([weight * (weight > sparse)], *x0.shape[-2:]).cpu().numpy()
+
         if routing:
             layers = range(len(routing) // len(KINDS))
-            maps.append(np.stack([np.stack([
-                mean_routing([routing[layer, kind][-len(x0):, :, 1]], *x0.shape[-2:]).cpu().numpy()
-                for layer in layers], axis=1) for kind in KINDS], axis=1))
+            maps.append(np.stack([np.stack([grid(layer, kind) for layer in layers], axis=1)
+                                  for kind in KINDS], axis=1))
             routing.clear()
     return collect
 
@@ -385,13 +395,14 @@ READ_OFF = {"context": context_right, "activity": activity_right, "count": count
 
 
 def locality(case: Case) -> float:
-    """Mean change of pixels outside the people over that inside, between the two castings."""
+    """Mean change of pixels outside the people over that inside, between the two castings; NaN where there
+    are no people or nothing else, and where the people do not change."""
     change = np.abs(case.pictures[1].astype(int) - case.pictures[2]).mean(-1)
     people = case.readings[1].people | case.readings[2].people
     outside = ~widened(people)
-    if not people.any() or not outside.any():
+    if not people.any() or not outside.any() or change[people].mean() < SEEN:
         return float("nan")
-    return float(change[outside].mean() / max(change[people].mean(), 1e-6))
+    return float(change[outside].mean() / change[people].mean())
 
 
 def prior_agreement(case: Case) -> float:
@@ -417,15 +428,15 @@ def router_iou(case: Case) -> float:
     return float(map_iou(case.routing.mean((0, 1, 2)), coverage(case)))
 
 
-def variety(pipeline, count: int, start: int = START, **options) -> list[float]:
-    """How much a case's pictures differ over `SEEDS` seeds, relative to how much the prior's do.
+def variety(pipeline, numbers, start: int = START, **options) -> list[float]:
+    """How much the pictures of each case differ over `SEEDS` seeds, relative to how much the prior's do.
 
     Mean absolute difference of pixels over all pairs of seeds, with the case's subjects over without;
     1 keeps the prior's variety, 0 draws the same picture again and again. One number per case.
     """
     from pictures import pairwise_distance
     ratios = []
-    for number in range(count):
+    for number in numbers:
         scene = cast(number)[0]
         people = [subjects_of(pipeline, scene, references_of(scene, number, 0), start)] * SEEDS
         seeds = [8_000_000 + SEEDS * number + k for k in range(SEEDS)]
@@ -512,15 +523,26 @@ def per_attribute(hits: list[tuple[int, str, bool]]) -> dict[str, dict]:
     return {name: interval([right for _, n, right in hits if n == name]) for name in toyworld.ATTRIBUTES}
 
 
+def case_scores(case: Case) -> dict[str, float | bool]:
+    """The scores of one case, NaN where it has none."""
+    read_off = {prefix + name: score(case.scene, case.readings[which])
+                for prefix, which in (("", 1), ("prior_", 0)) for name, score in READ_OFF.items()}
+    return read_off | {score.__name__: score(case) for score in
+                       (locality, prior_agreement, background_distance, router_gap, router_iou)}
+
+
+def values_of(cases: list[Case]) -> dict[str, list[float | None]]:
+    """Score -> its values case by case, None where a case has none."""
+    counted = [case_scores(case) for case in cases]
+    return {name: [None if np.isnan(values[name]) else round(float(values[name]), 4) for values in counted]
+            for name in counted[0]}
+
+
 def scores(cases: list[Case], ratios: list[float], seconds: list[dict], ceiling: dict) -> dict:
     """All scores, each with its mean or median, 95 % bootstrap interval, number of cases and, where
     the judge has a part in it, the judge's own number."""
-    results = {}
-    for prefix, which in (("", 1), ("prior_", 0)):
-        results |= {prefix + name: interval([score(case.scene, case.readings[which]) for case in cases])
-                    for name, score in READ_OFF.items()}
-    results |= {score.__name__: interval([score(case) for case in cases]) for score in
-                (locality, prior_agreement, background_distance, router_gap, router_iou)}
+    counted = [case_scores(case) for case in cases]
+    results = {name: interval([values[name] for values in counted]) for name in counted[0]}
     results |= {"variety": interval(ratios), **speed(seconds)}
     for name, (_, judged) in SCORES.items():
         if judged:
@@ -532,24 +554,44 @@ def scores(cases: list[Case], ratios: list[float], seconds: list[dict], ceiling:
 
 
 def interval(values, center: str = "mean", digits: int | None = None) -> dict:
-    """Mean or median and 95 % bootstrap interval of the cases that are not NaN.
+    """Mean or median and 95 % interval of the values that are not NaN, without one for less than `FEWEST`.
 
-    values: (n,), or (n, ...) for arrays in place of numbers. digits: round to so many.
+    values: (n,), or (n, ...) for arrays in place of numbers. Of bools the interval is Wilson's, which is
+    not empty where all agree, else the bootstrap's. digits: round to so many.
     """
+    yes_or_no = all(isinstance(value, (bool, np.bool_)) for value in values)
     values = np.array(values, dtype=float)
     values = values[~np.isnan(values).any(tuple(range(1, values.ndim)))]
-    if not len(values):  # no two-person case, say
-        return {center: None, "low": None, "high": None, "n": 0}
     middle = getattr(np, center)
+    found = {center: middle(values, 0) if len(values) else None, "low": None, "high": None}
+    if len(values) >= FEWEST:
+        found["low"], found["high"] = wilson(values) if yes_or_no else bootstrap(values, middle)
+    return {**{k: v if v is None else (v if digits is None else np.round(v, digits)).tolist()
+               for k, v in found.items()}, "n": len(values)}
+
+
+def bootstrap(values: np.ndarray, middle: Callable) -> np.ndarray:
+    """(2, ...): the middle 95 % of 1,000 means or medians of values drawn with replacement."""
     rng = np.random.default_rng(0)
     draws = [middle(values[rows], 0) for rows in rng.integers(len(values), size=(1000, len(values)))]
-    low, high = np.percentile(draws, [2.5, 97.5], axis=0)
-    found = {center: middle(values, 0), "low": low, "high": high}
-    return {**{k: (v if digits is None else np.round(v, digits)).tolist() for k, v in found.items()},
-            "n": len(values)}
+    return np.percentile(draws, [2.5, 97.5], axis=0)
+
+
+def wilson(values: np.ndarray) -> np.ndarray:
+    """(2,): Wilson's 95 % interval of a share, values being 0 or 1."""
+    n, share, z = len(values), values.mean(), 1.96
+    center = (share + z ** 2 / (2 * n)) / (1 + z ** 2 / n)
+    half = z / (1 + z ** 2 / n) * (share * (1 - share) / n + z ** 2 / (4 * n ** 2)) ** 0.5
+    return np.array([center - half, center + half])
 
 
 # --- what is written ---
+
+
+def cell(value: dict) -> str:
+    """A mean and its interval, as much of it as there is."""
+    spread = "" if value["low"] is None else f" ({value['low']:.3f} to {value['high']:.3f})"
+    return "-" if value["mean"] is None else f"{value['mean']:.3f}{spread}"
 
 
 def markdown(results: dict) -> str:
@@ -559,8 +601,9 @@ def markdown(results: dict) -> str:
     at = 1 + [name for name, _, _ in rows].index("identity")
     rows[at:at] = [(f"identity: {name}", "high", value) for name, value in results["attributes"].items()]
     for name, good, value in rows:
-        cells = ["-", "-"] if value["n"] == 0 else [f"{value.get('mean', value.get('median')):.3f}",
-                                                    f"{value['low']:.3f} to {value['high']:.3f}"]
+        middle = value.get("mean", value.get("median"))
+        cells = ["-" if middle is None else f"{middle:.3f}",
+                 "-" if value["low"] is None else f"{value['low']:.3f} to {value['high']:.3f}"]
         judged = f"{value['judge']:.3f}" if value.get("judge") is not None else ""
         lines.append(f"| {name} | {good} | {' | '.join(cells)} | {value['n']} | {judged} |")
     return "\n".join([*lines, "", "The last column is what the judge reaches on held-out renders: its "

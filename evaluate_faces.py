@@ -49,6 +49,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Check everything, draw this process's pictures, score them; the first process writes the table."""
+    changed = changed_settings(args)  # before what they leave open is filled in
     check(args)
     people = read_subjects(args.subjects)
     cases = plan(args, people)
@@ -72,7 +73,20 @@ def run(args: argparse.Namespace) -> None:
     if cases[0] in mine:  # this is the first process
         source = {"code": git_describe(), "torch": torch.__version__, "device": device_name(device),
                   "sha256": weights | judges.files}
-        write_results(args, cases, gather(args, cases, judges), source)
+        if not judges.as_paper:
+            changed.append("another CLIP")
+        write_results(args, cases, gather(args, cases, judges), source, changed)
+
+
+# What may differ and the pictures' scores still be compared with Table 3.
+FREE = ("subjects", "output", "multi", "facenet", "clip", "weights", "moa", "device", "dtype", "checker")
+
+
+def changed_settings(args: argparse.Namespace) -> list[str]:
+    """The flags that are not as in the protocol, the people apart."""
+    protocol = vars(parse_args(["--subjects", "", "--output", ""]))
+    return [f"--{name.replace('_', '-')}" + (f" {value}" if value is not True else "")
+            for name, value in vars(args).items() if name not in FREE and value != protocol[name]]
 
 
 def check(args: argparse.Namespace) -> None:
@@ -274,16 +288,17 @@ def gather(args: argparse.Namespace, cases: list[Case], judges) -> list[dict]:
 # --- what is written ---
 
 
-def write_results(args: argparse.Namespace, cases: list[Case], scores: list[dict], source: dict) -> None:
-    """results.json, results.md and the table on stdout."""
+def write_results(args: argparse.Namespace, cases: list[Case], scores: list[dict], source: dict,
+                  changed: list[str]) -> None:
+    """results.json, results.md and the table on stdout. changed: what is not as in the protocol."""
     from models.load import write_json, write_whole
     kinds = {kind: [s for case, s in zip(cases, scores, strict=True) if case.kind == kind]
              for kind in dict.fromkeys(case.kind for case in cases)}
-    people = {person for case in cases for person in case.people}
-    whole = {person.name for person in people} == SUBJECTS.keys() and not (
-        args.max_subjects or args.max_prompts or args.max_images)
+    people = {person.name: person.noun for case in cases for person in case.people}
+    if people != SUBJECTS:
+        changed = [*changed, "other subjects"]
     results = {
-        "protocol": "multi" if args.multi else "single", "whole": whole, "subjects": len(people),
+        "protocol": "multi" if args.multi else "single", "changed": changed, "subjects": len(people),
         "settings": command.describe(args, [], prior_only=args.prior_only), "run": source,
         "scores": {name: summary(found) for name, found in {**kinds, "all": scores}.items()},
         "table3": {name: {"ip": ip, "pc": pc} for name, (ip, pc) in TABLE3.items()},
@@ -313,8 +328,9 @@ def table(results: dict) -> str:
         rows = {**results["table3"], "this run": results["scores"]["all"]}
         lines += ["", "| Table 3 | IP | PC |", "|---|---|---|"]
         lines += [f"| {name} | {row['ip']:.3f} | {row['pc']:.3f} |" for name, row in rows.items()]
-    lines += [] if results["whole"] else ["", f"Not the whole protocol: {results['subjects']} subjects, "
-                                          f"{results['scores']['all']['n']} pictures. Do not compare."]
+    if results["changed"]:
+        lines += ["", f"Not the protocol ({', '.join(results['changed'])}): {results['subjects']} subjects, "
+                  f"{results['scores']['all']['n']} pictures. Do not compare."]
     return "\n".join([*lines, ""])
 
 

@@ -39,6 +39,7 @@ class Judges:
     see: Callable[[Image.Image], Tensor]  # (D,) of length 1
     read: Callable[[str], Tensor]  # (D,) of length 1
     files: dict[str, str]  # name -> checksum of its weights
+    as_paper: bool = True  # whether CLIP is ViT-L/14
 
     def reference(self, photo: Image.Image) -> Tensor | None:
         """The embedding (E,) of the largest face of a photo, None where there is none."""
@@ -83,9 +84,9 @@ def prompt_score(judges: Judges, picture: Image.Image, prompt: str) -> float:
 def load_judges(facenet: Path, clip: Path, device: torch.device) -> Judges:
     """MTCNN, FaceNet and CLIP. Nothing is downloaded. Raises ValueError, saying what to do."""
     detect, embed = load_faces(facenet, device)
-    see, read = load_clip(clip, device)
+    see, read, as_paper = load_clip(clip, device)
     return Judges(detect, embed, see, read, {"facenet": checksum(facenet), **{
-        f"clip/{file.name}": checksum(file) for file in clip_files(clip)}})
+        f"clip/{file.name}": checksum(file) for file in clip_files(clip)}}, as_paper)
 
 
 def load_faces(path: Path, device: torch.device):
@@ -148,13 +149,15 @@ def batched_nms(boxes: Tensor, scores: Tensor, group: Tensor, threshold: float) 
 
 
 def load_clip(path: Path, device: torch.device):
-    """CLIP as (picture -> feature, text -> feature), each (D,) of length 1. Raises ValueError.
+    """CLIP as (picture -> feature, text -> feature), each (D,) of length 1, and whether it is ViT-L/14.
+    Raises ValueError.
 
     path: all of ViT-L/14 in OpenAI's and open_clip's layout or in transformers', a file or its folder.
     """
     model = build_clip(read_clip(path), path).to(device)
     size, length = model.visual.image_size[0], model.context_length
-    if (size, model.visual.conv1.weight.shape[0]) != (224, 1024):
+    as_paper = (size, model.visual.conv1.weight.shape[0]) == (224, 1024)
+    if not as_paper:
         warnings.warn(f"{path} is not CLIP ViT-L/14: PC is not the paper's then", stacklevel=2)
     tokenize = open_clip().tokenizer.SimpleTokenizer(context_length=length)
 
@@ -168,7 +171,7 @@ def load_clip(path: Path, device: torch.device):
     def read(prompt: str) -> Tensor:
         return F.normalize(model.encode_text(tokenize(prompt).to(device))[0], dim=0).cpu()
 
-    return see, read
+    return see, read, as_paper
 
 
 def clip_files(path: Path) -> list[Path]:

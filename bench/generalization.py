@@ -3,16 +3,17 @@
     python bench/generalization.py --output runs/generalization
     python bench/generalization.py --output runs/unseen --weights runs/ablations/unseen-pairs/seed-0
 
-Small world only. Five groups of cases are drawn: people of training or new ones, in pairs of activity and
-place that training drew or never did, and new people with a pair of attributes (`ablate.UNSEEN`) that the
-ablation `unseen-pairs` never shows. Three tables, each with 95 % intervals, printed and in results.json:
-the scores of evaluate.py for each group; how often both attributes of such a pair are read right, beside
-the same two attributes of people with other pairs; and attributes read right against the share of a
-person that is covered by things and other people, with the judge's own reading of renders of the same
-scenes. That share is the render's: of a generated picture it is not known.
+Small world only. Five groups of cases are drawn: people of training's pictures or new ones, in pairs of
+activity and place that training drew or never did, and new people with a pair of attributes
+(`ablate.UNSEEN`) that the ablation `unseen-pairs` never shows. Three tables, each with 95 % intervals over
+pictures, printed and in results.json: the scores of evaluate.py for each group; how often both attributes
+of such a pair are read right, beside the same two attributes of people with other pairs; and attributes
+read right against the share of a person that is covered by things and other people, with the judge's own
+reading of renders of the same scenes. That share is the render's: of a generated picture it is not known.
 """
 import argparse
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from itertools import pairwise, product
 from pathlib import Path
@@ -27,14 +28,16 @@ from ablate import UNSEEN, has_unseen_pair
 from data import toyworld
 from data.toyworld.pen import Pen
 
-# Group -> (split of the people, pairs of activity and place that training never drew, pairs of UNSEEN).
-GROUPS = {"training's people, known scenes": ("train", False, False),
-          "new people, known scenes": ("test", False, False),
-          "training's people, new scenes": ("train", True, False),
-          "new people, new scenes": ("test", True, False),
-          "new people with a pair of `unseen-pairs`": ("test", False, True)}
+# Group -> (people of training's pictures, pairs of activity and place that training never drew, pairs of
+# UNSEEN).
+GROUPS = {"training's people, known scenes": (True, False, False),
+          "new people, known scenes": (False, False, False),
+          "training's people, new scenes": (True, True, False),
+          "new people, new scenes": (False, True, False),
+          "new people with a pair of `unseen-pairs`": (False, False, True)}
 SCORES = {"identity": evaluate.identity, "mixup": evaluate.mixup, "activity": evaluate.activity_right,
           "context": evaluate.context_right}
+SHOWN = 32_000  # scenes that MoA's training draws, those of the first seeds
 COVERED = (0.0, 0.01, 0.08, 0.18, 1.0)  # edges of the shares of a person that is covered
 
 
@@ -46,7 +49,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--weights", type=Path, default=evaluate.SHIPPED, metavar="FOLDER", help="default: the small world's")
     add("--count", type=int, default=96, metavar="N", help="cases in each group (default 96)")
     add("--steps", type=int, default=20, metavar="N", help="sampling steps (default 20)")
+    add("--prior-above", type=int, metavar="T",
+        help="the base model draws alone at timesteps from T on (default: the weights', or 800)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default auto)")
+    parser.set_defaults(moa=None, judge=None, guidance_scale=None, first=0, start=evaluate.START, sparse=0.0)
     return parser.parse_args(argv)
 
 
@@ -55,12 +61,12 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from models.load import read_config, write_json
-    args.output.mkdir(parents=True, exist_ok=True)
-    args.moa = args.judge = None
+    from models.load import write_json
+    evaluate.fill_in(args)
+    evaluate.check(args)
     pipeline, judge, _ = evaluate.load(args)
-    options = {"steps": args.steps, "guidance_scale": read_config(args.weights)["sampling"]["guidance_scale"]}
-    scenes = {group: [cast(n, *kind) for n in range(args.count)] for group, kind in GROUPS.items()}
+    options = {"steps": args.steps, "guidance_scale": args.guidance_scale, "prior_above": args.prior_above}
+    scenes = {group: [cast(group, number) for number in range(args.count)] for group in GROUPS}
     drawn = {group: draw(pipeline, judge, cases, options) for group, cases in scenes.items()}
     prior = {group: draw(pipeline, judge, cases, {**options, "prior_only": True})
              for group, cases in scenes.items()}
@@ -76,9 +82,11 @@ def run(args: argparse.Namespace) -> None:
         print(markdown(table), end="\n\n")
 
 
-def cast(number: int, split: str, new_scene: bool, unseen: bool) -> toyworld.Scene:
-    """Case `number` of a group: one person in even ones, two in odd ones."""
-    rng = np.random.default_rng([number, 20240417])
+def cast(group: str, number: int) -> toyworld.Scene:
+    """Case `number` of a group: one person in even ones, two in odd ones. No two cases share anything."""
+    shown, new_scene, unseen = GROUPS[group]
+    place = list(GROUPS).index(group)
+    rng = np.random.default_rng([number, place, 20240417])
     count = 1 + number % 2
     activities = toyworld.ONE_PERSON if count == 1 else toyworld.TWO_PERSON
     plans = [plan for plan in product(activities, toyworld.CONTEXTS)
@@ -86,10 +94,19 @@ def cast(number: int, split: str, new_scene: bool, unseen: bool) -> toyworld.Sce
     activity, context = plans[rng.integers(len(plans))]
     people = []
     while len(people) < count:
-        person = toyworld.sample_identity(rng, split)
-        if has_unseen_pair(person) == unseen:
-            people.append(person)
-    return toyworld.compose_scene(9_000_000 + number, people, activity, context)
+        found = someone_shown(rng) if shown else toyworld.sample_identity(rng, "test")
+        if has_unseen_pair(found) == unseen:
+            people.append(found)
+    return toyworld.compose_scene(9_000_000 + 100_000 * place + number, people, activity, context)
+
+
+def someone_shown(rng: np.random.Generator) -> toyworld.Identity:
+    """Somebody of a scene that training draws, also the one of `unseen-pairs`. That an identity is none of
+    the test split is not enough: there are so many that most of the others are in no picture."""
+    while True:
+        people = [subject.identity for subject in toyworld.sample_scene(int(rng.integers(SHOWN))).subjects]
+        if not any(map(has_unseen_pair, people)):
+            return people[rng.integers(len(people))]
 
 
 def batches(items: list) -> list[list]:
@@ -122,44 +139,50 @@ def read_renders(judge, scenes: list[toyworld.Scene]) -> list[evaluate.Reading]:
 
 
 def pairs_right(scenes: dict, drawn: dict) -> dict:
-    """Shares of people of whom both attributes of a pair are read right, for those who have it and for
-    new people in known scenes who do not."""
+    """Shares of people of whom both attributes of a pair are read right, a mean over pictures, for those who
+    have it and for new people in known scenes who do not."""
     *_, having = GROUPS
     others = "new people, known scenes"
     found = {}
     for pair in UNSEEN:
         names = [name for name, _ in pair]
         for who, group in (("those who have it", having), ("others", others)):
-            rights = [all(hits[name] for name in names)
-                      for person, hits in people_of(scenes[group], drawn[group]) if set(names) <= set(hits)
+            rights = [(picture, all(hits[name] for name in names))
+                      for picture, person, hits in people_of(scenes[group], drawn[group])
+                      if set(names) <= set(hits)
                       and (who == "others" or all(getattr(person, n) == v for n, v in pair))]
             label = " and ".join(f"{name} {value}" for name, value in pair)
-            found[f"{label}: {who}"] = {"both right": evaluate.interval(rights)}
+            found[f"{label}: {who}"] = {"both right": by_picture(rights)}
     return found
 
 
 def by_cover(scenes: dict, drawn: dict, rendered: dict) -> dict:
-    """Attributes read right per person, by the share of the person that is covered in the render."""
+    """Attributes read right, by the share of a person that is covered in the render; means over pictures."""
     shares, right = [], {"attributes right": [], "in renders": []}
     for group, cases in scenes.items():
         shares += [share for scene in cases for share in covered(scene)]
         for name, readings in (("attributes right", drawn), ("in renders", rendered)):
-            right[name] += [np.mean(list(hits.values())) for _, hits in people_of(cases, readings[group])]
-    shares = np.array(shares)
-    table = {}
-    for low, high in pairwise(COVERED):
-        inside = (shares >= low) & (shares < high)
-        table[f"{low:.0%} to {high:.0%} covered"] = {
-            name: evaluate.interval(np.array(values)[inside]) for name, values in right.items()}
-    return table
+            right[name] += [((group, picture), np.mean(list(hits.values())))
+                            for picture, _, hits in people_of(cases, readings[group])]
+    return {f"{low:.0%} to {high:.0%} covered": {
+        name: by_picture(value for share, value in zip(shares, values, strict=True) if low <= share < high)
+        for name, values in right.items()} for low, high in pairwise(COVERED)}
+
+
+def by_picture(values: Iterable[tuple]) -> dict:
+    """The interval of (picture, value of a person): two people of one picture are not independent."""
+    pictures = defaultdict(list)
+    for picture, value in values:
+        pictures[picture].append(value)
+    return evaluate.interval([float(np.mean(found)) for found in pictures.values()])
 
 
 def people_of(scenes: list[toyworld.Scene], readings: list[evaluate.Reading]) -> list[tuple]:
-    """(identity, {visible attribute: read right}) of everybody, case by case, from the left."""
+    """(case, identity, {visible attribute: read right}) of everybody, case by case, from the left."""
     found = []
-    for scene, reading in zip(scenes, readings, strict=True):
+    for case, (scene, reading) in enumerate(zip(scenes, readings, strict=True)):
         hits = evaluate.attribute_hits(scene, reading)
-        found += [(subject.identity, {name: right for at, name, right in hits if at == place})
+        found += [(case, subject.identity, {name: right for at, name, right in hits if at == place})
                   for place, subject in enumerate(scene.subjects)]
     return found
 
@@ -192,8 +215,7 @@ def markdown(table: dict) -> str:
     columns = list(next(iter(table.values())))
     lines = ["| | " + " | ".join(columns) + " | n |", "|---" * (2 + len(columns)) + "|"]
     for name, row in table.items():
-        cells = [f"{v['mean']:.3f} ({v['low']:.3f} to {v['high']:.3f})" if v["n"] else "-"
-                 for v in row.values()]
+        cells = [evaluate.cell(value) for value in row.values()]
         lines.append(f"| {name} | " + " | ".join(cells) + f" | {next(iter(row.values()))['n']} |")
     return "\n".join(lines)
 

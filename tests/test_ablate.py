@@ -1,6 +1,11 @@
 """ablate.py: each row is another method, in training and in drawing, and is trained and measured."""
 import json
+import os
+import signal
+import sys
+import time
 from contextlib import ExitStack
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -25,7 +30,7 @@ def built(tmp_path):
     Returns both UNets; `build.state` is the base model's state."""
     def build(name: str):
         with ExitStack() as stack:
-            for edit in ablate.ROWS[name].edits:
+            for edit in ablate.edits_of(ablate.ROWS[name]):
                 stack.enter_context(edit())
             torch.manual_seed(0)
             base = small_models()["unet"]
@@ -93,11 +98,27 @@ def test_widths_of_routers(built):
 def test_nothing_stays_edited(built):
     def methods():
         return (moa.install.add_moa, stages.moa.add_moa, stages.moa.router_loss,
-                moa.prompt.PositionalEncoding.forward)
+                moa.prompt.PositionalEncoding.forward, stages.stage.batch_indices)
     before = methods()
-    for name in ("one-branch", "no-encoding", "mean-router-loss", "router-16"):
+    for name, row in ablate.ROWS.items():
         built(name)
+        for edit in row.edits:
+            with pytest.raises(KeyError), edit():
+                assert methods() != before, name
+                raise KeyError
     assert methods() == before
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("router", [lambda: ablate.router_width(8), lambda: ablate.deeper_routers(8)])
+def test_edits_add_up(order, router):
+    with ExitStack() as stack:
+        for edit in (router, *ablate.ROWS["cross-only"].edits)[::order]:
+            stack.enter_context(edit())
+        unet = stages.moa.add_moa(small_models()["unet"])
+    assert {layer.router.f[0].out_features for _, _, layer in moa_layers(unet)} == {8}
+    for key, weights in routing_of(unet).items():
+        assert (weights[..., 1].max() < 1e-6) == (key.kind == "self")
 
 
 def test_the_token_without_encoding_is_the_same_at_all_times():
@@ -145,15 +166,18 @@ def test_settings_of_rows():
     for name, row in ablate.ROWS.items():
         with ablate.preset(row.config):
             config = stages.make_config("toyworld", "moa")
-        changed = {"steps": ablate.STEPS, **row.config}
+        changed = {"steps": ablate.STEPS, "batch_size": ablate.BATCH_SIZE, **row.config}
         assert {key: getattr(config, key) for key in changed} == changed, name
     assert stages.make_config("toyworld", "moa").steps == 3250
+    with ablate.preset({"batch_size": 12}):
+        assert stages.make_config("toyworld", "moa").batch_size == 12
     assert all(row.trained_by is None or row.trained_by in ablate.ROWS for row in ablate.ROWS.values())
 
 
 @pytest.mark.parametrize("arguments, said", [
     (["one-branch-600", "--seed", "3"], "run the row one-branch first"),
-    (["--table"], "there is no result"), (["moa", "--jobs", "0"], "--jobs must be at least 1"),
+    (["--table"], "there is no result"), (["--all", "--seed", "1"], "--seed is a row's"),
+    (["moa", "--jobs", "0"], "--jobs must be at least 1"),
     (["moa", "--output", __file__], "is a file: give a folder's name")])
 def test_refusals(arguments, said, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
@@ -162,39 +186,138 @@ def test_refusals(arguments, said, tmp_path, capsys):
 
 
 def test_rows_are_trained_measured_and_not_done_twice(tmp_path, monkeypatch, capsys):
-    """A row and one that shares its weights, then the table."""
+    """A row and one that shares its weights, then the table; then the row is another one."""
     monkeypatch.setattr(ablate, "CASES", 2)
     monkeypatch.setattr(stages.moa.MoAStage, "sheet", lambda stage, path: None)  # takes longer than all else
-    small = {"samples": 16, "steps": 2}
-    rows = {"one-branch": ablate.Row("a", small, **ablate.FINETUNED),
-            "one-branch-600": ablate.Row("b", edits=ablate.FINETUNED["edits"], trained_by="one-branch",
+    small = {"samples": 16, "steps": 2, "batch_size": 4}
+    rows = {"one-branch": ablate.Row("a", small, ablate.FINETUNED["edits"],
+                                     {"prior-above": 1000, "steps": 4}),
+            "one-branch-600": ablate.Row("b", trained_by="one-branch",
                                          evaluation={"prior-above": 1000, "start": 600, "steps": 4})}
-    rows["one-branch"].evaluation["steps"] = 4
     monkeypatch.setattr(ablate, "ROWS", rows)
-    monkeypatch.setattr(ablate, "BATCH_SIZE", 2)
     for name in rows:
         ablate.main([name, "--seed", "3", "--output", str(tmp_path)])
-    results = [json.loads((tmp_path / name / "seed-3" / "results.json").read_text()) for name in rows]
+    folders = [tmp_path / name / "seed-3" for name in rows]
+    results = [json.loads((folder / "results.json").read_text()) for folder in folders]
     assert [r["settings"]["start"] for r in results] == [1000, 600]
     assert results[0]["settings"]["prior_above"] == 1000
     assert results[0]["run"]["sha256"]["moa"] == results[1]["run"]["sha256"]["moa"]
     assert np.allclose(results[0]["router"]["grid"]["people"]["mean"], 1)  # all personalized
-    training = json.loads((tmp_path / "one-branch" / "seed-3" / "config.json").read_text())["training"]
+    training = json.loads((folders[0] / "config.json").read_text())["training"]
     assert (training["seed"], training["steps"], training["lambda_router"]) == (3, 2, 3e-5)
-    stamp = (tmp_path / "one-branch" / "seed-3" / "results.json").stat().st_mtime_ns
-    ablate.main(["one-branch", "--seed", "3", "--output", str(tmp_path)])
-    assert (tmp_path / "one-branch" / "seed-3" / "results.json").stat().st_mtime_ns == stamp
-    monkeypatch.setattr(ablate, "SEEDS", (3,))
+    assert training["batch_size"] == 4
     capsys.readouterr()
+
+    def again(name: str) -> str:
+        stamps = [(folder / "results.json").stat().st_mtime_ns for folder in folders]
+        try:
+            ablate.main([name, "--seed", "3", "--output", str(tmp_path)])
+        except SystemExit as end:
+            assert end.code == 2
+        assert stamps == [(folder / "results.json").stat().st_mtime_ns for folder in folders]
+        return "".join(capsys.readouterr())
+
+    assert "results.json is there already" in again("one-branch")
     ablate.main(["--table", "--output", str(tmp_path)])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines[2:]] == ["| `one-branch`", "| `one-branch-600`"]
     assert (tmp_path / "tradeoff.png").stat().st_size > 5000
 
+    changed = ablate.Row("a", small | {"lambda_router": 1.0}, rows["one-branch"].edits,
+                         rows["one-branch"].evaluation)
+    monkeypatch.setitem(rows, "one-branch", changed)
+    for name in rows:  # the second's weights are the first's
+        assert "seed-3 is of another version of the row one-branch, see its row.json (config)" in again(name)
+    ablate.main(["--table", "--output", str(tmp_path)])
+    said = capsys.readouterr()
+    assert "one-branch/seed-3/results.json is left out: the row was another (config)" in said.err
+    assert "`one-branch`" not in said.out
+    (folders[0] / "row.json").unlink()
+    with (folders[0] / "moa.safetensors").open("ab") as file:
+        file.write(b" ")
+    assert "is of other weights than" in again("one-branch-600")
 
-def test_the_spread_of_a_score():
+
+def test_a_row_is_known_by_all_that_its_edits_do():
+    def edits(name: str) -> list[str]:
+        return ablate.description(name)["edits"]
+    assert edits("moa") == []
+    assert any("def fixed_routing" in text for text in edits("one-branch-600"))
+    assert any(text.startswith("def fix(") for text in edits("cross-only"))
+    assert any("def has_unseen_pair" in text for text in edits("unseen-pairs"))
+    assert edits("cross-only") != edits("self-only")
+    descriptions = [json.dumps(ablate.description(name)) for name in ablate.ROWS]
+    assert len(set(descriptions)) == len(descriptions)
+
+
+def stub(path, monkeypatch, text: str) -> None:
+    """A program in Python's place, and no data to prepare."""
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(path))
+    monkeypatch.setattr(ablate, "prepare_data", lambda: None)
+
+
+def test_rows_that_fail_are_said_at_the_end(tmp_path, monkeypatch, capsys):
+    stub(tmp_path / "python", monkeypatch, "echo $2 >> $6/started; exit 3")
+    with pytest.raises(SystemExit, match="1"):
+        ablate.main(["--all", "--jobs", "2", "--output", str(tmp_path / "all")])
+    started = (tmp_path / "all" / "started").read_text().split()
+    assert sorted(started) == sorted([*ablate.ROWS] * 3)
+    assert capsys.readouterr().out.count("failed, see") == len(started)
+
+
+def test_sigterm_stops_the_rows_that_run(tmp_path, monkeypatch):
+    """And starts no other."""
+    stub(tmp_path / "python", monkeypatch, """trap 'echo stopped >> $6/log; kill $!; exit 0' TERM
+        echo started >> $6/log
+        sleep 60 & wait""")
+    log = tmp_path / "all" / "log"
+
+    def end() -> None:
+        while not log.exists() or log.read_text().count("started") < 2:
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    Thread(target=end, daemon=True).start()
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit, match="143"):
+        ablate.main(["--all", "--jobs", "2", "--output", str(tmp_path / "all")])
+    assert sorted(log.read_text().split()) == ["started"] * 2 + ["stopped"] * 2
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_score_over_seeds():
     one = {"mean": 0.4, "low": 0.3, "high": 0.5, "n": 64}
-    other = {"mean": 0.6, "low": 0.5, "high": 0.7, "n": 64}
-    assert ablate.cell([]) == "-"
-    assert ablate.cell([one]) == "0.400 (0.300 to 0.500)"  # over the cases
-    assert ablate.cell([one, other]) == "0.500 (0.400 to 0.600)"  # over the seeds
+    other = {"mean": 0.6, "low": 0.56, "high": 0.7, "n": 64}
+    assert ablate.over_seeds([{"mean": None, "low": None, "high": None, "n": 0}]) == "-"
+    assert ablate.over_seeds([one]) == "0.400 (0.300 to 0.500)"
+    assert ablate.over_seeds([one, other]) == "0.500 (0.430 to 0.600)"
+    assert ablate.over_seeds([{"mean": 0.4, "low": None, "high": None, "n": 4}]) == "0.400"
+
+
+def measured(values: list, numbers=(0, 1, 2, 3)) -> dict:
+    """What results.json holds of one score."""
+    counted = [value for value in values if value is not None]
+    return {"identity": {"mean": np.mean(counted), "n": len(counted)},
+            "cases": {"number": list(numbers), "identity": values}}
+
+
+def test_how_far_a_row_is_from_the_method():
+    found = {"moa": {0: measured([0.1, 0.3, 0.5, 0.7]), 1: measured([0.2, 0.4, 0.6, 0.8])},
+             "half": {0: measured([0.2, 0.5, 0.6, None]), 1: measured([0.5, 0.6, 0.9, 0.8]),
+                      2: measured([0.9] * 4)},
+             "double": {0: {"identity": {"mean": 0.5, "n": 4}}, 1: measured([0.5] * 4, (4, 5, 6, 7))}}
+    assert ablate.shared_seeds(found, "half") == [0, 1]  # seed 2 the method does not have
+    assert ablate.shared_seeds(found, "double") == []  # without cases, and of other cases
+    assert ablate.difference(found, "double", "identity") == ""
+    means = [[0.4, 0.5], [1.3 / 3, 0.7, 0.9], [0.5, 0.5]]
+    squares = sum(np.sum((np.array(row) - np.mean(row)) ** 2) for row in means[:2])
+    deviation, freedom = ablate.spread_of_seeds(found, "identity")
+    assert (deviation, freedom) == (pytest.approx(np.sqrt(squares / 3)), 3)  # without the two equal ones
+    # Case by case: (.1 + .3) / 2, (.2 + .2) / 2, (.1 + .3) / 2; the last case has no number.
+    assert ablate.difference(found, "half", "identity") == f"+0.200 ± {2 * deviation:.3f}"
+    del found["half"][1], found["half"][2], found["moa"][1]
+    assert ablate.spread_of_seeds(found, "identity") == (0, 0)
+    error = np.std([0.1, 0.2, 0.1], ddof=1) / np.sqrt(3)
+    assert ablate.difference(found, "half", "identity") == f"**+0.133 ± {2 * error:.3f}**"

@@ -107,6 +107,15 @@ def test_locality_is_the_change_outside_over_that_inside(case):
     assert math.isnan(evaluate.locality(case))
 
 
+def test_a_swap_that_changes_nobody_has_no_locality(case):
+    """Weights that ignore the subject are not the most local ones."""
+    assert math.isnan(evaluate.locality(case))
+    case.pictures[2][0, 0] = 255  # a pixel of the background
+    assert math.isnan(evaluate.locality(case))
+    case.pictures[2][16:48, 8:24] = evaluate.SEEN
+    assert evaluate.locality(case) > 0
+
+
 def test_background_distance_looks_outside_only(case):
     case.pictures[1][16:48, 8:24] = 255
     assert evaluate.background_distance(case) == 0
@@ -169,8 +178,9 @@ def test_router_arrays_are_per_kind_layer_and_timestep(case):
     assert steps["gap"]["mean"] == [-0.25, -0.2]
     assert steps["people"]["mean"] == pytest.approx([0.3, 0.35])
     assert steps["iou"]["mean"] == [0.25, 0.5]
-    assert layers["gap"]["low"] == layers["gap"]["high"] == layers["gap"]["mean"]
-    assert layers["gap"]["n"] == 2
+    assert layers["gap"]["low"] is layers["gap"]["high"] is None and layers["gap"]["n"] == 2
+    many = evaluate.router_arrays([case] * evaluate.FEWEST, [500, 100])["per_layer"]["gap"]
+    assert many["low"] == many["high"] == many["mean"]
     assert np.mean(steps["gap"]["mean"]) == pytest.approx(evaluate.router_gap(case), abs=1e-4)
 
 
@@ -195,6 +205,14 @@ def test_the_collector_keeps_what_the_prompt_got_and_only_where_moa_drew():
     assert found[0, 0, 0, 0, 0] == pytest.approx(0.8)
 
 
+def test_the_collector_keeps_the_weights_that_were_applied():
+    maps = []
+    weight = torch.tensor([0.1, 0.2, 0.3, 0.9]).repeat(2, 1)
+    routing = {(0, kind): torch.stack([1 - weight, weight], -1) for kind in evaluate.KINDS}
+    evaluate.collector(routing, maps, 0.2)(1, 1, 400, torch.zeros(1, 4, 2, 2))
+    assert maps[0][0, 0, 0] == pytest.approx(np.array([[0, 0], [0.3, 0.9]]))
+
+
 @pytest.mark.parametrize(("spread", "ratio"), [(1.0, 1.0), (0.5, 0.5), (0.0, 0.0)])
 def test_variety_compares_the_spread_over_seeds(spread, ratio, monkeypatch):
     class Fake:
@@ -204,13 +222,15 @@ def test_variety_compares_the_spread_over_seeds(spread, ratio, monkeypatch):
                                 for s in seeds])
 
     monkeypatch.setattr(evaluate, "subjects_of", lambda *args: [])
-    assert evaluate.variety(Fake(), 2, steps=2) == pytest.approx([ratio, ratio])
+    assert evaluate.variety(Fake(), range(2), steps=2) == pytest.approx([ratio, ratio])
 
 
 def test_speed_has_medians_and_the_ratio_of_neighbours():
     prior, moa, ratio = evaluate.speed(SECONDS).values()
     assert (prior["median"], moa["median"], ratio["median"]) == (2, 3.5, 1.5)
-    assert (ratio["low"], ratio["high"], ratio["n"]) == (1, 1.75, 3)
+    assert (ratio["low"], ratio["high"], ratio["n"]) == (None, None, 3)
+    ratio = evaluate.speed(SECONDS * 3)["seconds_ratio"]
+    assert (ratio["low"], ratio["high"], ratio["n"]) == (1, 1.75, 9)
 
 
 def test_intervals():
@@ -219,6 +239,18 @@ def test_intervals():
     assert known["n"] == 400
     assert known["high"] - known["low"] == pytest.approx(2 * 1.96 * 0.5 / 20, rel=0.15)
     assert evaluate.interval([float("nan")]) == {"mean": None, "low": None, "high": None, "n": 0}
+    few = evaluate.interval(np.arange(evaluate.FEWEST - 1))
+    assert few == {"mean": 3.0, "low": None, "high": None, "n": 7}
+
+
+@pytest.mark.parametrize(("right", "n", "low", "high"), [  # Newcombe 1998, table I; Wilson's score method
+    (81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)])
+def test_intervals_of_shares(right, n, low, high):
+    """Where all are right, too, the interval has a length."""
+    found = evaluate.interval([True] * right + [False] * (n - right))
+    assert (found["low"], found["high"]) == pytest.approx((low, high), abs=1e-4)
+    found = evaluate.interval(np.arange(n) >= right)
+    assert (found["low"], found["high"]) == pytest.approx((1 - high, 1 - low), abs=1e-4)
 
 
 def test_intervals_of_arrays_are_those_of_their_elements():
@@ -234,24 +266,28 @@ def test_intervals_of_arrays_are_those_of_their_elements():
 def test_scores_have_the_judge_beside_them(case):
     found = score([case, case])
     assert set(evaluate.SCORES) | {"attributes"} == set(found)
-    assert found["identity"] == {"mean": 1, "low": 1, "high": 1, "n": 2, "judge": 0.9}
+    assert found["identity"] == {"mean": 1, "low": None, "high": None, "n": 2, "judge": 0.9}
+    assert score([case] * 8)["identity"] == {"mean": 1, "low": 1, "high": 1, "n": 8, "judge": 0.9}
+    assert 0.6 < score([case] * 8)["context"]["low"] < 0.7  # a yes or no
     assert found["attributes"]["skin"]["judge"] == 0.8
     assert "judge" not in found["variety"] and "judge" not in found["seconds_moa"]
 
 
 def test_the_table_shows_every_score(case):
-    table = evaluate.markdown(score([case, case]))
+    table = evaluate.markdown(score([case] * 8))
     for name in (*evaluate.SCORES, *(f"identity: {name}" for name in toyworld.ATTRIBUTES)):
         assert f"| {name} |" in table
-    assert "| mixup | low | 0.000 | 0.000 to 0.000 | 2 | 0.900 |" in table
+    assert "| mixup | low | 0.000 | 0.000 to 0.000 | 8 | 0.900 |" in table
+    assert "| locality | low | - | - | 0 | 0.900 |" in table
+    assert "| variety | near 1 | 0.900 | - | 1 |  |" in table
     assert "| seconds_ratio | low | 1.500 |" in table
     assert {line.count("|") for line in table.splitlines() if line.startswith("|")} == {7}
 
 
 def test_every_score_has_its_paragraph():
     text = (Path(evaluate.__file__).parent / "docs" / "benchmark.md").read_text(encoding="utf-8")
-    for name in evaluate.SCORES:
-        assert f"`{name}`" in text, name
+    starts = re.findall(r"^((?:`\w+`, )*`\w+`): ", text, re.MULTILINE)
+    assert {name for start in starts for name in re.findall(r"\w+", start)} >= evaluate.SCORES.keys()
 
 
 def test_the_worst_are_chosen_by_their_numbers(case, monkeypatch):
@@ -326,7 +362,12 @@ def test_results_hold_scores_and_where_they_come_from(output):
     results = json.loads((output / "results.json").read_text())
     for name in ("identity", "context", "locality", "mixup", "router_iou", "variety", "prior_agreement"):
         assert {"mean", "low", "high", "n"} <= results[name].keys()
-    assert {*evaluate.SCORES, "attributes", "judge", "router", "worst", "run", "settings"} == results.keys()
+    assert {*evaluate.SCORES, "attributes", "judge", "router", "worst", "run", "settings",
+            "cases"} == results.keys()
+    assert results["cases"]["number"] == [0, 1]
+    for name in ("identity", "locality", "prior_activity", "router_iou"):
+        values = [value for value in results["cases"][name] if value is not None]
+        assert np.mean(values) == pytest.approx(results[name]["mean"], abs=1e-4)
     run = results["run"]
     weights = evaluate.SHIPPED / "moa.safetensors"
     assert hashlib.sha256(weights.read_bytes()).hexdigest().startswith(run["sha256"]["moa"])
@@ -335,16 +376,25 @@ def test_results_hold_scores_and_where_they_come_from(output):
     assert run["threads"] == torch.get_num_threads()
     assert run["code"] and run["device"] and run["seconds"] > 0
     assert results["settings"] == {
-        "count": 2, "steps": 3, "guidance_scale": 4.0, "prior_above": 800, "sparse": 0.0, "start": 1000,
-        "weights": "toyworld", "moa": "moa.safetensors"}
+        "count": 2, "first": 0, "steps": 3, "guidance_scale": 4.0, "prior_above": 800, "sparse": 0.0,
+        "start": 1000, "weights": "toyworld", "moa": "moa.safetensors"}
     router = results["router"]
     assert router["timesteps"] == [666, 333]
     assert np.shape(router["grid"]["people"]["mean"]) == (2, 16, 2)
-    assert np.shape(router["per_layer"]["iou"]["low"]) == (2, 16)
+    assert np.shape(router["per_layer"]["iou"]["mean"]) == (2, 16)
     assert np.mean(router["per_timestep"]["gap"]["mean"]) == pytest.approx(
         results["router_gap"]["mean"], abs=1e-3)
     assert [len(found) for found in results["worst"].values()] == [2, 2]
     assert (output / "results.md").read_text().startswith("| score |")
+
+
+def test_other_cases_are_drawn_by_their_number(output, tmp_path):
+    evaluate.main(["--output", str(tmp_path), "--count", "2", "--steps", "3", "--first", "1"])
+    found, before = (json.loads((folder / "results.json").read_text()) for folder in (tmp_path, output))
+    assert found["cases"]["number"] == [1, 2] and found["settings"]["first"] == 1
+    for name, values in found["cases"].items():
+        assert values[0] == pytest.approx(before["cases"][name][1], abs=1e-3), name
+    assert found["worst"]["identity"] != before["worst"]["identity"]
 
 
 @pytest.mark.parametrize("name", ["cases", "worst_identity", "worst_locality"])
@@ -376,7 +426,7 @@ def weights(tmp_path) -> Path:
 
 
 @pytest.mark.parametrize(("flags", "words"), [
-    (["--count", 0], "--count must be at least 2, not 0"),
+    (["--count", 0], "--count must be at least 2, not 0"), (["--first", -1], "--first must be at least 0"),
     (["--steps", 0], "steps must be in 1..1000, got 0"),
     (["--guidance-scale", "nan"], "--guidance-scale must be in 0..100"),
     (["--guidance-scale", -1], "--guidance-scale must be in 0..100"),

@@ -106,7 +106,8 @@ def test_clip_in_all_layouts(clips, tmp_path):
     for path in (folder, folder / "model.safetensors", tmp_path / "open_clip.safetensors",
                  tmp_path / "open_clip.pt", tmp_path / "old.safetensors"):
         with pytest.warns(UserWarning, match="is not CLIP ViT-L/14"):
-            see, read = face_scores.load_clip(path, torch.device("cpu"))
+            see, read, as_paper = face_scores.load_clip(path, torch.device("cpu"))
+        assert not as_paper
         for found, expected in ((see(picture), image), (read(prompt), text)):
             assert (found - expected / expected.norm()).norm() < 2e-5
         assert torch.equal(read("a man  wearing a red hat"), read(prompt))  # FastComposer's has two spaces
@@ -227,6 +228,17 @@ def test_the_protocol():
         assert set(some) < set(cases) and (args.steps, args.guidance_scale) == (50, 5.0)
 
 
+def test_what_is_not_as_in_the_protocol_is_named():
+    needed = ["--subjects", "s", "--output", "o", "--clip", "c", "--multi", "--device", "cpu"]
+    assert evaluate_faces.changed_settings(evaluate_faces.parse_args(needed)) == []
+    args = evaluate_faces.parse_args([*needed, "--prior-only", "--seed", "1", "--width", "256"])
+    assert evaluate_faces.changed_settings(args) == ["--prior-only", "--seed 1", "--width 256"]
+    scores = {"all": dict.fromkeys(("ip", "ip_std", "pc", "pc_std", "no_face"), 0.5) | {"n": 2400}}
+    results = {"scores": scores, "protocol": "multi", "subjects": 15, "changed": []}
+    assert "Do not compare" not in evaluate_faces.table(results)
+    assert "(another CLIP)" in evaluate_faces.table({**results, "changed": ["another CLIP"]})
+
+
 @pytest.fixture
 def subjects(place) -> Path:
     """A folder of two people."""
@@ -275,7 +287,8 @@ def test_draws_scores_and_goes_on(evaluate, judged):
         {"ip": 0.5, "ip_std": 0, "pc": 0.25, "pc_std": 0, "no_face": 0, "n": 8}, abs=1e-6)
     assert list(results["scores"]) == ["accessory", "style", "action", "context", "all"]
     assert "| MoA, the paper | 0.555 | 0.202 |" in out and "| this run | 0.500 | 0.250 |" in out
-    assert "Not the whole protocol: 2 subjects, 8 pictures" in out
+    assert ("Not the protocol (--max-prompts 1, --max-images 1, --steps 1, other subjects): 2 subjects, "
+            "8 pictures. Do not compare." in out)
     assert out.endswith(Path("out/results.md").read_text() + "\n")
     names = sorted(path.name for path in Path("out/pictures").iterdir())
     assert names[1] == "subject_0000_prompt_0010_instance_0000.png" and len(names) == 8
