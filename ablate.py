@@ -304,16 +304,18 @@ def description(name: str) -> dict:
 
 
 def sources(function: FunctionType) -> list[str]:
-    """The text of a function of this file and of those that it calls or holds."""
+    """The text of a function of this file, of those that it calls or holds, and of the constants."""
     found, todo = {}, [function]
     while todo:
         each = inspect.unwrap(todo.pop())
         if each not in found:
             found[each] = inspect.getsource(each)
-            named = [each.__globals__.get(word) for word in words_of(each.__code__)]
+            named = {word: each.__globals__.get(word) for word in words_of(each.__code__)}
             held = [cell.cell_contents for cell in each.__closure__ or ()]
-            todo += [other for other in (*held, *named) if isinstance(other, FunctionType)
+            todo += [other for other in (*held, *named.values()) if isinstance(other, FunctionType)
                      and inspect.unwrap(other).__module__ == function.__module__]
+            found |= {word: f"{word} = {value!r}" for word, value in named.items()
+                      if isinstance(value, (int, float, str, tuple, range)) and word.isupper()}
     return list(found.values())
 
 
@@ -459,9 +461,9 @@ def differences(found: dict[str, dict[int, dict]]) -> list[str]:
     lines += [f"| `{name}` | {len(shared_seeds(found, name))} | {' | '.join(cells)} |"
               for name, cells in compared.items()]
     if said:
-        trainings = 1 + max(freedom for _, freedom in spread.values())
-        lines += ["", f"One standard deviation of a training's seed, from {trainings} trainings or fewer: "
-                  f"{', '.join(said)}."]
+        freedom = max(freedom for _, freedom in spread.values())
+        lines += ["", f"One standard deviation of a training's seed, pooled over the rows that have several "
+                  f"({freedom} degrees of freedom at most): {', '.join(said)}."]
     return lines
 
 

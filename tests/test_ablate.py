@@ -245,6 +245,8 @@ def test_a_row_is_known_by_all_that_its_edits_do():
     assert any("def fixed_routing" in text for text in edits("one-branch-600"))
     assert any(text.startswith("def fix(") for text in edits("cross-only"))
     assert any("def has_unseen_pair" in text for text in edits("unseen-pairs"))
+    assert any(text.startswith("UNSEEN = ((") for text in edits("unseen-pairs"))
+    assert "DECODER = range(7, 16)" in edits("decoder-only")
     assert edits("cross-only") != edits("self-only")
     descriptions = [json.dumps(ablate.description(name)) for name in ablate.ROWS]
     assert len(set(descriptions)) == len(descriptions)
