@@ -21,12 +21,13 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from math import nan
 from pathlib import Path
 from threading import Event
 from types import CodeType, FunctionType
 
-from command import fail
+from command import fail, read_json
 
 ROOT = Path(__file__).resolve().parent
 SEEDS = (0, 1, 2)
@@ -235,15 +236,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    if args.list:
-        for name, row in ROWS.items():
-            print(f"{name:28}{row.what}")
-    elif args.table:
-        print(table(args.output))
-    elif args.all:
-        run_all(args.output, args.jobs)
-    else:
-        run(args.row, args.seed or 0, args.output)
+    try:
+        if args.list:
+            for name, row in ROWS.items():
+                print(f"{name:28}{row.what}")
+        elif args.table:
+            print(table(args.output))
+        elif args.all:
+            run_all(args.output, args.jobs)
+        else:
+            run(args.row, args.seed or 0, args.output)
+    except (ValueError, OSError) as error:
+        fail(error)
 
 
 def place(output: Path, name: str, seed: int) -> Path:
@@ -257,22 +261,22 @@ def run(name: str, seed: int, output: Path) -> None:
     row, folder = ROWS[name], place(output, name, seed)
     trainer = row.trained_by or name
     trained = place(output, trainer, seed)
-    weights = trained / "moa.safetensors"
+    weights, results = trained / "moa.safetensors", folder / "results.json"
+    described = description(name)  # now: this file may be edited while the row is trained
     for made, by in ((trained, trainer), (folder, name)):
         if other := differing(made, by):
             fail(f"{made} is of another version of the row {by}, see its row.json ({other}): move it away, "
                  "or give another --output")
-    if (folder / "results.json").exists():
-        measured = json.loads((folder / "results.json").read_text(encoding="utf-8"))["run"]["sha256"]["moa"]
-        if weights.exists() and measured != evaluate.checksum(weights):
-            fail(f"{folder / 'results.json'} is of other weights than {weights}: remove it to measure these")
-        print(f"{folder / 'results.json'} is there already")
+    if results.exists():
+        if weights.exists() and weights_of(read_json(results)) not in (None, evaluate.checksum(weights)):
+            fail(f"{results} is of other weights than {weights}: remove it to measure these")
+        print(f"{results} is there already")
         return
     with ExitStack() as stack:
         for edit in edits_of(row):
             stack.enter_context(edit())
         if row.trained_by is None and not weights.exists():
-            keep_description(trained, name)
+            keep_description(folder, described)
             stack.enter_context(preset(row.config))
             resume = ["--resume"] if train.list_checkpoints(trained) else []
             stack.enter_context(replaced(sys, "argv", [
@@ -281,7 +285,7 @@ def run(name: str, seed: int, output: Path) -> None:
             train.main()
         if not weights.exists():
             fail(f"{weights} is not there: run the row {row.trained_by} first")
-        keep_description(folder, name)
+        keep_description(folder, described)
         flags = [word for key, value in row.evaluation.items() for word in (f"--{key}", str(value))]
         evaluate.main(["--weights", str(trained), "--output", str(folder), "--count", str(CASES), *flags])
 
@@ -295,27 +299,41 @@ def edits_of(row: Row) -> tuple[Callable, ...]:
 
 
 def description(name: str) -> dict:
-    """All that a row's results depend on, as its row.json holds it."""
+    """What a row is, as its row.json holds it: settings of training and of drawing, the text of its edits.
+    Of the modules that they edit, and of the base model, it says nothing."""
+    from dataclasses import asdict
+
+    from stages import make_config
     row = ROWS[name]
-    found = {"config": {"steps": STEPS, "batch_size": BATCH_SIZE, **row.config},
-             "evaluation": {"count": CASES, **row.evaluation}, "trained_by": row.trained_by,
+    with preset(ROWS[row.trained_by or name].config):
+        config = asdict(make_config("toyworld", "moa"))
+    found = {"config": config, "evaluation": {"count": CASES, **row.evaluation},
+             "trained_by": row.trained_by,
              "edits": [source for edit in edits_of(row) for source in sources(edit)]}
     return json.loads(json.dumps(found))
 
 
-def sources(function: FunctionType) -> list[str]:
-    """The text of a function of this file, of those that it calls or holds, and of the constants."""
-    found, todo = {}, [function]
+def sources(edit: Callable) -> list[str]:
+    """The text of an edit, of the functions of its file and of this one that it calls or holds, and the
+    constants in it."""
+    found, todo = {}, [edit]
+    homes = {__name__, inspect.unwrap(edit.func if isinstance(edit, partial) else edit).__module__}
     while todo:
         each = inspect.unwrap(todo.pop())
-        if each not in found:
-            found[each] = inspect.getsource(each)
+        if isinstance(each, partial):
+            found[each] = f"{each.args} {each.keywords}"
+            todo.append(each.func)
+        elif isinstance(each, FunctionType) and each.__module__ in homes and each not in found:
+            cells = [cell.cell_contents for cell in each.__closure__ or ()]
+            held = dict(zip(each.__code__.co_freevars, cells, strict=True))
             named = {word: each.__globals__.get(word) for word in words_of(each.__code__)}
-            held = [cell.cell_contents for cell in each.__closure__ or ()]
-            todo += [other for other in (*held, *named.values()) if isinstance(other, FunctionType)
-                     and inspect.unwrap(other).__module__ == function.__module__]
-            found |= {word: f"{word} = {value!r}" for word, value in named.items()
-                      if isinstance(value, (int, float, str, tuple, range)) and word.isupper()}
+            todo += [*named.values(), *cells]
+            found[each] = inspect.getsource(each)
+            constants = {word: value for word, value in named.items() if word.isupper()} | held
+            found |= {word: f"{word} = {value!r}" for word, value in constants.items()
+                      if isinstance(value, (int, float, str, tuple, range))}
+            if each.__defaults__ or each.__kwdefaults__:
+                found[each, "defaults"] = f"{each.__defaults__} {each.__kwdefaults__}"
     return list(found.values())
 
 
@@ -325,20 +343,27 @@ def words_of(code: CodeType) -> list[str]:
     return [*code.co_names, *inner]
 
 
-def keep_description(folder: Path, name: str) -> None:
+def keep_description(folder: Path, described: dict) -> None:
     """Write row.json."""
     from models.load import write_json
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(description(name), folder / "row.json")
+    write_json(described, folder / "row.json")
 
 
 def differing(folder: Path, name: str) -> str:
-    """What of a row is another than in a folder's row.json: nothing where there is none."""
+    """What of a row is another than in a folder's row.json: nothing where there is none. Settings that a
+    folder does not know are newer than it."""
     path = folder / "row.json"
     if not path.exists():
         return ""
-    found = json.loads(path.read_text(encoding="utf-8"))
-    return ", ".join(key for key, value in description(name).items() if found.get(key) != value)
+    found, now = read_json(path), description(name)
+    now["config"] = {key: value for key, value in now["config"].items() if key in found.get("config", {})}
+    return ", ".join(key for key, value in now.items() if found.get(key) != value)
+
+
+def weights_of(result: dict) -> str | None:
+    """The checksum of the MoA weights that a results.json was measured on, where it has one."""
+    return result.get("run", {}).get("sha256", {}).get("moa")
 
 
 @contextmanager
@@ -373,6 +398,8 @@ def run_all(output: Path, jobs: int) -> None:
                 return False
             with subprocess.Popen(command, stdout=log, stderr=log, env=environment) as child:
                 children.add(child)
+                if stopped.is_set():  # in between
+                    child.terminate()
             children.remove(child)
         done = child.returncode == 0 and (place(output, name, seed) / "results.json").exists()
         tqdm.write(f"{name}, seed {seed}: " + ("done" if done else f"failed, see {log.name}"))
@@ -389,7 +416,8 @@ def run_all(output: Path, jobs: int) -> None:
         for again in (False, True):
             todo = [(name, seed) for seed in SEEDS for name, row in ROWS.items()
                     if bool(row.trained_by) == again
-                    and not (place(output, name, seed) / "results.json").exists()]
+                    and (not (place(output, name, seed) / "results.json").exists()
+                         or differing(place(output, name, seed), name))]
             with ThreadPoolExecutor(jobs) as pool:
                 done += tqdm(pool.map(one, todo), "ablations", len(todo), unit="row", disable=None)
     finally:
@@ -427,36 +455,51 @@ def table(output: Path) -> str:
 
 
 def results_of(output: Path, name: str) -> dict[int, dict]:
-    """Seed -> results.json of a row. What was made by another version of it is left out, and said."""
+    """Seed -> results.json of a row. What was made by another version of it, or of other weights than those
+    of the row that trained them, is left out, and said."""
     found = {}
     for path in output.glob(f"{name}/seed-*/results.json"):
-        if other := differing(path.parent, name):
+        seed = path.parent.name.removeprefix("seed-")
+        if not seed.isdecimal():  # moved away
+            continue
+        trainer, result = ROWS[name].trained_by or name, read_json(path)
+        trained = place(output, trainer, int(seed)) / path.name
+        other = differing(path.parent, name) or differing(trained.parent, trainer)
+        if trained.exists() and weights_of(read_json(trained)) not in (None, weights_of(result)):
+            other = "weights"
+        if other:
             print(f"{path} is left out: the row was another ({other})", file=sys.stderr)
         else:
-            found[int(path.parent.name.removeprefix("seed-"))] = json.loads(path.read_text(encoding="utf-8"))
+            found[int(seed)] = result
     return dict(sorted(found.items()))
 
 
 def over_seeds(scores: list[dict]) -> str:
-    """One score of a row, the mean of all its seeds' means and ends."""
-    from evaluate import cell
+    """One score of a row, the mean of its seeds, and of the ends of their intervals where all have one."""
+    from evaluate import FEWEST, cell
     counted = [score for score in scores if score["n"]]
-    ends = {end: [score[end] for score in counted if score.get(end) is not None]
-            for end in ("mean", "low", "high")}
-    return cell({end: sum(values) / len(values) if values else None for end, values in ends.items()})
+
+    def mean(key: str) -> float | None:
+        values = [score.get(key) for score in counted]
+        return sum(values) / len(values) if values and None not in values else None
+
+    whole = all(score["n"] >= FEWEST for score in counted)
+    return cell({"mean": mean("mean"), **{end: mean(end) if whole else None for end in ("low", "high")}})
 
 
 def differences(found: dict[str, dict[int, dict]]) -> list[str]:
     """How far each row is from the method, with two standard errors: of the difference case by case, and of
     the trainings' seeds. Lines of Markdown."""
-    compared = {name: cells for name, seeds in found.items() if name != METHOD
+    compared = {name: cells for name in found if name != METHOD
                 and any(cells := [difference(found, name, column) for column in COMPARED])}
     if not compared:
         return []
     spread = {column: spread_of_seeds(found, column) for column in COMPARED}
     said = [f"{column} {deviation:.3f}" for column, (deviation, _) in spread.items() if deviation]
-    lines = ["", f"The row minus `{METHOD}`, over the cases and seeds that both have; bold: more than two "
-             "standard errors, which follow the sign ±.", "",
+    errors = ("two standard errors, over the cases and of the trainings' seeds; more than that is bold"
+              if said else "two standard errors over the cases. How much another seed of the training would "
+              "change is not known: no row has two")
+    lines = ["", f"The row minus `{METHOD}`, over the cases and seeds that both have; behind ± {errors}.", "",
              "| row | seeds | " + " | ".join(COMPARED) + " |", "|---" * (2 + len(COMPARED)) + "|"]
     lines += [f"| `{name}` | {len(shared_seeds(found, name))} | {' | '.join(cells)} |"
               for name, cells in compared.items()]
@@ -483,10 +526,10 @@ def difference(found: dict[str, dict[int, dict]], name: str, column: str) -> str
     values = np.mean(cases, 0)[~np.isnan(np.mean(cases, 0))] if seeds else []
     if len(values) < 2:
         return ""
-    deviation, _ = spread_of_seeds(found, column)
+    deviation, freedom = spread_of_seeds(found, column)
     error = np.sqrt(np.var(values, ddof=1) / len(values) + 2 * deviation ** 2 / len(seeds))
     text = f"{np.mean(values):+.3f} ± {2 * error:.3f}"
-    return f"**{text}**" if abs(np.mean(values)) > 2 * error else text
+    return f"**{text}**" if freedom and abs(np.mean(values)) > 2 * error else text
 
 
 def spread_of_seeds(found: dict[str, dict[int, dict]], column: str) -> tuple[float, int]:

@@ -117,7 +117,6 @@ def run(args: argparse.Namespace) -> None:
     source["seconds"] = round(time.perf_counter() - start, 1)
     results = {"settings": settings, "run": source, **scores(cases, ratios, seconds, ceiling),
                "judge": ceiling,
-               "cases": {"number": list(every), **values_of(cases)},
                "worst": {name: [describe(case) for case in chosen] for name, chosen in worst(cases).items()},
                "router": router}
     write_json(results, args.output / "results.json")
@@ -523,26 +522,19 @@ def per_attribute(hits: list[tuple[int, str, bool]]) -> dict[str, dict]:
     return {name: interval([right for _, n, right in hits if n == name]) for name in toyworld.ATTRIBUTES}
 
 
-def case_scores(case: Case) -> dict[str, float | bool]:
-    """The scores of one case, NaN where it has none."""
-    read_off = {prefix + name: score(case.scene, case.readings[which])
+def case_scores(cases: list[Case]) -> dict[str, list[float | bool]]:
+    """Score -> its values case by case, NaN where a case has none."""
+    read_off = {prefix + name: [score(case.scene, case.readings[which]) for case in cases]
                 for prefix, which in (("", 1), ("prior_", 0)) for name, score in READ_OFF.items()}
-    return read_off | {score.__name__: score(case) for score in
+    return read_off | {score.__name__: [score(case) for case in cases] for score in
                        (locality, prior_agreement, background_distance, router_gap, router_iou)}
 
 
-def values_of(cases: list[Case]) -> dict[str, list[float | None]]:
-    """Score -> its values case by case, None where a case has none."""
-    counted = [case_scores(case) for case in cases]
-    return {name: [None if np.isnan(values[name]) else round(float(values[name]), 4) for values in counted]
-            for name in counted[0]}
-
-
 def scores(cases: list[Case], ratios: list[float], seconds: list[dict], ceiling: dict) -> dict:
-    """All scores, each with its mean or median, 95 % bootstrap interval, number of cases and, where
-    the judge has a part in it, the judge's own number."""
-    counted = [case_scores(case) for case in cases]
-    results = {name: interval([values[name] for values in counted]) for name in counted[0]}
+    """All scores, each with its mean or median, 95 % interval, number of cases and, where the judge has a
+    part in it, the judge's own number; and case by case, None where a case has none."""
+    values = case_scores(cases)
+    results = {name: interval(found) for name, found in values.items()}
     results |= {"variety": interval(ratios), **speed(seconds)}
     for name, (_, judged) in SCORES.items():
         if judged:
@@ -550,7 +542,10 @@ def scores(cases: list[Case], ratios: list[float], seconds: list[dict], ceiling:
     attributes = per_attribute([hit for c in cases for hit in attribute_hits(c.scene, c.readings[1])])
     for name, value in attributes.items():
         value["judge"] = ceiling["attributes"][name]["mean"]
-    return {**results, "attributes": attributes}
+    each = {name: [None if np.isnan(value) else round(float(value), 4) for value in found]
+            for name, found in values.items()}
+    return {**results, "attributes": attributes,
+            "cases": {"number": [case.number for case in cases], **each}}
 
 
 def interval(values, center: str = "mean", digits: int | None = None) -> dict:
@@ -582,7 +577,7 @@ def wilson(values: np.ndarray) -> np.ndarray:
     n, share, z = len(values), values.mean(), 1.96
     center = (share + z ** 2 / (2 * n)) / (1 + z ** 2 / n)
     half = z / (1 + z ** 2 / n) * (share * (1 - share) / n + z ** 2 / (4 * n ** 2)) ** 0.5
-    return np.array([center - half, center + half])
+    return np.array([center - half, center + half]).clip(0, 1)
 
 
 # --- what is written ---

@@ -174,7 +174,8 @@ def by_picture(values: Iterable[tuple]) -> dict:
     pictures = defaultdict(list)
     for picture, value in values:
         pictures[picture].append(value)
-    return evaluate.interval([float(np.mean(found)) for found in pictures.values()])
+    return evaluate.interval([found[0] if len(found) == 1 else float(np.mean(found))
+                              for found in pictures.values()])
 
 
 def people_of(scenes: list[toyworld.Scene], readings: list[evaluate.Reading]) -> list[tuple]:

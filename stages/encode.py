@@ -1,5 +1,6 @@
 """What a training step needs of its samples: computed on the spot, or once and kept on disk."""
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -104,8 +105,12 @@ def encode_all(samples: Samples, encoder: Encoder, folder: Path) -> Shards:
     def make(rows: range) -> Iterator[dict[str, Tensor]]:
         read = in_processes(partial(samples.read, epoch=0), rows, "reading", workers=worker_count(),
                             shown=False)
-        while some := list(islice(read, CHUNK)):
-            yield {k: v.half() if v.is_floating_point() else v for k, v in encoder(some).items()}
+        some = list(islice(read, CHUNK))
+        with ThreadPoolExecutor(1) as ahead:  # the readers wait when they have a little
+            while some:
+                following = ahead.submit(lambda: list(islice(read, CHUNK)))
+                yield {k: v.half() if v.is_floating_point() else v for k, v in encoder(some).items()}
+                some = following.result()
 
     build_shards(folder, len(samples), make, range(rank(), len(shards_of(len(samples))), world_size()))
     wait("encoded")

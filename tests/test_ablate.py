@@ -1,10 +1,12 @@
 """ablate.py: each row is another method, in training and in drawing, and is trained and measured."""
 import json
 import os
+import shutil
 import signal
 import sys
 import time
 from contextlib import ExitStack
+from functools import partial
 from threading import Thread
 
 import numpy as np
@@ -228,14 +230,23 @@ def test_rows_are_trained_measured_and_not_done_twice(tmp_path, monkeypatch, cap
     monkeypatch.setitem(rows, "one-branch", changed)
     for name in rows:  # the second's weights are the first's
         assert "seed-3 is of another version of the row one-branch, see its row.json (config)" in again(name)
-    ablate.main(["--table", "--output", str(tmp_path)])
+    with pytest.raises(SystemExit, match="2"):
+        ablate.main(["--table", "--output", str(tmp_path)])
     said = capsys.readouterr()
-    assert "one-branch/seed-3/results.json is left out: the row was another (config)" in said.err
-    assert "`one-branch`" not in said.out
-    (folders[0] / "row.json").unlink()
+    for name in rows:
+        assert f"{name}/seed-3/results.json is left out: the row was another (config)" in said.err
+    for folder in folders:
+        (folder / "row.json").unlink()
     with (folders[0] / "moa.safetensors").open("ab") as file:
         file.write(b" ")
     assert "is of other weights than" in again("one-branch-600")
+    results[0]["run"]["sha256"]["moa"] = "0"  # as after another training
+    (folders[0] / "results.json").write_text(json.dumps(results[0]))
+    shutil.copytree(folders[0], tmp_path / "one-branch" / "seed-3-old")
+    ablate.main(["--table", "--output", str(tmp_path)])
+    said = capsys.readouterr()
+    assert "one-branch-600/seed-3/results.json is left out: the row was another (weights)" in said.err
+    assert said.out.count("| `one-branch`") == 1 and "`one-branch-600`" not in said.out
 
 
 def test_a_row_is_known_by_all_that_its_edits_do():
@@ -250,6 +261,38 @@ def test_a_row_is_known_by_all_that_its_edits_do():
     assert edits("cross-only") != edits("self-only")
     descriptions = [json.dumps(ablate.description(name)) for name in ablate.ROWS]
     assert len(set(descriptions)) == len(descriptions)
+
+
+def wide(hidden: int, more=1):
+    return lambda: ablate.router_width(hidden)
+
+
+def test_what_an_edit_holds_is_part_of_it():
+    texts = [ablate.sources(edit) for edit in (wide(32), wide(64), partial(wide, 32), partial(wide, 64))]
+    assert len({tuple(text) for text in texts}) == 4
+    assert "hidden = 32" in texts[0] and "(64,) {}" in texts[3] and "(1,) None" in texts[3]
+
+
+def test_settings_that_a_folder_does_not_know_are_newer(tmp_path):
+    described = ablate.description("half")
+    for change, found in (({}, ""), ({"lambda_router": 1.0}, "config")):
+        old = {key: value for key, value in described["config"].items() if key != "masked_probability"}
+        ablate.keep_description(tmp_path, {**described, "config": old | change})
+        assert ablate.differing(tmp_path, "half") == found
+
+
+def test_a_row_that_was_changed_is_not_taken_as_done(tmp_path, monkeypatch, capsys):
+    stub(tmp_path / "python", monkeypatch, "echo $2 >> $6/started")
+    folder = tmp_path / "all"
+    for name in ablate.ROWS:
+        for seed in ablate.SEEDS:
+            ablate.keep_description(ablate.place(folder, name, seed), ablate.description(name))
+            (ablate.place(folder, name, seed) / "results.json").touch()
+    ablate.main(["--all", "--output", str(folder)])
+    assert not (folder / "started").exists()
+    monkeypatch.setitem(ablate.ROWS, "half", ablate.Row("another", {"steps": 9}))
+    ablate.main(["--all", "--output", str(folder)])
+    assert (folder / "started").read_text().split() == ["half"] * 3
 
 
 def stub(path, monkeypatch, text: str) -> None:
@@ -296,6 +339,8 @@ def test_a_score_over_seeds():
     assert ablate.over_seeds([one]) == "0.400 (0.300 to 0.500)"
     assert ablate.over_seeds([one, other]) == "0.500 (0.430 to 0.600)"
     assert ablate.over_seeds([{"mean": 0.4, "low": None, "high": None, "n": 4}]) == "0.400"
+    assert ablate.over_seeds([one, {"mean": 0.5, "n": 64}]) == "0.450"  # the interval of one is not both's
+    assert ablate.over_seeds([one | {"n": 4}]) == "0.400"
 
 
 def measured(values: list, numbers=(0, 1, 2, 3)) -> dict:
@@ -305,7 +350,23 @@ def measured(values: list, numbers=(0, 1, 2, 3)) -> dict:
             "cases": {"number": list(numbers), "identity": values}}
 
 
-def test_how_far_a_row_is_from_the_method():
+def test_a_broken_row_is_one_line(tmp_path, capsys):
+    folder = ablate.place(tmp_path, "moa", 0)
+    folder.mkdir(parents=True)
+    (folder / "row.json").write_text("{")
+    (folder / "results.json").write_text("{}")
+    for arguments in (["--table"], ["moa"]):
+        with pytest.raises(SystemExit, match="2"):
+            ablate.main([*arguments, "--output", str(tmp_path)])
+        line, = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ") and "row.json is not a JSON file" in line
+    (folder / "row.json").unlink()
+    ablate.main(["moa", "--output", str(tmp_path)])  # a result of an older version, which names no weights
+    assert "is there already" in capsys.readouterr().out
+
+
+def test_how_far_a_row_is_from_the_method(monkeypatch):
+    monkeypatch.setattr(ablate, "COMPARED", ("identity",))
     found = {"moa": {0: measured([0.1, 0.3, 0.5, 0.7]), 1: measured([0.2, 0.4, 0.6, 0.8])},
              "half": {0: measured([0.2, 0.5, 0.6, None]), 1: measured([0.5, 0.6, 0.9, 0.8]),
                       2: measured([0.9] * 4)},
@@ -322,4 +383,7 @@ def test_how_far_a_row_is_from_the_method():
     del found["half"][1], found["half"][2], found["moa"][1]
     assert ablate.spread_of_seeds(found, "identity") == (0, 0)
     error = np.std([0.1, 0.2, 0.1], ddof=1) / np.sqrt(3)
-    assert ablate.difference(found, "half", "identity") == f"**+0.133 ± {2 * error:.3f}**"
+    assert ablate.difference(found, "half", "identity") == f"+0.133 ± {2 * error:.3f}"  # of one seed
+    assert "no row has two" in "\n".join(ablate.differences(found))
+    found["no-encoding"] = {0: measured([0.1] * 4), 1: measured([0.101] * 4)}
+    assert ablate.difference(found, "half", "identity").startswith("**+0.133 ± ")

@@ -251,6 +251,7 @@ def test_intervals_of_shares(right, n, low, high):
     assert (found["low"], found["high"]) == pytest.approx((low, high), abs=1e-4)
     found = evaluate.interval(np.arange(n) >= right)
     assert (found["low"], found["high"]) == pytest.approx((1 - high, 1 - low), abs=1e-4)
+    assert found["low"] >= 0 and found["high"] <= 1
 
 
 def test_intervals_of_arrays_are_those_of_their_elements():
@@ -265,7 +266,8 @@ def test_intervals_of_arrays_are_those_of_their_elements():
 
 def test_scores_have_the_judge_beside_them(case):
     found = score([case, case])
-    assert set(evaluate.SCORES) | {"attributes"} == set(found)
+    assert {*evaluate.SCORES, "attributes", "cases"} == set(found)
+    assert found["cases"]["identity"] == [1, 1] and found["cases"]["locality"] == [None, None]
     assert found["identity"] == {"mean": 1, "low": None, "high": None, "n": 2, "judge": 0.9}
     assert score([case] * 8)["identity"] == {"mean": 1, "low": 1, "high": 1, "n": 8, "judge": 0.9}
     assert 0.6 < score([case] * 8)["context"]["low"] < 0.7  # a yes or no

@@ -306,7 +306,9 @@ def test_draws_scores_and_goes_on(evaluate, judged):
     assert "8 drawn, 0 were there" in out and looked == 8
     assert again["scores"]["all"]["ip"] == 0 and again["scores"]["all"]["no_face"] == 1
     judged[0].files["facenet"] = "2"
-    assert evaluate("--width", "72")[2] == 8
+    judged[0].as_paper = False
+    out, again, looked = evaluate("--width", "72")
+    assert looked == 8 and again["changed"][-2:] == ["another CLIP", "other subjects"]
 
 
 def test_two_people_and_two_processes(evaluate, monkeypatch):
