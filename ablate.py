@@ -475,16 +475,17 @@ def results_of(output: Path, name: str) -> dict[int, dict]:
 
 
 def over_seeds(scores: list[dict]) -> str:
-    """One score of a row, the mean of its seeds, and of the ends of their intervals where all have one."""
+    """One score of a row: the mean of its seeds, and an interval that lies about it as, on average, those of
+    the seeds that have one lie about theirs."""
     from evaluate import FEWEST, cell
     counted = [score for score in scores if score["n"]]
-
-    def mean(key: str) -> float | None:
-        values = [score.get(key) for score in counted]
-        return sum(values) / len(values) if values and None not in values else None
-
-    whole = all(score["n"] >= FEWEST for score in counted)
-    return cell({"mean": mean("mean"), **{end: mean(end) if whole else None for end in ("low", "high")}})
+    if not counted:
+        return cell(dict.fromkeys(("mean", "low", "high")))
+    mean = sum(score["mean"] for score in counted) / len(counted)
+    spans = [score for score in counted if score["n"] >= FEWEST and score.get("low") is not None]
+    ends = {end: mean + sum(score[end] - score["mean"] for score in spans) / len(spans) if spans else None
+            for end in ("low", "high")}
+    return cell({"mean": mean, **ends})
 
 
 def differences(found: dict[str, dict[int, dict]]) -> list[str]:

@@ -170,12 +170,17 @@ def by_cover(scenes: dict, drawn: dict, rendered: dict) -> dict:
 
 
 def by_picture(values: Iterable[tuple]) -> dict:
-    """The interval of (picture, value of a person): two people of one picture are not independent."""
+    """The interval of (picture, value of a person): two people of one picture are not independent. Of yes and
+    no it is Wilson's, of as many as there are pictures."""
     pictures = defaultdict(list)
     for picture, value in values:
         pictures[picture].append(value)
-    return evaluate.interval([found[0] if len(found) == 1 else float(np.mean(found))
-                              for found in pictures.values()])
+    means = np.array([np.mean(several) for several in pictures.values()])
+    found = evaluate.interval(means)
+    yes_or_no = all(isinstance(value, bool) for several in pictures.values() for value in several)
+    if yes_or_no and found["low"] is not None:
+        found["low"], found["high"] = evaluate.wilson(means).tolist()
+    return found
 
 
 def people_of(scenes: list[toyworld.Scene], readings: list[evaluate.Reading]) -> list[tuple]:

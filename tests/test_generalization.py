@@ -44,6 +44,8 @@ def test_people_of_one_picture_count_once():
     values = [("a", 1.0), ("a", 0.0), *((k, 1.0) for k in range(9))]
     found = generalization.by_picture(values)
     assert found["n"] == 10 and found["mean"] == pytest.approx(0.95)
+    found = generalization.by_picture([("a", True), ("a", True), *((k, True) for k in range(9))])
+    assert found["n"] == 10 and 0.7 < found["low"] < 0.75 and found["high"] == 1
 
 
 def people(activity: str, count: int) -> toyworld.Scene:
