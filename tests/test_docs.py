@@ -113,25 +113,28 @@ def test_the_table_of_ablations_is_that_of_the_results(tmp_path):
     assert table(results) in (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
 
 
-EVALUATION = json.loads((ROOT / "weights/toyworld/training/evaluation.json").read_text())
+EVALUATION, FRESH = (json.loads((ROOT / f"weights/toyworld/training/{name}.json").read_text())
+                     for name in ("evaluation", "evaluation_fresh"))
 
 
-def test_the_evaluation_is_that_of_the_shipped_weights():
+@pytest.mark.parametrize(("evaluation", "first"), [(EVALUATION, 0), (FRESH, 256)])
+def test_the_evaluation_is_that_of_the_shipped_weights(evaluation, first):
     from evaluate import checksum
-    sums = EVALUATION["run"]["sha256"]
+    sums = evaluation["run"]["sha256"]
     assert {name: checksum(ROOT / "weights/toyworld" / f"{name}.safetensors") for name in sums} == sums
+    assert evaluation["cases"]["number"] == list(range(first, first + 256))
 
 
 def test_the_scores_are_those_of_the_evaluation():
-    from evaluate import markdown
+    from evaluate import cell, markdown
     table = [line for line in markdown(EVALUATION).splitlines() if line.startswith("|")]
     assert len(table) > 20 and "\n".join(table) in (ROOT / "docs/experiments.md").read_text(encoding="utf-8")
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     for row, name in {"place": "context", "activity": "activity", "the subject's": "identity",
                       "attributes that": "mixup", "change": "locality", "variety": "variety",
                       "IoU": "router_iou", "personalized": "router_gap"}.items():
-        score, cells = EVALUATION[name], re.search(rf"^\| {row}.*", text, re.MULTILINE)[0].split("|")
-        assert cells[3].strip() == f"{score['mean']:.3f} ({score['low']:.3f} to {score['high']:.3f})", name
+        cells = re.search(rf"^\| {row}.*", text, re.MULTILINE)[0].split("|")
+        assert [text.strip() for text in cells[3:5]] == [cell(EVALUATION[name]), cell(FRESH[name])], name
         if f"prior_{name}" in EVALUATION:
             assert cells[2].split()[0] == f"{EVALUATION[f'prior_{name}']['mean']:.3f}", name
 
