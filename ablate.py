@@ -263,7 +263,7 @@ def run(name: str, seed: int, output: Path) -> None:
     trained = place(output, trainer, seed)
     weights, results = trained / "moa.safetensors", folder / "results.json"
     described = description(name)  # now: this file may be edited while the row is trained
-    for made, by in ((trained, trainer), (folder, name)):
+    for made, by in {trained: trainer, folder: name}.items():
         if other := differing(made, by):
             fail(f"{made} is of another version of the row {by}, see its row.json ({other}): move it away, "
                  "or give another --output")
@@ -462,11 +462,11 @@ def results_of(output: Path, name: str) -> dict[int, dict]:
         seed = path.parent.name.removeprefix("seed-")
         if not seed.isdecimal():  # moved away
             continue
-        trainer, result = ROWS[name].trained_by or name, read_json(path)
-        trained = place(output, trainer, int(seed)) / path.name
-        other = differing(path.parent, name) or differing(trained.parent, trainer)
-        if trained.exists() and weights_of(read_json(trained)) not in (None, weights_of(result)):
-            other = "weights"
+        result, other = read_json(path), differing(path.parent, name)
+        if trainer := ROWS[name].trained_by:
+            trained = place(output, trainer, int(seed)) / path.name
+            if trained.exists() and weights_of(read_json(trained)) not in (None, weights_of(result)):
+                other = "weights"
         if other:
             print(f"{path} is left out: the row was another ({other})", file=sys.stderr)
         else:
