@@ -548,13 +548,15 @@ def scores(cases: list[Case], ratios: list[float], seconds: list[dict], ceiling:
             "cases": {"number": [case.number for case in cases], **each}}
 
 
-def interval(values, center: str = "mean", digits: int | None = None) -> dict:
+def interval(values, center: str = "mean", digits: int | None = None, yes_or_no: bool | None = None) -> dict:
     """Mean or median and 95 % interval of the values that are not NaN, without one for less than `FEWEST`.
 
-    values: (n,), or (n, ...) for arrays in place of numbers. Of bools the interval is Wilson's, which is
-    not empty where all agree, else the bootstrap's. digits: round to so many.
+    values: (n,), or (n, ...) for arrays in place of numbers. Of shares of yes and no, by default where all
+    are bools, the interval is Wilson's, which is not empty where all agree, else the bootstrap's.
+    digits: round to so many.
     """
-    yes_or_no = all(isinstance(value, (bool, np.bool_)) for value in values)
+    if yes_or_no is None:
+        yes_or_no = all(isinstance(value, (bool, np.bool_)) for value in values)
     values = np.array(values, dtype=float)
     values = values[~np.isnan(values).any(tuple(range(1, values.ndim)))]
     middle = getattr(np, center)
@@ -573,7 +575,7 @@ def bootstrap(values: np.ndarray, middle: Callable) -> np.ndarray:
 
 
 def wilson(values: np.ndarray) -> np.ndarray:
-    """(2,): Wilson's 95 % interval of a share, values being 0 or 1."""
+    """(2,): Wilson's 95 % interval of the mean of values in 0..1, each a yes or no or a mean of some."""
     n, share, z = len(values), values.mean(), 1.96
     center = (share + z ** 2 / (2 * n)) / (1 + z ** 2 / n)
     half = z / (1 + z ** 2 / n) * (share * (1 - share) / n + z ** 2 / (4 * n ** 2)) ** 0.5

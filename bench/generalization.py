@@ -175,12 +175,8 @@ def by_picture(values: Iterable[tuple]) -> dict:
     pictures = defaultdict(list)
     for picture, value in values:
         pictures[picture].append(value)
-    means = np.array([np.mean(several) for several in pictures.values()])
-    found = evaluate.interval(means)
     yes_or_no = all(isinstance(value, bool) for several in pictures.values() for value in several)
-    if yes_or_no and found["low"] is not None:
-        found["low"], found["high"] = evaluate.wilson(means).tolist()
-    return found
+    return evaluate.interval([np.mean(several) for several in pictures.values()], yes_or_no=yes_or_no)
 
 
 def people_of(scenes: list[toyworld.Scene], readings: list[evaluate.Reading]) -> list[tuple]:
