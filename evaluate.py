@@ -504,22 +504,25 @@ def judge_accuracy(judge, count: int = 400) -> dict[str, dict]:
     """The same scores of held-out renders, and the IoU of the people that the judge finds in them: what
     the judge gives where everything is right."""
     from pictures import to_picture
-    values, hits = {name: [] for name in (*READ_OFF, "people_iou")}, []
+    values, hits, done = {name: [] for name in (*READ_OFF, "people_iou")}, [], []
     for first in range(0, count, 50):
         scenes = [toyworld.sample_scene(2_000_000 + k, "test") for k in range(first, first + 50)]
         images, masks = zip(*map(toyworld.render_scene, scenes), strict=True)
         readings = read(judge, to_picture(np.stack(images)))
         for scene, mask, reading in zip(scenes, masks, readings, strict=True):
             hits += attribute_hits(scene, reading)
+            done.append((scene.activity, activity_right(scene, reading)))
             values["people_iou"].append(iou(mask.any(0), reading.people))
             for name, score in READ_OFF.items():
                 values[name].append(score(scene, reading))
-    return {**{name: interval(value) for name, value in values.items()}, "attributes": per_attribute(hits)}
+    return {**{name: interval(value) for name, value in values.items()},
+            "attributes": by_name(hits, toyworld.ATTRIBUTES),
+            "activities": by_name(done, toyworld.ACTIVITIES)}
 
 
-def per_attribute(hits: list[tuple[int, str, bool]]) -> dict[str, dict]:
-    """Attribute -> its share of hits."""
-    return {name: interval([right for _, n, right in hits if n == name]) for name in toyworld.ATTRIBUTES}
+def by_name(hits: list[tuple], names) -> dict[str, dict]:
+    """Name -> its share of hits, of tuples that end in a name and whether it was read right."""
+    return {name: interval([right for *_, of, right in hits if of == name]) for name in names}
 
 
 def case_scores(cases: list[Case]) -> dict[str, list[float | bool]]:
@@ -539,12 +542,17 @@ def scores(cases: list[Case], ratios: list[float], seconds: list[dict], ceiling:
     for name, (_, judged) in SCORES.items():
         if judged:
             results[name]["judge"] = ceiling[judged]["mean"]
-    attributes = per_attribute([hit for c in cases for hit in attribute_hits(c.scene, c.readings[1])])
-    for name, value in attributes.items():
-        value["judge"] = ceiling["attributes"][name]["mean"]
+    kinds = {"attributes": by_name([hit for c in cases for hit in attribute_hits(c.scene, c.readings[1])],
+                                   toyworld.ATTRIBUTES)}
+    for prefix, which in (("", 1), ("prior_", 0)):
+        done = [(c.scene.activity, activity_right(c.scene, c.readings[which])) for c in cases]
+        kinds[f"{prefix}activities"] = by_name(done, toyworld.ACTIVITIES)
+    for kind, shares in kinds.items():
+        for name, value in shares.items():
+            value["judge"] = ceiling[kind.removeprefix("prior_")][name]["mean"]
     each = {name: [None if np.isnan(value) else round(float(value), 4) for value in found]
             for name, found in values.items()}
-    return {**results, "attributes": attributes,
+    return {**results, **kinds,
             "cases": {"number": [case.number for case in cases], **each}}
 
 
@@ -595,8 +603,9 @@ def markdown(results: dict) -> str:
     """The scores as a table."""
     lines = ["| score | good is | value | 95 % | n | the judge itself |", "|---|---|---|---|---|---|"]
     rows = [(name, good, results[name]) for name, (good, _) in SCORES.items()]
-    at = 1 + [name for name, _, _ in rows].index("identity")
-    rows[at:at] = [(f"identity: {name}", "high", value) for name, value in results["attributes"].items()]
+    for score, kind in (("activity", "activities"), ("identity", "attributes")):
+        at = 1 + [name for name, _, _ in rows].index(score)
+        rows[at:at] = [(f"{score}: {name}", "high", value) for name, value in results[kind].items()]
     for name, good, value in rows:
         middle = value.get("mean", value.get("median"))
         cells = ["-" if middle is None else f"{middle:.3f}",

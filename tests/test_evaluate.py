@@ -26,7 +26,9 @@ SIZE = 64
 EMPTY = np.zeros((SIZE, SIZE), bool)
 NAMES = ("context", "activity", "count", "identity", "mixup", "people_iou")
 CEILING = {**{name: {"mean": 0.9} for name in NAMES},
-           "attributes": {name: {"mean": 0.8} for name in toyworld.ATTRIBUTES}}
+           "attributes": {name: {"mean": 0.8} for name in toyworld.ATTRIBUTES},
+           "activities": {name: {"mean": 0.7} for name in toyworld.ACTIVITIES}}
+KINDS = {"attributes", "activities", "prior_activities"}
 SECONDS = [{"prior": 1.0, "moa": 1.5}, {"prior": 2.0, "moa": 3.5}, {"prior": 9.0, "moa": 9.0}]
 
 
@@ -266,7 +268,7 @@ def test_intervals_of_arrays_are_those_of_their_elements():
 
 def test_scores_have_the_judge_beside_them(case):
     found = score([case, case])
-    assert {*evaluate.SCORES, "attributes", "cases"} == set(found)
+    assert {*evaluate.SCORES, *KINDS, "cases"} == set(found)
     assert found["cases"]["identity"] == [1, 1] and found["cases"]["locality"] == [None, None]
     assert found["identity"] == {"mean": 1, "low": None, "high": None, "n": 2, "judge": 0.9}
     assert score([case] * 8)["identity"] == {"mean": 1, "low": 1, "high": 1, "n": 8, "judge": 0.9}
@@ -275,9 +277,21 @@ def test_scores_have_the_judge_beside_them(case):
     assert "judge" not in found["variety"] and "judge" not in found["seconds_moa"]
 
 
+def test_each_activity_has_its_own_share_of_pictures(case):
+    asked, other = case.scene.activity, next(a for a in toyworld.ACTIVITIES if a != case.scene.activity)
+    right = case.readings[1]
+    wrong = replace(right, activity=toyworld.ACTIVITIES.index(other))
+    found = score([replace(case, readings=[wrong, right, right])] * 2 + [replace(case, readings=[wrong] * 3)])
+    assert found["activities"][asked] == {"mean": pytest.approx(2 / 3), "low": None, "high": None, "n": 3,
+                                          "judge": 0.7}
+    assert found["prior_activities"][asked]["mean"] == 0
+    assert found["activities"][other]["mean"] is None and found["activities"][other]["n"] == 0
+
+
 def test_the_table_shows_every_score(case):
     table = evaluate.markdown(score([case] * 8))
-    for name in (*evaluate.SCORES, *(f"identity: {name}" for name in toyworld.ATTRIBUTES)):
+    for name in (*evaluate.SCORES, *(f"identity: {name}" for name in toyworld.ATTRIBUTES),
+                 *(f"activity: {name}" for name in toyworld.ACTIVITIES)):
         assert f"| {name} |" in table
     assert "| mixup | low | 0.000 | 0.000 to 0.000 | 8 | 0.900 |" in table
     assert "| locality | low | - | - | 0 | 0.900 |" in table
@@ -364,8 +378,8 @@ def test_results_hold_scores_and_where_they_come_from(output):
     results = json.loads((output / "results.json").read_text())
     for name in ("identity", "context", "locality", "mixup", "router_iou", "variety", "prior_agreement"):
         assert {"mean", "low", "high", "n"} <= results[name].keys()
-    assert {*evaluate.SCORES, "attributes", "judge", "router", "worst", "run", "settings",
-            "cases"} == results.keys()
+    assert {*evaluate.SCORES, *KINDS, "cases", "judge", "router", "worst", "run",
+            "settings"} == results.keys()
     assert results["cases"]["number"] == [0, 1]
     for name in ("identity", "locality", "prior_activity", "router_iou"):
         values = [value for value in results["cases"][name] if value is not None]
