@@ -504,20 +504,20 @@ def judge_accuracy(judge, count: int = 400) -> dict[str, dict]:
     """The same scores of held-out renders, and the IoU of the people that the judge finds in them: what
     the judge gives where everything is right."""
     from pictures import to_picture
-    values, hits, done = {name: [] for name in (*READ_OFF, "people_iou")}, [], []
+    values, hits, asked = {name: [] for name in (*READ_OFF, "people_iou")}, [], []
     for first in range(0, count, 50):
         scenes = [toyworld.sample_scene(2_000_000 + k, "test") for k in range(first, first + 50)]
         images, masks = zip(*map(toyworld.render_scene, scenes), strict=True)
         readings = read(judge, to_picture(np.stack(images)))
         for scene, mask, reading in zip(scenes, masks, readings, strict=True):
             hits += attribute_hits(scene, reading)
-            done.append((scene.activity, activity_right(scene, reading)))
+            asked.append(scene.activity)
             values["people_iou"].append(iou(mask.any(0), reading.people))
             for name, score in READ_OFF.items():
                 values[name].append(score(scene, reading))
     return {**{name: interval(value) for name, value in values.items()},
             "attributes": by_name(hits, toyworld.ATTRIBUTES),
-            "activities": by_name(done, toyworld.ACTIVITIES)}
+            "activities": by_name(list(zip(asked, values["activity"], strict=True)), toyworld.ACTIVITIES)}
 
 
 def by_name(hits: list[tuple], names) -> dict[str, dict]:
@@ -544,8 +544,9 @@ def scores(cases: list[Case], ratios: list[float], seconds: list[dict], ceiling:
             results[name]["judge"] = ceiling[judged]["mean"]
     kinds = {"attributes": by_name([hit for c in cases for hit in attribute_hits(c.scene, c.readings[1])],
                                    toyworld.ATTRIBUTES)}
-    for prefix, which in (("", 1), ("prior_", 0)):
-        done = [(c.scene.activity, activity_right(c.scene, c.readings[which])) for c in cases]
+    asked = [case.scene.activity for case in cases]
+    for prefix in ("", "prior_"):
+        done = list(zip(asked, values[f"{prefix}activity"], strict=True))
         kinds[f"{prefix}activities"] = by_name(done, toyworld.ACTIVITIES)
     for kind, shares in kinds.items():
         for name, value in shares.items():
