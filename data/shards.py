@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -120,23 +121,27 @@ class Shards:
 
     def __init__(self, folder: Path, count: int):
         self.folder, self.count = folder, count
-        self.files: dict[int, dict] = {}  # number -> name -> slice, opened when first read
+        self.files: dict[int, dict[str, Tensor]] = {}  # number -> name -> mapped rows, opened when first read
 
     def __len__(self) -> int:
         return self.count
 
     def rows(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """Name -> (B, ...). Raises ShardError."""
-        rows = [self.row(int(index)) for index in indices]
-        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        numbers, places = np.divmod(np.asarray(indices), SIZE)
+        # All rows of a file at once: one by one, a small model on a GPU would wait for its batches.
+        order = torch.from_numpy(np.argsort(numbers, kind="stable").argsort())
+        parts = [self.part(int(number), torch.from_numpy(places[numbers == number]))
+                 for number in np.unique(numbers)]
+        return {name: torch.cat([part[name] for part in parts])[order] for name in parts[0]}
 
-    def row(self, index: int) -> dict[str, Tensor]:
-        number, place = divmod(index, SIZE)
+    def part(self, number: int, places: Tensor) -> dict[str, Tensor]:
+        """Rows of one file."""
         try:
             if number not in self.files:
                 path, = files_of(self.folder, number)
                 file = safe_open(path, "pt")
-                self.files[number] = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            return {name: part[place] for name, part in self.files[number].items()}
+                self.files[number] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return {name: rows[places] for name, rows in self.files[number].items()}
         except (ValueError, IndexError, OSError, SafetensorError) as error:
             raise ShardError(f"{self.folder}: shard {number:06d} cannot be read: {error}") from error
