@@ -435,8 +435,9 @@ def prepare_data() -> None:
 
 
 def table(output: Path) -> str:
-    """Means over the seeds of the rows that are there, in brackets their intervals over the cases; below, how
-    far each row is from the method. Writes tradeoff.png."""
+    """Means over the seeds of the rows that are there, in brackets their intervals over the cases, first of
+    all what the base model alone has of them; below, how far each row is from the method. Writes
+    tradeoff.png."""
     found = {name: seeds for name in ROWS if (seeds := results_of(output, name))}
     if not found:
         fail(f"there is no result in {output}: run a row first")
@@ -445,6 +446,11 @@ def table(output: Path) -> str:
     if len(devices) > 1:
         print(f"these were drawn on several devices: {', '.join(sorted(devices))}", file=sys.stderr)
     lines = ["| row | seeds | " + " | ".join(COLUMNS) + " |", "|---" * (2 + len(COLUMNS)) + "|"]
+    everyone = [result for seeds in found.values() for result in seeds.values()]
+    if prior := next((result for result in everyone if "prior_identity" in result), None):
+        cells = [over_seeds([prior[f"prior_{column}"]]) if f"prior_{column}" in prior else "-"
+                 for column in COLUMNS]
+        lines.append(f"| the prior alone, nobody put in | | {' | '.join(cells)} |")
     for name, seeds in found.items():
         cells = [over_seeds([result[column] for result in seeds.values()]) for column in COLUMNS]
         lines.append(f"| `{name}`: {ROWS[name].what} | {len(seeds)} | {' | '.join(cells)} |")

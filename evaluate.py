@@ -49,7 +49,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--output", required=True, type=Path, metavar="FOLDER", help="for results and sheets")
+    add("--output", type=Path, default=Path("runs/evaluation"), metavar="FOLDER",
+        help="for results and sheets (default runs/evaluation)")
     add("--weights", type=Path, default=SHIPPED, metavar="FOLDER", help="default: the small world")
     add("--moa", type=Path, metavar="FILE", help="default: moa.safetensors in the weights folder")
     add("--judge", type=Path, metavar="FILE",
@@ -92,7 +93,6 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     from models.load import write_json, write_whole
-    from train import git_describe
     start = time.perf_counter()
     fill_in(args)
     timesteps = check(args)
@@ -101,9 +101,7 @@ def run(args: argparse.Namespace) -> None:
                "sparse": args.sparse}
     settings = {"count": args.count, "first": args.first, **options, "start": args.start,
                 "weights": args.weights.resolve().name, "moa": files["moa"].name}
-    source = {"code": git_describe(), "torch": torch.__version__, "device": device_name(pipeline.device),
-              "threads": torch.get_num_threads(),
-              "sha256": {name: checksum(path) for name, path in files.items()}}
+    run_by = source(pipeline.device, files)
     every, cases, seconds = range(args.first, args.first + args.count), [], []
     with torch.no_grad():
         for done in progress(range(0, args.count, BATCH)):
@@ -114,8 +112,8 @@ def run(args: argparse.Namespace) -> None:
         ratios = variety(pipeline, every[:max(1, args.count // 16)], start=args.start, **options)
     router = router_arrays(cases, timesteps)
     draw_sheets(cases, router, args.output)
-    source["seconds"] = round(time.perf_counter() - start, 1)
-    results = {"settings": settings, "run": source, **scores(cases, ratios, seconds, ceiling),
+    run_by["seconds"] = round(time.perf_counter() - start, 1)
+    results = {"settings": settings, "run": run_by, **scores(cases, ratios, seconds, ceiling),
                "judge": ceiling,
                "worst": {name: [describe(case) for case in chosen] for name, chosen in worst(cases).items()},
                "router": router}
@@ -215,6 +213,16 @@ def checksum(path: Path) -> str:
         while block := file.read(1 << 22):
             sha.update(block)
     return sha.hexdigest()[:16]
+
+
+def source(device, files: dict[str, Path]) -> dict:
+    """What results come from: code, torch, device, threads, and the checksums of the weights' `files`."""
+    import torch
+
+    from train import git_describe
+    return {"code": git_describe(), "torch": torch.__version__, "device": device_name(device),
+            "threads": torch.get_num_threads(),
+            "sha256": {name: checksum(path) for name, path in files.items()}}
 
 
 def device_name(device) -> str:

@@ -10,6 +10,7 @@ pictures, printed and in results.json: the scores of evaluate.py for each group;
 of such a pair are read right, beside the same two attributes of people with other pairs; and attributes
 read right against the share of a person that is covered by things and other people, with the judge's own
 reading of renders of the same scenes. That share is the render's: of a generated picture it is not known.
+results.json says besides by which code, weights and settings it was made.
 """
 import argparse
 import sys
@@ -64,21 +65,23 @@ def run(args: argparse.Namespace) -> None:
     from models.load import write_json
     evaluate.fill_in(args)
     evaluate.check(args)
-    pipeline, judge, _ = evaluate.load(args)
+    pipeline, judge, files = evaluate.load(args)
     options = {"steps": args.steps, "guidance_scale": args.guidance_scale, "prior_above": args.prior_above}
+    source = evaluate.source(pipeline.device, files)
     scenes = {group: [cast(group, number) for number in range(args.count)] for group in GROUPS}
     drawn = {group: draw(pipeline, judge, cases, options) for group, cases in scenes.items()}
     prior = {group: draw(pipeline, judge, cases, {**options, "prior_only": True})
              for group, cases in scenes.items()}
     rendered = {group: [reading for part in batches(cases) for reading in read_renders(judge, part)]
                 for group, cases in scenes.items()}
-    results = {"groups": {group: {**scores(scenes[group], drawn[group], SCORES),
-                                  **{f"prior's {name}": interval for name, interval in
-                                     scores(scenes[group], prior[group], ("activity", "context")).items()}}
-                          for group in GROUPS},
-               "pairs": pairs_right(scenes, drawn), "covered": by_cover(scenes, drawn, rendered)}
-    write_json(results, args.output / "results.json")
-    for table in results.values():
+    tables = {"groups": {group: {**scores(scenes[group], drawn[group], SCORES),
+                                 **{f"prior's {name}": interval for name, interval in
+                                    scores(scenes[group], prior[group], ("activity", "context")).items()}}
+                         for group in GROUPS},
+              "pairs": pairs_right(scenes, drawn), "covered": by_cover(scenes, drawn, rendered)}
+    write_json({"settings": {"count": args.count, **options}, "run": source, **tables},
+               args.output / "results.json")
+    for table in tables.values():
         print(markdown(table), end="\n\n")
 
 
@@ -213,12 +216,14 @@ def render_silhouettes(scene: toyworld.Scene, counts: Callable[[int], bool]) -> 
 
 
 def markdown(table: dict) -> str:
-    """Rows of {column: interval}."""
+    """Rows of {column: interval}; n is the pictures of a row, and beside a score of those that have it."""
     columns = list(next(iter(table.values())))
     lines = ["| | " + " | ".join(columns) + " | n |", "|---" * (2 + len(columns)) + "|"]
     for name, row in table.items():
-        cells = [evaluate.cell(value) for value in row.values()]
-        lines.append(f"| {name} | " + " | ".join(cells) + f" | {next(iter(row.values()))['n']} |")
+        count = max(value["n"] for value in row.values())
+        cells = [evaluate.cell(value) + (f", n {value['n']}" if value["n"] < count else "")
+                 for value in row.values()]
+        lines.append(f"| {name} | {' | '.join(cells)} | {count} |")
     return "\n".join(lines)
 
 

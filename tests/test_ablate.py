@@ -222,7 +222,10 @@ def test_rows_are_trained_measured_and_not_done_twice(tmp_path, monkeypatch, cap
     assert "results.json is there already" in again("one-branch")
     ablate.main(["--table", "--output", str(tmp_path)])
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[0] for line in lines[2:]] == ["| `one-branch`", "| `one-branch-600`"]
+    result = json.loads((tmp_path / "one-branch" / "seed-3" / "results.json").read_text())
+    chance = f"{result['prior_identity']['mean']:.3f}"
+    assert lines[2].startswith(f"| the prior alone, nobody put in | | {chance} | - ")
+    assert [line.split(":")[0] for line in lines[3:]] == ["| `one-branch`", "| `one-branch-600`"]
     assert (tmp_path / "tradeoff.png").stat().st_size > 5000
 
     changed = ablate.Row("a", small | {"lambda_router": 1.0}, rows["one-branch"].edits,

@@ -113,6 +113,46 @@ def test_the_table_of_ablations_is_that_of_the_results(tmp_path):
     assert table(results) in (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
 
 
+def test_the_claim_that_matters_is_that_of_its_results():
+    """The table of 256 cases, from the scores case by case."""
+    import numpy as np
+    page = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
+    cases = {name: {column: np.array(values, float) for column, values in json.loads(
+        (ROOT / f"docs/ablations/{name}/seed-1/results_256.json").read_text())["cases"].items()}
+        for name in ("moa", "one-branch", "one-branch-800", "one-branch-600")}
+    for name, label in (("one-branch", "one branch"), ("one-branch-800", "one branch, people below t = 800"),
+                        ("one-branch-600", "one branch, people below t = 600")):
+        cells = []
+        for column in ("identity", "prior_agreement", "locality"):
+            values, less = cases[name][column], cases["moa"][column] - cases[name][column]
+            error = 2 * less.std(ddof=1) / len(less) ** 0.5
+            cells += [f"{values.mean():.3f}".removeprefix("0"), f"{less.mean():+.3f} ± {error:.3f}"]
+        assert f"| {label} | {' | '.join(cells)} |" in page
+
+
+@pytest.mark.parametrize("table", ["groups", "pairs", "covered"])
+def test_generalization_is_that_of_the_results(table):
+    from bench.generalization import markdown
+    results = json.loads((ROOT / "weights/toyworld/training/generalization.json").read_text())
+    page = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
+    assert "\n".join(markdown(results[table]).splitlines()[1:]) in page
+
+
+@pytest.mark.parametrize(("name", "column"), [("unseen-pairs", 1), ("moa", 2)])
+def test_unseen_pairs_are_those_of_the_results(name, column):
+    from evaluate import cell
+    results = json.loads((ROOT / f"docs/ablations/{name}/seed-1/generalization.json").read_text())
+    page = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
+    rows = [line.strip("| ").split(" | ") for line in
+            page.split("| | never seen together | seen |\n|---|---|---|\n")[1].split("\n\n")[0].splitlines()]
+    groups = results["groups"]
+    scores = [groups["training's people, known scenes"]["identity"],
+              groups["new people, known scenes"]["identity"],
+              groups["new people with a pair of `unseen-pairs`"]["identity"],
+              *(pair["both right"] for pair in results["pairs"].values())]
+    assert [row[column] for row in rows] == [cell(score) for score in scores]
+
+
 EVALUATION, FRESH = (json.loads((ROOT / f"weights/toyworld/training/{name}.json").read_text())
                      for name in ("evaluation", "evaluation_fresh"))
 

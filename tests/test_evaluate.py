@@ -6,7 +6,8 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+import zlib
+from dataclasses import astuple, replace
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +70,19 @@ def test_cases_are_fixed_and_held_out():
     assert first.caption == second.caption
     for scene in (first, second):
         assert all(toyworld.identity_split(s.identity) == "test" for s in scene.subjects)
+
+
+def test_the_cases_are_the_same_everywhere():
+    """Numbers of other versions of numpy or of the renderer would be of other cases."""
+    text = "\n".join(f"{scene.caption} {[astuple(subject.identity) for subject in scene.subjects]}"
+                     for number in range(512) for scene in evaluate.cast(number))
+    assert zlib.crc32(text.encode()) == 0x2ce92107
+
+
+def test_the_defaults_are_the_shipped_weights():
+    args = evaluate.parse_args([])
+    assert (args.output, args.weights, args.count, args.first) == (
+        Path("runs/evaluation"), evaluate.SHIPPED, 256, 0)
 
 
 def test_context_activity_and_count(case):

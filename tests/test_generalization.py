@@ -69,8 +69,17 @@ def test_the_covered_share_is_that_of_what_stands_in_front():
 def test_the_command(tmp_path, capsys):
     generalization.main(["--output", str(tmp_path), "--count", "2", "--steps", "2"])
     results = json.loads((tmp_path / "results.json").read_text())
+    assert results["settings"] == {"count": 2, "steps": 2, "guidance_scale": 4.0, "prior_above": 800}
+    assert results["run"]["sha256"].keys() >= {"moa", "unet", "judge"}
     assert list(results["groups"]) == list(generalization.GROUPS)
     assert all(row["identity"]["n"] == 2 for row in results["groups"].values())
     assert 5 * 2 <= sum(row["in renders"]["n"] for row in results["covered"].values()) <= 5 * 3
     assert len(results["pairs"]) == 6
     assert capsys.readouterr().out.count("|---") > 10
+
+
+def test_a_column_that_counts_fewer_pictures_says_so():
+    def score(n):
+        return {"mean": 0.5, "low": 0.25, "high": 0.75, "n": n}
+    row = generalization.markdown({"some": {"identity": score(96), "mixup": score(48)}}).splitlines()[-1]
+    assert row == "| some | 0.500 (0.250 to 0.750) | 0.500 (0.250 to 0.750), n 48 | 96 |"
