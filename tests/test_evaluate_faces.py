@@ -1,5 +1,5 @@
 """evaluate_faces.py: the paper's protocol. What is scored is worked out by hand, the judges are stand-ins;
-facenet-pytorch's own detector is asked where it is installed."""
+facenet-pytorch's own detector is asked where it is installed, as .ci/run does."""
 import json
 import pickle
 import sys
@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save_file
 from torch import nn
 
@@ -181,6 +182,12 @@ def draw_face(canvas: ImageDraw.ImageDraw, x: int, y: int, size: int) -> None:
     canvas.ellipse(box(.42, .675, .58, .73), (170, 80, 80))
 
 
+def portrait() -> Image.Image:
+    picture = Image.new("RGB", (300, 300), (150, 170, 190))
+    draw_face(ImageDraw.Draw(picture), 20, 20, 256)
+    return picture
+
+
 def test_the_real_detector(tmp_path):
     """MTCNN's own weights, a FaceNet of random ones: who is found, in which order, and who is not."""
     facenet = pytest.importorskip("facenet_pytorch")
@@ -278,6 +285,33 @@ def evaluate(world, subjects, judged, capsys):
         return (capsys.readouterr().out, json.loads(file.read_text()) if file.exists() else None,
                 len(judged[1]) - people)
     return run
+
+
+def test_the_command_with_its_own_judges(world, subjects, clips, capsys):
+    """MTCNN's own weights, a FaceNet and a small CLIP of random ones. Nobody is found in pictures of a random
+    model, which scores 0; a drawing of the subject in place of one is found and looks like the photo."""
+    facenet = pytest.importorskip("facenet_pytorch")
+    torch.save(facenet.InceptionResnetV1().state_dict(), "vggface2.pt")
+    for name in ("ada", "bob"):
+        portrait().save(subjects / name / "1.png")
+    command = ["--weights", str(world), "--subjects", str(subjects), "--output", "out",
+               "--facenet", "vggface2.pt", "--clip", str(clips[1]), *SMALL]
+    evaluate_faces.main(command)
+    assert "is not CLIP ViT-L/14" in "".join(capsys.readouterr())
+    results = json.loads(Path("out/results.json").read_text())
+    scores = results["scores"]["all"]
+    assert (scores["n"], scores["ip"], scores["no_face"]) == (8, 0, 1) and -1 < scores["pc"] < 1
+    assert len({picture["pc"] for picture in results["pictures"].values()}) == 8
+    name = sorted(results["pictures"])[0]
+    settings = PngInfo()
+    for key, value in Image.open(Path("out/pictures") / name).text.items():
+        settings.add_text(key, value)
+    portrait().save(Path("out/pictures") / name, pnginfo=settings)  # else it would be drawn again
+    evaluate_faces.main(command)
+    found = json.loads(Path("out/results.json").read_text())["pictures"]
+    assert found[name]["faces"] == 1 and found[name]["ip"] == pytest.approx(1, abs=1e-4)
+    others = set(found) - {name}
+    assert {n: found[n] for n in others} == {n: results["pictures"][n] for n in others}
 
 
 def test_draws_scores_and_goes_on(evaluate, judged):
