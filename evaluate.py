@@ -1,7 +1,7 @@
 """Measure what Mixture-of-Attention does in the small world, where every identity is known.
 
-    python evaluate.py --output runs/evaluation
-    python evaluate.py --output runs/evaluation --weights runs/moa
+    python evaluate.py
+    python evaluate.py --weights runs/moa --output runs/evaluation_moa
 
 Each case is a held-out prompt and seed, drawn three times: by the prior alone, with held-out subjects,
 and with other subjects of the same nouns. A judge that was trained on rendered pictures only reads
@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from allocator import reuse_memory
+from command import read_json
 from data import toyworld
 from errors import one_line
 
@@ -102,6 +103,7 @@ def run(args: argparse.Namespace) -> None:
     settings = {"count": args.count, "first": args.first, **options, "start": args.start,
                 "weights": args.weights.resolve().name, "moa": files["moa"].name}
     run_by = source(pipeline.device, files)
+    spare_others(args.output / "results.json", settings, run_by["sha256"])
     every, cases, seconds = range(args.first, args.first + args.count), [], []
     with torch.no_grad():
         for done in progress(range(0, args.count, BATCH)):
@@ -175,6 +177,17 @@ def check(args: argparse.Namespace) -> list[int]:
     except OSError as error:
         raise ValueError(f"--output {args.output} cannot be written: {error.strerror}") from error
     return below
+
+
+def spare_others(path: Path, settings: dict, sums: dict[str, str]) -> None:
+    """Raises ValueError where there are results of other cases, settings or weights already."""
+    if not path.exists():
+        return
+    found = read_json(path)
+    if not isinstance(found, dict) or (found.get("settings"), found.get("run", {}).get("sha256")) != (
+            settings, sums):
+        raise ValueError(f"{path} is of other cases, settings or weights: give another --output, or remove "
+                         "it")
 
 
 def load(args: argparse.Namespace):

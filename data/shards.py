@@ -129,11 +129,14 @@ class Shards:
     def rows(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """Name -> (B, ...). Raises ShardError."""
         numbers, places = np.divmod(np.asarray(indices), SIZE)
+        rows: dict[str, Tensor] = {}
         # All rows of a file at once: one by one, a small model on a GPU would wait for its batches.
-        order = torch.from_numpy(np.argsort(numbers, kind="stable").argsort())
-        parts = [self.part(int(number), torch.from_numpy(places[numbers == number]))
-                 for number in np.unique(numbers)]
-        return {name: torch.cat([part[name] for part in parts])[order] for name in parts[0]}
+        for number in np.unique(numbers):
+            where = np.flatnonzero(numbers == number)
+            for name, part in self.part(int(number), torch.from_numpy(places[where])).items():
+                batch = rows.setdefault(name, part.new_empty((len(numbers), *part.shape[1:])))
+                batch[torch.from_numpy(where)] = part
+        return rows
 
     def part(self, number: int, places: Tensor) -> dict[str, Tensor]:
         """Rows of one file."""

@@ -120,6 +120,9 @@ def test_the_claim_that_matters_is_that_of_its_results():
     cases = {name: {column: np.array(values, float) for column, values in json.loads(
         (ROOT / f"docs/ablations/{name}/seed-1/results_256.json").read_text())["cases"].items()}
         for name in ("moa", "one-branch", "one-branch-800", "one-branch-600")}
+    means = [f"{cases['moa'][column].mean():.3f}".removeprefix("0")
+             for column in ("identity", "prior_agreement", "locality")]
+    assert "| MoA | {} |  | {} |  | {} | |".format(*means) in page
     for name, label in (("one-branch", "one branch"), ("one-branch-800", "one branch, people below t = 800"),
                         ("one-branch-600", "one branch, people below t = 600")):
         cells = []
@@ -135,7 +138,8 @@ def test_generalization_is_that_of_the_results(table):
     from bench.generalization import markdown
     results = json.loads((ROOT / "weights/toyworld/training/generalization.json").read_text())
     page = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
-    assert "\n".join(markdown(results[table]).splitlines()[1:]) in page
+    head, *rows = markdown(results[table]).splitlines()
+    assert "\n".join([head.split(" | ", 1)[1], *rows]) in page  # the first cell says what is drawn
 
 
 @pytest.mark.parametrize(("name", "column"), [("unseen-pairs", 1), ("moa", 2)])

@@ -73,7 +73,7 @@ def test_cases_are_fixed_and_held_out():
 
 
 def test_the_cases_are_the_same_everywhere():
-    """Numbers of other versions of numpy or of the renderer would be of other cases."""
+    """Numbers of other versions of numpy, or of the world's plans of a scene, would be of other cases."""
     text = "\n".join(f"{scene.caption} {[astuple(subject.identity) for subject in scene.subjects]}"
                      for number in range(512) for scene in evaluate.cast(number))
     assert zlib.crc32(text.encode()) == 0x2ce92107
@@ -83,6 +83,20 @@ def test_the_defaults_are_the_shipped_weights():
     args = evaluate.parse_args([])
     assert (args.output, args.weights, args.count, args.first) == (
         Path("runs/evaluation"), evaluate.SHIPPED, 256, 0)
+
+
+def test_results_of_something_else_stay(tmp_path):
+    path, settings, sums = tmp_path / "results.json", {"count": 2}, {"moa": "1"}
+    evaluate.spare_others(path, settings, sums)
+    write_json({"settings": settings, "run": {"sha256": sums}}, path)
+    evaluate.spare_others(path, settings, sums)
+    for other in (({"count": 3}, sums), (settings, {"moa": "2"})):
+        with pytest.raises(ValueError, match="results.json is of other cases, settings or weights"):
+            evaluate.spare_others(path, *other)
+    for broken, words in (("[]", "is of other cases"), ("{", "is not a JSON file")):
+        path.write_text(broken)
+        with pytest.raises(ValueError, match=words):
+            evaluate.spare_others(path, settings, sums)
 
 
 def test_context_activity_and_count(case):
