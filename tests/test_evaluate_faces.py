@@ -289,7 +289,7 @@ def evaluate(world, subjects, judged, capsys):
 
 def test_the_command_with_its_own_judges(world, subjects, clips, capsys):
     """MTCNN's own weights, a FaceNet and a small CLIP of random ones. Nobody is found in pictures of a random
-    model, which scores 0; a drawing of ada in place of one is found, and looks like her photo, less like bob's."""
+    model, which scores 0; a drawing of ada in place of one is found: it looks like her photo, not bob's."""
     facenet = pytest.importorskip("facenet_pytorch")
     torch.save(facenet.InceptionResnetV1().state_dict(), "vggface2.pt")
     for name, size in (("ada", 256), ("bob", 160)):
