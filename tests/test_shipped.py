@@ -65,9 +65,10 @@ def test_who_is_no_subject_of_the_small_world(tmp_path):
 def test_readme_evaluate_command(tmp_path, monkeypatch):
     (arguments,) = documented("evaluate.py")
     monkeypatch.chdir(tmp_path)
+    Path("weights").symlink_to(ROOT / "weights")
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments, "--count", "2", "--steps", "2"])
     evaluate.main()
-    results = json.loads((tmp_path / arguments[-1] / "results.json").read_text())
+    results = json.loads(Path("runs/evaluation/results.json").read_text())
     assert {"identity", "context", "locality", "mixup", "router_iou", "prior_agreement"} <= results.keys()
     assert results["judge"]["identity"]["mean"] > 0.95
 
