@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
-from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save_file
 from torch import nn
 
@@ -18,6 +17,7 @@ import face_scores
 from data import table3
 from face_scores import Judges, identity_score, match_greedily
 from models.load import read_tensors, save_tensors
+from pictures import read_settings, save_png
 
 SMALL = ["--max-prompts", "1", "--max-images", "1", "--steps", "1"]
 
@@ -304,11 +304,8 @@ def test_the_command_with_its_own_judges(world, subjects, clips, capsys):
     assert len({picture["pc"] for picture in results["pictures"].values()}) == 8
     of_ada, of_bob = (next(name for name, picture in results["pictures"].items()
                            if picture["people"] == [person]) for person in ("ada", "bob"))
-    for name in (of_ada, of_bob):
-        settings = PngInfo()
-        for key, value in Image.open(Path("out/pictures") / name).text.items():
-            settings.add_text(key, value)
-        portrait().save(Path("out/pictures") / name, pnginfo=settings)  # else it would be drawn again
+    for path in (Path("out/pictures") / name for name in (of_ada, of_bob)):
+        save_png(portrait(), path, read_settings(path))  # of other settings, it would be drawn again
     evaluate_faces.main(command)
     found = json.loads(Path("out/results.json").read_text())["pictures"]
     assert found[of_ada]["faces"] == found[of_bob]["faces"] == 1
