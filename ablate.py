@@ -256,6 +256,8 @@ def place(output: Path, name: str, seed: int) -> Path:
 
 def run(name: str, seed: int, output: Path) -> None:
     """Train and evaluate one row, or go on with it."""
+    import torch
+
     import evaluate
     import train
     row, folder = ROWS[name], place(output, name, seed)
@@ -278,10 +280,12 @@ def run(name: str, seed: int, output: Path) -> None:
         if row.trained_by is None and not weights.exists():
             keep_description(folder, described)
             stack.enter_context(preset(row.config))
-            resume = ["--resume"] if train.list_checkpoints(trained) else []
+            flags = ["--resume"] if train.list_checkpoints(trained) else []
+            if torch.cuda.is_available():
+                flags.append("--graph")
             stack.enter_context(replaced(sys, "argv", [
                 "train.py", "moa", "--weights", str(ROOT / "weights" / "toyworld"), "--output", str(trained),
-                "--seed", str(seed), "--checkpoint-every", "250", *resume]))
+                "--seed", str(seed), "--checkpoint-every", "250", *flags]))
             train.main()
         if not weights.exists():
             fail(f"{weights} is not there: run the row {row.trained_by} first")

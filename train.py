@@ -31,7 +31,7 @@ import signal
 import subprocess
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -67,6 +67,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--accumulate", type=int, metavar="N",
                         help="each process works on its share of a batch in N parts, to save memory "
                              "(default: the preset's)")
+    parser.add_argument("--graph", action="store_true",
+                        help="replay the step as a CUDA graph: a small model on a GPU waits for Python "
+                             "otherwise (prior, moa, controlnet, lora)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, data order and noise (default 0)")
     parser.add_argument("--log-every", type=int, default=50, metavar="STEPS",
                         help="steps from line to line of metrics.jsonl (default 50)")
@@ -120,7 +123,7 @@ def main() -> None:
     import distributed
     from data.fastcomposer import read_ids
     from pipeline import pick_device
-    from stages import STAGES, StageError, check_preset, make_config
+    from stages import STAGES, RecordedStep, StageError, check_preset, make_config
     reuse_memory()
     until_the_end = ExitStack()
     try:
@@ -137,8 +140,9 @@ def main() -> None:
                 until_the_end.enter_context(claimed(args.output))
             stage = STAGES[args.stage](config, args.seed, device, args.weights, args.data, args.moa,
                                        args.cache)
+            backward = RecordedStep(stage) if args.graph else stage.backward
         stage.prepare()
-        train(stage, args)
+        train(stage, backward, args)
     except (StageError, OSError, ValueError) as error:
         unnamed = isinstance(error, OSError) and error.errno and not error.filename  # of a file that is open
         place = f"{args.output}: " if unnamed else ""
@@ -219,8 +223,8 @@ def list_checkpoints(output: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.stem))
 
 
-def train(stage, args: argparse.Namespace) -> None:
-    """The loop that all stages share."""
+def train(stage, backward: Callable, args: argparse.Namespace) -> None:
+    """The loop that all stages share; `backward` is the stage's, or takes its place."""
     import torch
     from tqdm import tqdm
 
@@ -232,7 +236,8 @@ def train(stage, args: argparse.Namespace) -> None:
     settings = {"stage": args.stage, "preset": args.preset, "seed": args.seed, "code": git_describe(),
                 "weights": args.weights and args.weights.name, "moa": args.moa and args.moa.name,
                 "data": args.data and args.data.name, "torch": torch.__version__, "device": str(device),
-                "processes": distributed.world_size(), "launch": distributed.launch(), **asdict(config)}
+                "graph": args.graph, "processes": distributed.world_size(), "launch": distributed.launch(),
+                **asdict(config)}
     trained = {name: p for name, p in stage.module.named_parameters() if p.requires_grad}
     parameters = list(trained.values())
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=config.betas,
@@ -266,10 +271,9 @@ def train(stage, args: argparse.Namespace) -> None:
                 group["lr"] = config.lr * learning_rate_factor(step, config)
             losses = []
             for index in range(config.accumulate):
-                with distributed.turn(index, config.accumulate), stage.autocast():
-                    loss, parts = stage.loss(step)
-                (loss / config.accumulate).backward()
-                losses.append({"loss": loss.detach(), **{k: v.detach() for k, v in parts.items()}})
+                with distributed.turn(index, config.accumulate):
+                    loss, parts = backward(step)
+                losses.append({"loss": loss, **parts})
             stopping = distributed.average_gradients(parameters, bool(stop))
             done = step + 1
             logged = done % args.log_every == 0 or done == config.steps

@@ -14,7 +14,7 @@ from pictures import to_picture, to_uint8
 from pipeline import Control, Pipeline
 from stages.encode import Encoder
 from stages.presets import SMALL, StageError
-from stages.prior import PriorStage, snr_weight
+from stages.prior import PriorStage
 from stages.stage import SHEET_GUIDANCE, save_grid
 
 SHEET_SEEDS = range(8)  # of held-out scenes
@@ -44,12 +44,13 @@ class ControlNetStage(PriorStage):
         Pipeline(models).check_controlnet(self.module)
         self.samples = self.training_samples()
 
-    def loss(self, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        x, eps, t, text, _ = self.noised(self.encoded(step), step)
-        hint = to_hint([skeleton(int(seed), "train") for seed in self.order(step)[:, 0]]).to(self.device)
-        residuals = self.module(x, t, text, hint)
-        error = (self.unet(x, t, text, residuals).float() - eps).square().mean((1, 2, 3))
-        return (snr_weight(t, self.config.min_snr) * error).mean(), {"eps": error.mean()}
+    def inputs(self, step: int) -> dict[str, Tensor]:
+        hint = to_hint([skeleton(int(seed), "train") for seed in self.order(step)[:, 0]])
+        return {**super().inputs(step), "hint": hint.to(self.device)}
+
+    def predict(self, inputs: dict[str, Tensor]) -> Tensor:
+        x, t, text = (inputs[name] for name in ("x", "t", "text"))
+        return self.unet(x, t, text, self.module(x, t, text, inputs["hint"]))
 
     def sheet(self, path: Path) -> None:
         """Held-out poses; below each what is drawn with it and, from the same noise, without."""

@@ -97,18 +97,24 @@ class MoAStage(PriorStage):
         whole = share(drawn) >= self.config.masked_probability
         return people.masked_fill(whole[:, None, None].to(self.device), 1.0)
 
-    def loss(self, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Eq. 11. The people's mask is kept on samples without subjects, so that these train too."""
+    def inputs(self, step: int) -> dict[str, Tensor]:
         batch = self.encoded(step)
         x, eps, t, text, null = self.noised(batch, step)
-        masks, positions, features = batch["masks"], batch["positions"], batch["features"]
-        people = masks.sum(1).clamp(max=1)
-        present = self.draw_shown(step, batch["present"] & ~null[:, None])
+        return {"x": x, "eps": eps, "t": t, "text": text, "weight": snr_weight(t, self.config.min_snr),
+                **{name: batch[name] for name in ("features", "positions", "masks")},
+                "present": self.draw_shown(step, batch["present"] & ~null[:, None]),
+                "region": self.draw_region(step, people_of(batch["masks"]))}
+
+    def loss_of(self, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Eq. 11. The people's mask is kept on samples without subjects, so that these train too."""
+        t, text, masks, positions, present = (
+            inputs[name] for name in ("t", "text", "masks", "positions", "present"))
+        people = people_of(masks)
         # Layer by layer: the gradient of an index would be as large as the whole, once for each layer.
-        context = ExpertContext(text, self.prompt(text, features, positions, present, t).unbind())
+        context = ExpertContext(text, self.prompt(text, inputs["features"], positions, present, t).unbind())
         with record_routing(self.unet) as routing, record_subject_attention(
                 self.unet, positions, self.config.object_layers) as maps:
-            eps_hat = self.unet(x, t, context).float()
+            eps_hat = self.unet(inputs["x"], t, context).float()
         self.watched = ({key: r.detach() for key, r in routing.items()},
                         {layer: a.detach() for layer, a in maps.items()}, masks, present)
         groups = [("self",), ("cross",)] if self.config.router_by_kind else [("self", "cross")]
@@ -116,7 +122,7 @@ class MoAStage(PriorStage):
                                        if key.layer in self.config.router_layers and key.kind in kinds],
                                       *people.shape[-2:]) for kinds in groups]  # R, for each group
         attention = [a.float() for layer, a in maps.items() if layer in self.config.object_layers]
-        masked = masked_loss(eps_hat, eps, self.draw_region(step, people), snr_weight(t, self.config.min_snr))
+        masked = masked_loss(eps_hat, inputs["eps"], inputs["region"], inputs["weight"])
         router = sum(router_loss(weights, people) for weights in prior_weights)
         balance = object_loss(attention, masks, present)
         loss = masked + self.config.lambda_router * router + self.config.lambda_object * balance
@@ -154,7 +160,7 @@ class MoAStage(PriorStage):
         people and on the background, mean of self- and cross-attention, and the attention to a
         subject's token inside its mask. Of the whole step: the norms of the parts' gradients."""
         routing, maps, masks, present = self.watched
-        people = masks.sum(1).clamp(max=1)
+        people = people_of(masks)
         prior = torch.stack([mean_routing([routing[layer, kind][..., 0] for kind in ("self", "cross")],
                                           *people.shape[-2:]) for layer in sorted(maps)])  # (L, B, h, w)
         attention = torch.stack([(subject_attention(maps[layer].float(), masks)[0].mean(1) * present).sum()
@@ -251,6 +257,11 @@ class MoAStage(PriorStage):
                 present = self.encode.texts(part)["present"]
                 found.append(self.encode.references(part)[present].float().cpu())
         return torch.cat(found)
+
+
+def people_of(masks: Tensor) -> Tensor:
+    """Masks (B, S, h, w) of a picture's subjects -> (B, h, w), the share of a cell that they cover."""
+    return masks.sum(1).clamp(max=1)
 
 
 def feature_statistics(features: Tensor) -> dict[str, Tensor]:

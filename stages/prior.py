@@ -30,6 +30,7 @@ class PriorStage(Stage):
     """The base model: noise prediction on the small world's scenes, text encoder and VAE frozen."""
 
     reads = ("weights", "data", "cache")
+    recordable = True
 
     def setup(self) -> None:
         if self.weights is None:
@@ -82,9 +83,23 @@ class PriorStage(Stage):
         return x, eps, t, text, null
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.loss_of(self.inputs(step))
+
+    def inputs(self, step: int) -> dict[str, Tensor]:
+        """All that the loss of a step is computed from, on the device."""
         x, eps, t, text, _ = self.noised(self.encoded(step), step)
-        error = (self.unet(x, t, text).float() - eps).square().mean((1, 2, 3))
-        return (snr_weight(t, self.config.min_snr) * error).mean(), {"eps": error.mean()}
+        return {"x": x, "eps": eps, "t": t, "text": text, "weight": snr_weight(t, self.config.min_snr)}
+
+    def loss_of(self, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss and its parts by name. Here the device never waits for the host, so that a CUDA graph
+        can hold it (see `stages/graph.py`)."""
+        eps_hat = self.predict(inputs).float()
+        error = (eps_hat - inputs["eps"]).square().mean((1, 2, 3))
+        return (inputs["weight"] * error).mean(), {"eps": error.mean()}
+
+    def predict(self, inputs: dict[str, Tensor]) -> Tensor:
+        """The noise (B, 4, h, w) that the model sees."""
+        return self.unet(inputs["x"], inputs["t"], inputs["text"])
 
     def pipeline(self) -> Pipeline:
         encode = self.encode

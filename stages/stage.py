@@ -68,6 +68,7 @@ class Stage:
     size = toyworld.SIZE  # of its pictures, in pixels
     samples: Samples
     stream: Stream | None = None  # where samples are read from while training
+    recordable = False  # whether a CUDA graph can hold the step: there are `inputs` and `loss_of`
     shareable = True  # whether the loss is a mean over samples, which several processes can share
 
     def __init__(self, config: TrainConfig, seed: int, device: torch.device,
@@ -144,6 +145,13 @@ class Stage:
     def loss(self, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of one step and its parts by name."""
         raise NotImplementedError
+
+    def backward(self, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Add up the gradients of one turn of a step; its loss and the parts by name, without gradients."""
+        with self.autocast():
+            loss, parts = self.loss(step)
+        (loss / self.config.accumulate).backward()
+        return loss.detach(), {name: part.detach() for name, part in parts.items()}
 
     def health(self) -> dict[str, float | list[float]]:
         """More about the last step for metrics.jsonl, by name. All processes call it together, after

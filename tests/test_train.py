@@ -251,10 +251,11 @@ def make_stage(name: str, runs: Path, data=None, cache=None, weights=None, **cha
 
 def train_stage(stage: stages.Stage, output: Path) -> None:
     args = Namespace(stage="test", preset="toyworld", seed=0, output=output, resume=False, log_every=50,
-                     checkpoint_every=1000, keep=1, weights=None, data=None, moa=None, cache=None)
+                     checkpoint_every=1000, keep=1, weights=None, data=None, moa=None, cache=None,
+                     graph=False)
     train.prepare_output(args)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    train.train(stage, args)
+    train.train(stage, stage.backward, args)
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
