@@ -126,3 +126,21 @@ def test_sparse(tmp_path):
     some, none = json.loads((tmp_path / "sparse.json").read_text()).values()
     assert 0.1 < some["share"] < 1 and none["share"] == none["share_largest"] == 0
     assert some["psnr"] >= some["psnr_lowest"] > none["psnr"] > 5
+
+
+def test_a_step_as_a_graph(tmp_path, monkeypatch, capsys):
+    """A CPU has no graphs, and is told so; where there is one, a row for each batch size."""
+    from data import dataset
+    monkeypatch.setattr(dataset, "CACHE_ROOT", tmp_path)
+    monkeypatch.setattr("stages.prior.CACHE_ROOT", tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    flags = ["--output", str(tmp_path), "--batch-sizes", "2", "3", "--samples", "4", "--repeats", "2"]
+    with pytest.raises(SystemExit, match="2"):
+        run("graph", flags)
+    assert "--graph is for a CUDA GPU" in capsys.readouterr().err
+    monkeypatch.setattr("stages.RecordedStep", lambda stage: stage.backward)
+    run("graph", flags)
+    rows = json.loads((tmp_path / "graph.json").read_text())["rows"]
+    assert [(row["pictures"], row["side"], row["against"]) for row in rows] == [
+        (2, "graph", "eager"), (3, "graph", "eager")]
+    assert all(row["seconds"] > 0 and row["ratio"]["low"] > 0 for row in rows)

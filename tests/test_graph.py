@@ -134,6 +134,6 @@ def test_a_run_with_a_graph(place, tmp_path):
                tmp_path / "again") == 0
     train.list_checkpoints(tmp_path / "again")[-1].unlink()
     assert run(*options, "--steps", 8, "--graph", "--resume", "--output", tmp_path / "again") == 0
-    again, whole = torch.load(train.list_checkpoints(tmp_path / "again")[-1]), torch.load(tmp_path / "last.pt")
+    again, whole = map(torch.load, (train.list_checkpoints(tmp_path / "again")[-1], tmp_path / "last.pt"))
     for name, value in again["parameters"].items():
         assert torch.allclose(value, whole["parameters"][name], rtol=0.05, atol=1e-3), name

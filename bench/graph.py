@@ -1,0 +1,71 @@
+"""What `train.py --graph` saves: a step of the small world's MoA, by Python and as a CUDA graph.
+
+    python bench/graph.py --output runs/bench
+    python bench/graph.py --output runs/bench --batch-sizes 36 256 --samples 1024
+
+With gradient clipping, the optimizer and the moving average, bf16, on a GPU. Prints a row for each batch
+size, the ratio of the two in rounds of one step each, and writes graph.json.
+"""
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from bench.measure import compare, pick, positive, report
+from command import fail
+from evaluate import SHIPPED
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--output", required=True, type=Path, metavar="FOLDER", help="where the JSON goes")
+    add("--batch-sizes", type=positive, nargs="+", default=[36, 128, 256, 512], metavar="N",
+        help="pictures in a step (default 36 128 256 512)")
+    add("--samples", type=positive, default=32_000, metavar="N", help="scenes to read from (default 32000)")
+    add("--repeats", type=positive, default=30, metavar="N", help="rounds after the warm-up (default 30)")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    args.device, args.dtype = "auto", "bf16"
+    from stages import STAGES, RecordedStep, StageError, make_config
+    device, _ = pick(args)
+    rows = []
+    try:
+        for size in args.batch_sizes:
+            config = make_config("toyworld", "moa", batch_size=size, samples=args.samples)
+            stage = STAGES["moa"](config, 0, device, SHIPPED, None)
+            sides = {"eager": stage.backward, "graph": RecordedStep(stage)}
+            stage.prepare()
+            rows += compare({name: steps(stage, backward) for name, backward in sides.items()},
+                            [("graph", "eager")], args.repeats, device, pictures=size)
+    except (StageError, OSError, ValueError) as error:
+        fail(error)
+    report("graph", rows, args, device)
+
+
+def steps(stage, backward):
+    """A function that makes the next step each time it is called."""
+    import torch
+    parameters = [p for p in stage.module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True)
+    averages, done = [p.detach().clone() for p in parameters], 0
+
+    @torch.enable_grad()
+    def step() -> None:
+        nonlocal done
+        backward(done)
+        if torch.isfinite(torch.nn.utils.clip_grad_norm_(parameters, stage.config.clip)):
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        torch._foreach_lerp_(averages, [p.detach() for p in parameters], 1 - stage.config.ema)
+        done += 1
+
+    return step
+
+
+if __name__ == "__main__":
+    main()
