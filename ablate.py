@@ -19,7 +19,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from math import nan
@@ -98,6 +98,17 @@ def fix(router, weight: float) -> None:
     last = router.f[-1] if isinstance(router.f, torch.nn.Sequential) else router.f
     last.weight.zero_()
     last.bias.copy_(torch.tensor([1 - weight, weight]).clamp(min=1e-13).log())  # about 30, as for fp16
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Training on a GPU as on a CPU, in fp32, so that rows of both can be compared."""
+    import torch
+
+    from stages import Stage
+    with (replaced(Stage, "autocast", lambda self: nullcontext()),
+          replaced(torch.backends.cudnn, "allow_tf32", False)):
+        yield
 
 
 def router_width(hidden: int):
@@ -222,7 +233,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--output", type=Path, default=Path("runs/ablations"), metavar="FOLDER",
         help="of all rows' folders (default runs/ablations)")
     add("--seed", type=int, help="of a row's training (default 0)")
-    add("--jobs", type=int, default=1, metavar="N", help="rows at the same time, one core each (default 1)")
+    add("--jobs", type=int, default=1, metavar="N", 
+        help="rows at the same time, one core each; on a GPU 1 is best (default 1)")
     args = parser.parse_args(argv)
     if args.jobs < 1:
         parser.error(f"--jobs must be at least 1, not {args.jobs}")
@@ -283,6 +295,7 @@ def run(name: str, seed: int, output: Path) -> None:
             flags = ["--resume"] if train.list_checkpoints(trained) else []
             if torch.cuda.is_available():
                 flags.append("--graph")
+                stack.enter_context(full_precision())
             stack.enter_context(replaced(sys, "argv", [
                 "train.py", "moa", "--weights", str(ROOT / "weights" / "toyworld"), "--output", str(trained),
                 "--seed", str(seed), "--checkpoint-every", "250", *flags]))

@@ -39,11 +39,13 @@ def start(device: torch.device) -> torch.device:
     Raises ConnectionError.
     """
     global _store, _launch
-    if "WORLD_SIZE" not in os.environ:
-        return device
+    launched = "WORLD_SIZE" in os.environ
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
+        if launched:
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)  # streams and graphs are the current one's
+    if not launched:
+        return device
     Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
     with together():
         store, rank, size = next(dist.rendezvous("env://"))

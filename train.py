@@ -69,7 +69,7 @@ def parse_args() -> argparse.Namespace:
                              "(default: the preset's)")
     parser.add_argument("--graph", action="store_true",
                         help="replay the step as a CUDA graph: a small model on a GPU waits for Python "
-                             "otherwise (prior, moa, controlnet, lora)")
+                             "otherwise (prior, moa, controlnet, lora; not with --preset sd15)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, data order and noise (default 0)")
     parser.add_argument("--log-every", type=int, default=50, metavar="STEPS",
                         help="steps from line to line of metrics.jsonl (default 50)")
@@ -123,7 +123,7 @@ def main() -> None:
     import distributed
     from data.fastcomposer import read_ids
     from pipeline import pick_device
-    from stages import STAGES, RecordedStep, StageError, check_preset, make_config
+    from stages import STAGES, RecordedStep, StageError, check_graph, check_preset, make_config
     reuse_memory()
     until_the_end = ExitStack()
     try:
@@ -133,7 +133,10 @@ def main() -> None:
         config = make_config(args.preset, args.stage, steps=args.steps, batch_size=args.batch_size,
                              samples=args.samples, accumulate=args.accumulate)
         check_preset(args.preset, args.weights)
-        device = distributed.start(pick_device(args.device))
+        device = pick_device(args.device)
+        if args.graph:
+            check_graph(STAGES[args.stage], config, device)
+        device = distributed.start(device)
         with distributed.first_rank_first():
             prepare_output(args)
             if distributed.rank() == 0:
@@ -151,8 +154,8 @@ def main() -> None:
     except (MemoryError, RuntimeError) as error:
         if "allocate" not in str(error):  # on a CPU, torch has no error class for it
             raise
-        print("error: not enough memory: give a larger --accumulate, or a smaller --batch-size",
-              file=sys.stderr)
+        larger = "" if args.graph else "a larger --accumulate, or "
+        print(f"error: not enough memory: give {larger}a smaller --batch-size", file=sys.stderr)
         sys.exit(2)
     except (StopRequested, KeyboardInterrupt) as stop:
         number, message = stop.args or (signal.SIGINT, "before the first step")

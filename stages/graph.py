@@ -1,36 +1,47 @@
 """A training step as a CUDA graph: recorded once, then replayed by a single call.
 
-A small model on a large GPU waits for Python, which names a thousand kernels for every step.
+A small model on a large GPU waits for Python, which names some thousand kernels for every step.
 """
 import torch
 from torch import Tensor
 
-from stages.presets import StageError
+from stages.presets import StageError, TrainConfig
 from stages.stage import Stage
 
 WARM_UP = 3  # runs before recording, in which libraries choose kernels and take their memory
+# What a graph cannot hold, unless it is this.
+PLAIN = {"accumulate": 1, "checkpointing": False, "image_layers": 0}
+
+
+def check_graph(stage: type[Stage], config: TrainConfig, device: torch.device) -> None:
+    """Raise StageError where the step of a stage cannot be recorded."""
+    if device.type != "cuda":
+        raise StageError(f"--graph is for a CUDA GPU, this is {device}: leave it out")
+    if not stage.recordable:
+        raise StageError("--graph cannot hold the step of this stage: leave it out")
+    for name, plain in PLAIN.items():
+        if (value := getattr(config, name)) != plain:
+            raise StageError(f"--graph cannot hold a step with {name} {value}, whether from the command line "
+                             "or from the preset: leave --graph out")
 
 
 class RecordedStep:
-    """Takes the place of a stage's `backward`. The gradients lie where they lay at the recording, and a
-    replay writes over them."""
+    """Takes the place of a stage's `backward`, for stages that pass `check_graph`.
+
+    Every call writes inputs, loss and gradients to the same memory.
+    """
 
     def __init__(self, stage: Stage):
-        """Raises StageError where the step cannot be recorded."""
-        if stage.device.type != "cuda":
-            raise StageError(f"--graph is for a CUDA GPU, this is {stage.device}: leave it out")
-        if not stage.recordable:
-            raise StageError("--graph cannot hold the step of this stage: leave it out")
-        for name, plain in {"accumulate": 1, "checkpointing": False, "image_layers": 0}.items():
-            if getattr(stage.config, name) != plain:
-                raise StageError(f"--graph cannot hold a step with {name} "
-                                 f"{getattr(stage.config, name)}: leave one of both out")
         self.stage = stage
         self.parameters = [p for p in stage.module.parameters() if p.requires_grad]
         self.graph: torch.cuda.CUDAGraph | None = None
+        # What the graph reads and writes, from the first call on.
+        self.inputs: dict[str, Tensor] = {}
+        self.found: tuple[Tensor, dict[str, Tensor]] = ()
+        self.gradients: list[Tensor | None] = []
 
     def __call__(self, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of a step and its parts by name; the next call writes over them."""
+        """Leave the gradients of a step in the parameters; its loss and the parts by name."""
         with self.stage.autocast():
             inputs = self.stage.inputs(step)
         if self.graph is None:
@@ -40,9 +51,10 @@ class RecordedStep:
         self.graph.replay()
         for p, gradient in zip(self.parameters, self.gradients, strict=True):
             p.grad = gradient
-        return self.loss, self.parts
+        return self.found
 
     def record(self, inputs: dict[str, Tensor]) -> None:
+        """Make the graph, of inputs of these shapes."""
         self.inputs = {name: value.clone() for name, value in inputs.items()}
         beside = torch.cuda.Stream()
         beside.wait_stream(torch.cuda.current_stream())
@@ -52,10 +64,11 @@ class RecordedStep:
         torch.cuda.current_stream().wait_stream(beside)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
-            self.loss, self.parts = self.run()
+            self.found = self.run()
         self.gradients = [p.grad for p in self.parameters]
 
     def run(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """What is recorded: the loss of the inputs, and its gradients in tensors of their own."""
         for p in self.parameters:  # a gradient that is there would be added to
             p.grad = None
         with self.stage.autocast():

@@ -138,7 +138,7 @@ class Stage:
         return share(whole).to(self.device)
 
     def autocast(self) -> torch.autocast:
-        """Mixed precision, for `loss`: on CUDA always, elsewhere where the preset says."""
+        """Mixed precision, for what makes the loss: on CUDA always, elsewhere where the preset says."""
         return torch.autocast(self.device.type, torch.bfloat16,
                               enabled=self.config.bf16 or self.device.type == "cuda")
 

@@ -8,6 +8,7 @@ import time
 from contextlib import ExitStack
 from functools import partial
 from threading import Thread
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ import moa.install
 import moa.prompt
 import stages.moa
 import stages.stage
+import train
 from conftest import small_models
 from data import toyworld
 from moa import MultimodalPrompt, PromptConfig, load_moa, moa_layers, record_routing, save_moa
@@ -162,6 +164,24 @@ def test_the_mean_of_the_router_loss():
     whole = stages.moa.router_loss(routing, mask)
     with ablate.mean_router_loss():
         assert torch.allclose(stages.moa.router_loss(routing, mask), whole / 64)
+
+
+def test_a_gpu_trains_rows_as_a_cpu_does(tmp_path, monkeypatch):
+    """As a graph, which is faster, and in fp32."""
+    seen, mixed = [], SimpleNamespace(device=torch.device("cpu"), config=SimpleNamespace(bf16=True))
+
+    def main() -> None:
+        with stages.Stage.autocast(mixed):
+            seen.append(("--graph" in sys.argv, torch.is_autocast_enabled("cpu"),
+                         torch.backends.cudnn.allow_tf32))
+
+    monkeypatch.setattr(train, "main", main)
+    for there in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        with pytest.raises(SystemExit):  # no weights came of it
+            ablate.main(["half", "--output", str(tmp_path)])
+    assert seen == [(True, False, False), (False, True, torch.backends.cudnn.allow_tf32)]
+    assert torch.backends.cudnn.allow_tf32  # torch's default
 
 
 def test_settings_of_rows():

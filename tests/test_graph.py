@@ -1,7 +1,9 @@
 """The step as a CUDA graph (`train.py --graph`): what cannot be one, and that it computes the same."""
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import stages
 import train
-from stages import RecordedStep, StageError
+from stages import RecordedStep, StageError, check_graph
 from tests.stress.kill import write_base
 from tests.test_train import assert_refused, metrics_of, run, shrink
 
@@ -77,63 +79,98 @@ def test_stages_say_whether_they_can_be_recorded():
     assert [name for name, stage in stages.STAGES.items() if stage.recordable] == RECORDABLE
 
 
-@pytest.mark.parametrize("stage, config, match", [
+@pytest.mark.parametrize("name, config, match", [
     ("moa", {"accumulate": 2}, "accumulate 2"), ("moa", {"checkpointing": True}, "checkpointing True"),
     ("moa", {"image_layers": 1}, "image_layers 1"), ("vae", {}, "the step of this stage")])
-def test_what_cannot_be_recorded_is_refused(stage, config, match):
-    asked = SimpleNamespace(device=torch.device("cuda"), recordable=stages.STAGES[stage].recordable,
-                            config=SimpleNamespace(**{"accumulate": 1, "checkpointing": False,
-                                                      "image_layers": 0, **config}))
+def test_what_cannot_be_recorded_is_refused(name, config, match):
+    gpu, stage = torch.device("cuda"), stages.STAGES[name]
+    check_graph(stages.STAGES["moa"], stages.make_config("toyworld", "moa"), gpu)
     with pytest.raises(StageError, match=match):
-        RecordedStep(asked)
+        check_graph(stage, stages.make_config("toyworld", name, **config), gpu)
 
 
-def test_a_cpu_is_refused_before_anything_is_done(capsys, place, tmp_path):
+def test_the_presets_of_sd15_are_refused():
+    for name in stages.PRESETS["sd15"]:
+        with pytest.raises(StageError, match="from the preset"):
+            check_graph(stages.STAGES[name], stages.make_config("sd15", name), torch.device("cuda"))
+
+
+def test_a_cpu_is_refused_before_anything_is_done(capsys, place, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     assert_refused(capsys, place / "base", "moa", "--weights", place / "base", "--graph", "--output",
                    tmp_path / "run", match="is for a CUDA GPU, this is cpu")
+    assert not any(tmp_path.iterdir())  # nothing is rendered either
+
+
+def compare(recorded: RecordedStep, twin: stages.Stage, steps: list[int], tolerance: float) -> None:
+    """Replays beside a twin's own steps, between which the weights change: losses, parts, gradients, and
+    what the stages are watched by."""
+    generator = torch.Generator().manual_seed(2)
+    trained = recorded.parameters, [p for p in twin.module.parameters() if p.requires_grad]
+    for step in steps:
+        results = []
+        for backward, parameters in zip((recorded, twin.backward), trained, strict=True):
+            loss, parts = backward(step)
+            results.append([loss, *parts.values(), *(p.grad for p in parameters)])
+        health = recorded.stage.health(), twin.health()
+        assert sum((value.norm() > 0).item() for value in results[1]) > len(results[1]) // 2
+        for one, other in zip(*results, strict=True):
+            assert (one - other).norm() <= tolerance * other.norm() + 1e-6
+        assert health[0].keys() == health[1].keys()
+        for key, value in health[0].items():
+            assert value == pytest.approx(health[1][key], rel=tolerance, abs=1e-4), key
+        with torch.no_grad():
+            for one, other in zip(*trained, strict=True):
+                change = 0.01 * torch.randn(one.shape, generator=generator).to(one.device)
+                one.add_(change)
+                other.add_(change)
+                one.grad *= 7  # as clipping does, in place
+                other.grad = None
+
+
+@pytest.mark.parametrize("name", RECORDABLE)
+def test_replays_with_a_pretended_graph(name, monkeypatch):
+    """A graph that runs the step anew, into the memory of the recording, as CUDA's do."""
+    recorded = RecordedStep(make(name, "cpu"))
+
+    def replay() -> None:
+        loss, parts = recorded.found
+        kept = [loss, *parts.values(), *recorded.gradients]
+        loss, parts = recorded.run()
+        for old, new in zip(kept, [loss, *parts.values(), *(p.grad for p in recorded.parameters)],
+                            strict=True):
+            old.copy_(new)
+
+    graphs = []
+    for name_, value in {"Stream": MagicMock, "current_stream": MagicMock, "stream": nullcontext,
+                         "graph": nullcontext,
+                         "CUDAGraph": lambda: graphs.append(SimpleNamespace(replay=replay)) or graphs[-1]
+                         }.items():
+        monkeypatch.setattr(torch.cuda, name_, value)
+    compare(recorded, make(name, "cpu"), [0, 1, 2, 1], 1e-4)
+    assert len(graphs) == 1
 
 
 @on_gpu
 @pytest.mark.parametrize("name", RECORDABLE)
 def test_a_replay_is_the_step(name):
-    """Losses, parts and gradients of several steps, and what the stage is watched by."""
-    stage = make(name, "cuda")
-    recorded, trained = RecordedStep(stage), [p for p in stage.module.parameters() if p.requires_grad]
-    for step in (0, 1, 2, 1):
-        loss, parts = recorded(step)
-        found = [loss, *parts.values(), *(p.grad for p in trained)]
-        found, health = [each.clone() for each in found], stage.health()
-        for p in trained:
-            p.grad = None
-        loss, parts = stage.backward(step)
-        wanted = [loss, *parts.values(), *(p.grad for p in trained)]
-        assert torch.stack([g.isfinite().all() for g in found]).all()
-        assert sum((g.norm() > 0).item() for g in found) > len(found) // 2
-        for one, other in zip(found, wanted, strict=True):
-            assert (one - other).norm() <= 0.02 * other.norm() + 1e-6
-        assert health == pytest.approx(stage.health(), rel=0.02, abs=1e-4) or name == "moa"
-        with torch.no_grad():
-            for p in trained:  # the next replay reads the weights as they are then
-                p.add_(0.01 * torch.randn_like(p))
+    compare(RecordedStep(make(name, "cuda")), make(name, "cuda"), [0, 1, 2, 1], 0.02)
 
 
 @on_gpu
 def test_a_run_with_a_graph(place, tmp_path):
     """It logs, and goes on after a stop, as one without."""
-    options = ["moa", "--weights", place / "base", "--device", "cuda"]
-    assert run(*options, "--steps", 8, "--output", tmp_path / "plain") == 0
-    assert run(*options, "--steps", 8, "--graph", "--output", tmp_path / "graph") == 0
-    plain, graph = metrics_of(tmp_path / "plain"), metrics_of(tmp_path / "graph")
-    assert [line["step"] for line in graph] == [line["step"] for line in plain]
-    for one, other in zip(graph, plain, strict=True):
-        for name in ("loss", "masked", "object", "prior_weight_people", "gradient_norm_experts"):
+    options = ["moa", "--weights", place / "base", "--device", "cuda", "--steps", 8, "--checkpoint-every", 4,
+               "--keep", 9]
+    for name, flags in {"plain": [], "graph": ["--graph"], "again": ["--graph"]}.items():
+        assert run(*options, *flags, "--output", tmp_path / name) == 0
+    logs = [metrics_of(tmp_path / name) for name in ("graph", "plain")]
+    for one, other in zip(*logs, strict=True):
+        for name in ("step", "loss", "masked", "object", "prior_weight_people", "gradient_norm_experts"):
             assert one[name] == pytest.approx(other[name], rel=0.05, abs=1e-3), (one["step"], name)
-    checkpoint = train.list_checkpoints(tmp_path / "graph")[-1]
-    checkpoint.rename(tmp_path / "last.pt")
-    assert run(*options, "--steps", 8, "--graph", "--checkpoint-every", 4, "--keep", 9, "--output",
-               tmp_path / "again") == 0
     train.list_checkpoints(tmp_path / "again")[-1].unlink()
-    assert run(*options, "--steps", 8, "--graph", "--resume", "--output", tmp_path / "again") == 0
-    again, whole = map(torch.load, (train.list_checkpoints(tmp_path / "again")[-1], tmp_path / "last.pt"))
-    for name, value in again["parameters"].items():
-        assert torch.allclose(value, whole["parameters"][name], rtol=0.05, atol=1e-3), name
+    assert run(*options, "--graph", "--resume", "--output", tmp_path / "again") == 0
+    half, whole = (torch.load(path)["parameters"] for path in train.list_checkpoints(tmp_path / "graph"))
+    again = torch.load(train.list_checkpoints(tmp_path / "again")[-1])["parameters"]
+    moved = sum((whole[name] - half[name]).square().sum() for name in whole)
+    assert moved > 0 and sum((again[name] - whole[name]).square().sum() for name in whole) < 0.1 * moved
