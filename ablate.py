@@ -233,7 +233,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--output", type=Path, default=Path("runs/ablations"), metavar="FOLDER",
         help="of all rows' folders (default runs/ablations)")
     add("--seed", type=int, help="of a row's training (default 0)")
-    add("--jobs", type=int, default=1, metavar="N", 
+    add("--jobs", type=int, default=1, metavar="N",
         help="rows at the same time, one core each; on a GPU 1 is best (default 1)")
     args = parser.parse_args(argv)
     if args.jobs < 1:
