@@ -19,7 +19,7 @@ from moa import load_moa
 from moa.install import read_moa
 from models import load_models
 from tests.stress.kill import write_base
-from tests.test_train import (Bomb, Killed, assert_refused, assert_same_run, checkpoint_of, run, shrink,
+from tests.test_train import (Bomb, Killed, assert_refused, assert_same_run, checkpoint_of, run, small_place,
                               snapshot)
 from weights import export_moa
 
@@ -29,14 +29,11 @@ MOA = ["moa", "--steps", 6, "--checkpoint-every", 2]
 @pytest.fixture(scope="module", autouse=True)
 def place(tmp_path_factory):
     """A working directory of its own with a base model; sample sheets are left out."""
-    threads, folder = torch.get_num_threads(), tmp_path_factory.mktemp("checkpoints")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        shrink(patch)
+    folder = tmp_path_factory.mktemp("checkpoints")
+    with small_place(folder) as patch:
         patch.setattr(stages.STAGES["moa"], "sheet", lambda self, path: None)
         write_base(Path("base"))
         yield folder
-    torch.set_num_threads(threads)
 
 
 def train_moa(output: Path, *options) -> int:

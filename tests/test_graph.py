@@ -15,7 +15,7 @@ import stages
 import train
 from stages import RecordedStep, StageError, check_graph
 from tests.stress.kill import write_base
-from tests.test_train import assert_refused, metrics_of, run, shrink
+from tests.test_train import assert_refused, metrics_of, run, small_place
 
 RECORDABLE = ["prior", "moa", "controlnet", "lora"]
 aten = torch.ops.aten
@@ -25,13 +25,10 @@ on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA 
 @pytest.fixture(scope="module", autouse=True)
 def place(tmp_path_factory):
     """A working directory of its own with a base model."""
-    threads, folder = torch.get_num_threads(), tmp_path_factory.mktemp("graph")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        shrink(patch)
+    folder = tmp_path_factory.mktemp("graph")
+    with small_place(folder):
         write_base(Path("base"))
         yield folder
-    torch.set_num_threads(threads)
 
 
 def make(name: str, device: str, **changes) -> stages.Stage:

@@ -18,7 +18,7 @@ import train
 from moa import ExpertContext, moa_layers
 from moa.loss import mean_routing, object_loss, router_loss
 from tests.stress.kill import write_base
-from tests.test_train import Killed, metrics_of, run, shrink
+from tests.test_train import Killed, metrics_of, run, small_place
 
 LISTS = ("prior_weight_people_by_layer", "prior_weight_background_by_layer", "subject_attention_by_layer")
 NORMS = ("gradient_norm_experts", "gradient_norm_routers", "gradient_norm_prompt")
@@ -27,13 +27,10 @@ NORMS = ("gradient_norm_experts", "gradient_norm_routers", "gradient_norm_prompt
 @pytest.fixture(scope="module", autouse=True)
 def place(tmp_path_factory):
     """A working directory of its own with a base model."""
-    threads, folder = torch.get_num_threads(), tmp_path_factory.mktemp("health")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        shrink(patch)
+    folder = tmp_path_factory.mktemp("health")
+    with small_place(folder):
         write_base(Path("base"))
         yield folder
-    torch.set_num_threads(threads)
 
 
 def moa_stage(**changes) -> stages.Stage:

@@ -21,7 +21,7 @@ from tests.test_train import (
     metrics_of,
     options_of,
     run,
-    shrink,
+    small_place,
     torchrun,
     train_stage,
 )
@@ -32,16 +32,13 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture(scope="module", autouse=True)
 def place(tmp_path_factory):
     """A working directory of its own with a base model, a folder of 8 pictures, and runs on it."""
-    threads, folder = torch.get_num_threads(), tmp_path_factory.mktemp("scale")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        shrink(patch)
+    folder = tmp_path_factory.mktemp("scale")
+    with small_place(folder):
         for stage in ("vae", "clip", "prior"):
             assert run(*options_of(stage, folder), "--output", folder / stage) == 0
         toyworld.main(["--output", str(folder / "world"), "--count", "8", "--seed", "100"])
         assert run(*moa(folder), "--output", folder / "streamed") == 0
         yield folder
-    torch.set_num_threads(threads)
 
 
 def moa(place: Path, *more) -> list:

@@ -12,6 +12,8 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -59,6 +61,17 @@ def shrink(patch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
 
 
+@contextmanager
+def small_place(folder: Path) -> Iterator[pytest.MonkeyPatch]:
+    """Work in a folder with small models, until the block ends."""
+    threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        shrink(patch)
+        yield patch
+    torch.set_num_threads(threads)
+
+
 def run(*arguments) -> int:
     """train.py in this process; its exit status."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -78,12 +91,9 @@ def run(*arguments) -> int:
 @pytest.fixture(scope="module", autouse=True)
 def place(tmp_path_factory):
     """A working directory of its own, so that .cache is made there."""
-    threads, folder = torch.get_num_threads(), tmp_path_factory.mktemp("training")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        shrink(patch)
+    folder = tmp_path_factory.mktemp("training")
+    with small_place(folder):
         yield folder
-    torch.set_num_threads(threads)
 
 
 CODE = "v1-2-gabcdef-dirty"
