@@ -5,8 +5,9 @@
 
 Small world only. Five groups of cases are drawn: people of training's pictures or new ones, in pairs of
 activity and place that training drew or never did, and new people with a pair of attributes
-(`ablate.UNSEEN`) that the ablation `unseen-pairs` never shows. Three tables, each with 95 % intervals over
-pictures, printed and in results.json: the scores of evaluate.py for each group; how often both attributes
+(`ablate.UNSEEN`) that the ablation `unseen-pairs` never shows. Four tables, each with 95 % intervals over
+pictures, printed and in results.json: the scores of evaluate.py for each group; what MoA costs of the
+activity in known and in new scenes, picture by picture against the prior; how often both attributes
 of such a pair are read right, beside the same two attributes of people with other pairs; and attributes
 read right against the share of a person that is covered by things and other people, with the judge's own
 reading of renders of the same scenes. That share is the render's: of a generated picture it is not known.
@@ -78,6 +79,7 @@ def run(args: argparse.Namespace) -> None:
                                  **{f"prior's {name}": interval for name, interval in
                                     scores(scenes[group], prior[group], ("activity", "context")).items()}}
                          for group in GROUPS},
+              "scenes": by_scene(scenes, drawn, prior),
               "pairs": pairs_right(scenes, drawn), "covered": by_cover(scenes, drawn, rendered)}
     write_json({"settings": {"count": args.count, **options}, "run": source, **tables},
                args.output / "results.json")
@@ -132,6 +134,21 @@ def scores(scenes: list[toyworld.Scene], readings: list[evaluate.Reading], names
     """Name -> interval of that score over the cases."""
     return {name: evaluate.interval([SCORES[name](*case) for case in zip(scenes, readings, strict=True)])
             for name in names}
+
+
+def by_scene(scenes: dict, drawn: dict, prior: dict) -> dict:
+    """Activities right in all groups of known and of new scenes, beside the prior's pictures of the same
+    cases; the difference is a mean over cases."""
+    found = {}
+    for name, new in (("known scenes", False), ("new scenes", True)):
+        cases = [case for group, (_, new_scene, _) in GROUPS.items() if new_scene == new
+                 for case in zip(scenes[group], drawn[group], prior[group], strict=True)]
+        with_moa = [evaluate.activity_right(scene, reading) for scene, reading, _ in cases]
+        alone = [evaluate.activity_right(scene, reading) for scene, _, reading in cases]
+        found[name] = {"activity": evaluate.interval(with_moa), "prior's activity": evaluate.interval(alone),
+                       "difference": evaluate.interval([float(ours) - float(its) for ours, its
+                                                        in zip(with_moa, alone, strict=True)])}
+    return found
 
 
 def read_renders(judge, scenes: list[toyworld.Scene]) -> list[evaluate.Reading]:

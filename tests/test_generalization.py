@@ -1,5 +1,6 @@
 """bench/generalization.py: who and what is new in each group, what covers people, and the command."""
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -66,6 +67,24 @@ def test_the_covered_share_is_that_of_what_stands_in_front():
     assert (toyworld.render_scene(scene)[1] == visible).all()  # the renderer is as before
 
 
+def test_the_prior_is_compared_picture_by_picture():
+    scenes = {group: [generalization.cast(group, number) for number in range(6)]
+              for group in generalization.GROUPS}
+
+    def reading(scene, right: bool):
+        return SimpleNamespace(activity=toyworld.ACTIVITIES.index(scene.activity) - (not right))
+    drawn = {group: [reading(scene, True) for scene in cases] for group, cases in scenes.items()}
+    prior = {group: [reading(scene, number % 3 > 0) for number, scene in enumerate(cases)]
+             for group, cases in scenes.items()}
+    for name, n in (("known scenes", 18), ("new scenes", 12)):
+        row = generalization.by_scene(scenes, drawn, prior)[name]
+        assert [row[column]["n"] for column in row] == [n] * 3
+        assert [row[column]["mean"] for column in row] == pytest.approx([1, 2 / 3, 1 / 3])
+        assert 0 < row["difference"]["low"] < 1 / 3 < row["difference"]["high"] < 1
+    same = generalization.by_scene(scenes, drawn, drawn)["new scenes"]["difference"]
+    assert (same["low"], same["mean"], same["high"]) == (0, 0, 0)
+
+
 def test_the_command(tmp_path, capsys):
     generalization.main(["--output", str(tmp_path), "--count", "2", "--steps", "2"])
     results = json.loads((tmp_path / "results.json").read_text())
@@ -74,6 +93,8 @@ def test_the_command(tmp_path, capsys):
     assert list(results["groups"]) == list(generalization.GROUPS)
     assert all(row["identity"]["n"] == 2 for row in results["groups"].values())
     assert 5 * 2 <= sum(row["in renders"]["n"] for row in results["covered"].values()) <= 5 * 3
+    assert {name: row["difference"]["n"] for name, row in results["scenes"].items()} == {
+        "known scenes": 3 * 2, "new scenes": 2 * 2}
     assert len(results["pairs"]) == 6
     assert capsys.readouterr().out.count("|---") > 10
 
