@@ -17,12 +17,12 @@ import os
 import signal
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from math import nan
 from pathlib import Path
 from threading import Event
 from types import CodeType, FunctionType
@@ -471,9 +471,7 @@ def table(output: Path) -> str:
     for name, seeds in found.items():
         cells = [over_seeds([result[column] for result in seeds.values()]) for column in COLUMNS]
         lines.append(f"| `{name}`: {ROWS[name].what} | {len(seeds)} | {' | '.join(cells)} |")
-    plot({name: {column: [nan if (mean := result[column]["mean"]) is None else mean
-                          for result in seeds.values()] for column in COLUMNS}
-          for name, seeds in found.items()}, output / "tradeoff.png")
+    plot(found, output / "tradeoff.png")
     return "\n".join([*lines, *differences(found)])
 
 
@@ -523,9 +521,9 @@ def differences(found: dict[str, dict[int, dict]]) -> list[str]:
     errors = ("two standard errors, over the cases and of the trainings' seeds; more than that is bold"
               if said else "two standard errors over the cases. How much another seed of the training would "
               "change is not known: no row has two")
-    lines = ["", f"The row minus `{METHOD}`, over the cases and seeds that both have; behind ± {errors}.", "",
+    lines = ["", f"The row minus `{METHOD}`, over the seeds that both have; behind ± {errors}.", "",
              "| row | seeds | " + " | ".join(COMPARED) + " |", "|---" * (2 + len(COMPARED)) + "|"]
-    lines += [f"| `{name}` | {len(shared_seeds(found, name))} | {' | '.join(cells)} |"
+    lines += [f"| `{name}` | {sum(map(len, shared_seeds(found, name)))} | {' | '.join(cells)} |"
               for name, cells in compared.items()]
     if said:
         freedom = max(freedom for _, freedom in spread.values())
@@ -534,26 +532,38 @@ def differences(found: dict[str, dict[int, dict]]) -> list[str]:
     return lines
 
 
-def shared_seeds(found: dict[str, dict[int, dict]], name: str) -> list[int]:
-    """The seeds of a row and of the method whose scores are there case by case, for the same cases."""
-    method = found.get(METHOD, {})
-    return [seed for seed, result in found[name].items() if "cases" in result
-            and result["cases"]["number"] == method.get(seed, {}).get("cases", {}).get("number")]
+def shared_seeds(found: dict[str, dict[int, dict]], name: str) -> tuple[list[int], list[int]]:
+    """The seeds that a row and the method have of the same cases: those with the scores of both case by case,
+    and those of which only as many means are left."""
+    paired, means = [], []
+    for seed, result in found[name].items():
+        other = found.get(METHOD, {}).get(seed, {})
+        if "cases" in result and "cases" in other:
+            if result["cases"]["number"] == other["cases"]["number"]:
+                paired.append(seed)
+        elif other and result["identity"]["n"] == other["identity"]["n"]:
+            means.append(seed)
+    return paired, means
 
 
 def difference(found: dict[str, dict[int, dict]], name: str, column: str) -> str:
-    """A row's score minus the method's with two standard errors; empty where they share nothing."""
+    """A row's score minus the method's with two standard errors; empty without scores case by case. Seeds of
+    which only means are left count as well; the error over the cases is that of the others."""
     import numpy as np
-    seeds = shared_seeds(found, name)
-    cases = [np.subtract(*(np.array(found[row][seed]["cases"][column], float) for row in (name, METHOD)))
-             for seed in seeds]
-    values = np.mean(cases, 0)[~np.isnan(np.mean(cases, 0))] if seeds else []
+    row, method = found[name], found.get(METHOD, {})
+    paired, means = shared_seeds(found, name)
+    cases = [np.subtract(*(np.array(of[seed]["cases"][column], float) for of in (row, method)))
+             for seed in paired]
+    values = np.mean(cases, 0)[~np.isnan(np.mean(cases, 0))] if paired else []
     if len(values) < 2:
         return ""
+    seeds = len(paired) + len(means)
+    less = (len(paired) * np.mean(values)
+            + sum(row[seed][column]["mean"] - method[seed][column]["mean"] for seed in means)) / seeds
     deviation, freedom = spread_of_seeds(found, column)
-    error = np.sqrt(np.var(values, ddof=1) / len(values) + 2 * deviation ** 2 / len(seeds))
-    text = f"{np.mean(values):+.3f} ± {2 * error:.3f}"
-    return f"**{text}**" if freedom and abs(np.mean(values)) > 2 * error else text
+    error = np.sqrt(np.var(values, ddof=1) / len(values) + 2 * deviation ** 2 / seeds)
+    text = f"{less:+.3f} ± {2 * error:.3f}"
+    return f"**{text}**" if freedom and abs(less) > 2 * error else text
 
 
 def spread_of_seeds(found: dict[str, dict[int, dict]], column: str) -> tuple[float, int]:
@@ -570,8 +580,11 @@ def spread_of_seeds(found: dict[str, dict[int, dict]], column: str) -> tuple[flo
     return (float(np.sqrt(squares / freedom)), freedom) if freedom else (0.0, 0)
 
 
-def plot(points: dict[str, dict[str, list[float]]], path: Path) -> None:
-    """Identity against what is kept of the prior's picture, a mark for each seed of each row."""
+def plot(found: dict[str, dict[int, dict]], path: Path) -> None:
+    """Identity against what is kept of the prior's picture: a large mark for the mean of a row, with two
+    standard errors of its seeds, and a small one for each seed. A line joins what was drawn with the same
+    weights, the people entering later and later."""
+    import numpy as np
     try:
         import matplotlib
     except ImportError:
@@ -583,9 +596,19 @@ def plot(points: dict[str, dict[str, list[float]]], path: Path) -> None:
     labels = {"locality": "locality: change outside / inside the people (low is good)",
               "prior_agreement": "agreement with the prior's layout (high is good)"}
     for axes, (column, label) in zip(panels, labels.items(), strict=True):
-        for k, (name, means) in enumerate(points.items()):
-            axes.plot(means[column], means["identity"], "os^Dv<>"[k % 7] + "-", linewidth=0.7,
-                      color=f"C{k % 10}", alpha=0.8, label=name)
+        deviations = np.array([spread_of_seeds(found, score)[0] for score in (column, "identity")])
+        chains = defaultdict(list)
+        for k, (name, seeds) in enumerate(found.items()):
+            points = np.array([[result[score]["mean"] for score in (column, "identity")]
+                               for result in seeds.values()], float)
+            mean, error = points.mean(0), 2 * deviations / len(points) ** 0.5
+            chains[ROWS[name].trained_by or name].append(mean)
+            shape, color = ("*", "black") if name == METHOD else ("os^Dv<>"[k % 7], f"C{k % 10}")
+            axes.plot(*points.T, shape, color=color, markersize=3, alpha=0.4)
+            axes.errorbar(*mean, *error[::-1], fmt=shape, color=color, markersize=15 if name == METHOD else 7,
+                          elinewidth=0.8, label=name, zorder=4 if name == METHOD else 3)
+        for chain in chains.values():
+            axes.plot(*np.array(chain).T, "--", color="black", linewidth=0.8, zorder=1)
         axes.set(xlabel=label)
         axes.grid(alpha=0.3)
     panels[0].set(ylabel="identity: attributes read right (high is good)")

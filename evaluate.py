@@ -139,7 +139,8 @@ def fill_in(args: argparse.Namespace) -> None:
     config = read_config(args.weights)
     if config.get("world") != "toyworld" or config.get("image_size") != toyworld.SIZE:
         raise ValueError(f"--weights {args.weights} is not of the small world, the only one whose people "
-                         "are known: give its weights, or the folder of a train.py moa run")
+                         "are known: give its weights, or the folder of a train.py moa run; SD1.5's are for "
+                         "evaluate_faces.py")
     sampling = config.get("sampling")
     found = {"prior_above": 800, **(sampling if isinstance(sampling, dict) else {})}
     for name in ("guidance_scale", "prior_above"):

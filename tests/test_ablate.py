@@ -394,8 +394,8 @@ def test_how_far_a_row_is_from_the_method(monkeypatch):
              "half": {0: measured([0.2, 0.5, 0.6, None]), 1: measured([0.5, 0.6, 0.9, 0.8]),
                       2: measured([0.9] * 4)},
              "double": {0: {"identity": {"mean": 0.5, "n": 4}}, 1: measured([0.5] * 4, (4, 5, 6, 7))}}
-    assert ablate.shared_seeds(found, "half") == [0, 1]  # seed 2 the method does not have
-    assert ablate.shared_seeds(found, "double") == []  # without cases, and of other cases
+    assert ablate.shared_seeds(found, "half") == ([0, 1], [])  # seed 2 the method does not have
+    assert ablate.shared_seeds(found, "double") == ([], [0])  # without cases, and of other cases
     assert ablate.difference(found, "double", "identity") == ""
     means = [[0.4, 0.5], [1.3 / 3, 0.7, 0.9], [0.5, 0.5]]
     squares = sum(np.sum((np.array(row) - np.mean(row)) ** 2) for row in means[:2])
@@ -403,7 +403,15 @@ def test_how_far_a_row_is_from_the_method(monkeypatch):
     assert (deviation, freedom) == (pytest.approx(np.sqrt(squares / 3)), 3)  # without the two equal ones
     # Case by case: (.1 + .3) / 2, (.2 + .2) / 2, (.1 + .3) / 2; the last case has no number.
     assert ablate.difference(found, "half", "identity") == f"+0.200 ± {2 * deviation:.3f}"
-    del found["half"][1], found["half"][2], found["moa"][1]
+    # A third seed of which only means are left: (.2 + .2 + .5) / 3, the cases' error as before, which is 0.
+    found["moa"][2] = {"identity": {"mean": 0.4, "n": 4}}
+    deviation, _ = ablate.spread_of_seeds(found, "identity")
+    assert ablate.shared_seeds(found, "half") == ([0, 1], [2])
+    assert ablate.difference(found, "half", "identity") == (
+        f"**+0.300 ± {2 * deviation * np.sqrt(2 / 3):.3f}**")
+    found["moa"][2]["identity"]["n"] = 8  # of more cases
+    assert ablate.shared_seeds(found, "half") == ([0, 1], [])
+    del found["half"][1], found["half"][2], found["moa"][1], found["moa"][2]
     assert ablate.spread_of_seeds(found, "identity") == (0, 0)
     error = np.std([0.1, 0.2, 0.1], ddof=1) / np.sqrt(3)
     assert ablate.difference(found, "half", "identity") == f"+0.133 ± {2 * error:.3f}"  # of one seed

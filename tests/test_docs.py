@@ -113,6 +113,19 @@ def test_the_table_of_ablations_is_that_of_the_results(tmp_path):
     assert table(results) in (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
 
 
+def test_differences_in_the_text_are_those_of_the_table():
+    """Each +.034 ± .032 of the findings and each .058 ± .016 of the summary is a cell of the second table."""
+    page = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
+    findings = page.split("What shows after 45,000 pictures")[1].split("![")[0]
+    summary = page.split("## The shipped weights")[0]
+    table = page.split("The row minus `moa`")[1].split("\n\n")[1]
+    for name, text, fewest in (("findings", findings, 8), ("summary", summary, 4)):
+        found = re.findall(r"([+-]?)(\.\d{3}) ± (\.\d{3})", text)
+        assert len(found) >= fewest
+        for sign, less, error in found:
+            assert f"{sign}0{less} ± 0{error}" in table, f"{name}: {sign}{less} ± {error}"
+
+
 def test_the_claim_that_matters_is_that_of_its_results():
     """The table of 256 cases, from the scores case by case."""
     import numpy as np
@@ -175,7 +188,8 @@ def test_the_scores_are_those_of_the_evaluation():
     assert len(table) > 20 and "\n".join(table) in (ROOT / "docs/experiments.md").read_text(encoding="utf-8")
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     for row, name in {"place": "context", "activity": "activity", "the subject's": "identity",
-                      "attributes that": "mixup", "change": "locality", "variety": "variety",
+                      "attributes that": "mixup", "change": "locality", "overlap": "prior_agreement",
+                      "variety": "variety",
                       "IoU": "router_iou", "personalized": "router_gap"}.items():
         cells = re.search(rf"^\| {row}.*", text, re.MULTILINE)[0].split("|")
         assert [text.strip() for text in cells[3:5]] == [cell(EVALUATION[name]), cell(FRESH[name])], name
