@@ -102,7 +102,7 @@ def fix(router, weight: float) -> None:
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Training on a GPU as on a CPU, in fp32, so that rows of both can be compared."""
+    """Training and drawing on a GPU as on a CPU, in fp32, so that rows of both can be compared."""
     import torch
 
     from stages import Stage
@@ -187,6 +187,23 @@ def only(chosen: Callable[[int, str], bool]) -> Callable:
     return lambda: fixed_routing(lambda layer, kind: None if chosen(layer, kind) else 0.0)
 
 
+# What `only` is given has a name, since a row keeps its text: a lambda's is its whole line in ROWS.
+def cross_attention(layer: int, kind: str) -> bool:
+    return kind == "cross"
+
+
+def self_attention(layer: int, kind: str) -> bool:
+    return kind == "self"
+
+
+def decoder(layer: int, kind: str) -> bool:
+    return layer in DECODER
+
+
+def every_second(layer: int, kind: str) -> bool:
+    return layer % 2 == 0
+
+
 # FastComposer (arXiv 2305.10431): one branch that is trained, at all timesteps, half of the samples with
 # the whole loss; a person enters late ("delayed subject conditioning").
 FINETUNED = {"edits": (lambda: fixed_routing(lambda layer, kind: 1.0),), "evaluation": {"prior-above": 1000}}
@@ -204,21 +221,23 @@ ROWS = {
                                       {"masked_probability": 1.0, "lambda_router": 0.0}),
     "mean-router-loss": Row("Eq. 9 as a mean over the pixels", edits=(mean_router_loss,)),
     "no-object-loss": Row("without Eq. 12", {"lambda_object": 0.0}),
-    "router-16": Row("routers with a hidden layer of 16", edits=(lambda: router_width(16),)),
-    "router-64": Row("routers with a hidden layer of 64", edits=(lambda: router_width(64),)),
-    "router-deep": Row("routers with two hidden layers of 16", edits=(lambda: deeper_routers(16),)),
-    "cross-only": Row("MoA in cross-attention only", edits=(only(lambda layer, kind: kind == "cross"),)),
-    "self-only": Row("MoA in self-attention only", edits=(only(lambda layer, kind: kind == "self"),)),
-    "decoder-only": Row("MoA in the decoder only", edits=(only(lambda layer, kind: layer in DECODER),)),
-    "every-second": Row("MoA in every second block", edits=(only(lambda layer, kind: layer % 2 == 0),)),
+    "router-16": Row("routers with a hidden layer of 16", edits=(partial(router_width, 16),)),
+    "router-64": Row("routers with a hidden layer of 64", edits=(partial(router_width, 64),)),
+    "router-deep": Row("routers with two hidden layers of 16", edits=(partial(deeper_routers, 16),)),
+    "cross-only": Row("MoA in cross-attention only", edits=(only(cross_attention),)),
+    "self-only": Row("MoA in self-attention only", edits=(only(self_attention),)),
+    "decoder-only": Row("MoA in the decoder only", edits=(only(decoder),)),
+    "every-second": Row("MoA in every second block", edits=(only(every_second),)),
     "half": Row("half the training", {"steps": STEPS // 2}),
     "double": Row("twice the training", {"steps": 2 * STEPS}),
     "unseen-pairs": Row("trained without three pairs of attributes: see bench/generalization.py",
                         edits=(without_unseen_pairs,)),
 }
+ALIKE = ("count", "first", "steps", "guidance_scale", "sparse")  # settings of the evaluation
 METHOD = "moa"  # the row that the others are compared with
 COLUMNS = ("identity", "mixup", "context", "activity", "locality", "prior_agreement", "router_iou", "variety")
 COMPARED = ("identity", "mixup", "activity", "locality", "prior_agreement", "router_iou")
+ENOUGH = 10  # degrees of freedom of the seeds' deviation: with fewer it is too uncertain to print in bold
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -287,15 +306,16 @@ def run(name: str, seed: int, output: Path) -> None:
         print(f"{results} is there already")
         return
     with ExitStack() as stack:
+        on_gpu = torch.cuda.is_available()
+        if on_gpu:
+            stack.enter_context(full_precision())
         for edit in edits_of(row):
             stack.enter_context(edit())
         if row.trained_by is None and not weights.exists():
             keep_description(folder, described)
             stack.enter_context(preset(row.config))
             flags = ["--resume"] if train.list_checkpoints(trained) else []
-            if torch.cuda.is_available():
-                flags.append("--graph")
-                stack.enter_context(full_precision())
+            flags += ["--graph"] if on_gpu else []
             stack.enter_context(replaced(sys, "argv", [
                 "train.py", "moa", "--weights", str(ROOT / "weights" / "toyworld"), "--output", str(trained),
                 "--seed", str(seed), "--checkpoint-every", "250", *flags]))
@@ -458,10 +478,9 @@ def table(output: Path) -> str:
     found = {name: seeds for name in ROWS if (seeds := results_of(output, name))}
     if not found:
         fail(f"there is no result in {output}: run a row first")
-    devices = {result["run"]["device"] for seeds in found.values() for result in seeds.values()
-               if "device" in result.get("run", {})}
-    if len(devices) > 1:
-        print(f"these were drawn on several devices: {', '.join(sorted(devices))}", file=sys.stderr)
+    if several := mixed([result for seeds in found.values() for result in seeds.values()]):
+        print(f"differences are not of the rows alone, these were measured with more than one: "
+              f"{', '.join(several)}", file=sys.stderr)
     lines = ["| row | seeds | " + " | ".join(COLUMNS) + " |", "|---" * (2 + len(COLUMNS)) + "|"]
     everyone = [result for seeds in found.values() for result in seeds.values()]
     if prior := next((result for result in everyone if "prior_identity" in result), None):
@@ -490,9 +509,25 @@ def results_of(output: Path, name: str) -> dict[int, dict]:
                 other = "weights"
         if other:
             print(f"{path} is left out: the row was another ({other})", file=sys.stderr)
+        elif missing := [column for column in COLUMNS if column not in result]:
+            print(f"{path} is left out: it has no {missing[0]}, so it is not evaluate.py's", file=sys.stderr)
         else:
             found[int(seed)] = result
     return dict(sorted(found.items()))
+
+
+def mixed(results: list[dict]) -> list[str]:
+    """What of device, settings of the evaluation and weights other than MoA's is not the same in all results
+    that name it."""
+    values = defaultdict(set)
+    for result in results:
+        run, settings = result.get("run", {}), result.get("settings", {})
+        named = {"device": run.get("device"), **{name: settings.get(name) for name in ALIKE},
+                 **{f"{part} weights": sum_ for part, sum_ in run.get("sha256", {}).items() if part != "moa"}}
+        for name, value in named.items():
+            if value is not None:
+                values[name].add(value)
+    return [name for name, found in values.items() if len(found) > 1]
 
 
 def over_seeds(scores: list[dict]) -> str:
@@ -518,15 +553,20 @@ def differences(found: dict[str, dict[int, dict]]) -> list[str]:
         return []
     spread = {column: spread_of_seeds(found, column) for column in COMPARED}
     said = [f"{column} {deviation:.3f}" for column, (deviation, _) in spread.items() if deviation]
-    errors = ("two standard errors, over the cases and of the trainings' seeds; more than that is bold"
-              if said else "two standard errors over the cases. How much another seed of the training would "
-              "change is not known: no row has two")
-    lines = ["", f"The row minus `{METHOD}`, over the seeds that both have; behind ± {errors}.", "",
+    freedom = max(freedom for _, freedom in spread.values())
+    if freedom >= ENOUGH:
+        errors = "two standard errors, over the cases and of the trainings' seeds; more than that is bold"
+    elif said:
+        errors = ("two standard errors, over the cases and of the trainings' seeds. These are too few yet "
+                  "for more than that to be printed in bold")
+    else:
+        errors = ("two standard errors over the cases. How much another seed would change is not known: "
+                  "no row has two")
+    lines = ["", f"The row minus `{METHOD}`, over the seeds of both; behind ± {errors}.", "",
              "| row | seeds | " + " | ".join(COMPARED) + " |", "|---" * (2 + len(COMPARED)) + "|"]
     lines += [f"| `{name}` | {sum(map(len, shared_seeds(found, name)))} | {' | '.join(cells)} |"
               for name, cells in compared.items()]
     if said:
-        freedom = max(freedom for _, freedom in spread.values())
         lines += ["", f"One standard deviation of a training's seed, pooled over the rows that have several "
                   f"({freedom} degrees of freedom at most): {', '.join(said)}."]
     return lines
@@ -563,7 +603,7 @@ def difference(found: dict[str, dict[int, dict]], name: str, column: str) -> str
     deviation, freedom = spread_of_seeds(found, column)
     error = np.sqrt(np.var(values, ddof=1) / len(values) + 2 * deviation ** 2 / seeds)
     text = f"{less:+.3f} ± {2 * error:.3f}"
-    return f"**{text}**" if freedom and abs(less) > 2 * error else text
+    return f"**{text}**" if freedom >= ENOUGH and abs(less) > 2 * error else text
 
 
 def spread_of_seeds(found: dict[str, dict[int, dict]], column: str) -> tuple[float, int]:
@@ -573,8 +613,8 @@ def spread_of_seeds(found: dict[str, dict[int, dict]], column: str) -> tuple[flo
     squares = freedom = 0
     for name, seeds in found.items():
         means = [result[column]["mean"] for result in seeds.values() if result[column]["n"]]
-        # The map of routers that are constants has the same score with every seed.
-        if ROWS[name].trained_by is None and len(set(means)) > 1:
+        # The map of routers that are constants has the score 0 with every seed.
+        if ROWS[name].trained_by is None and len(means) > 1 and any(means):
             squares += np.var(means) * len(means)
             freedom += len(means) - 1
     return (float(np.sqrt(squares / freedom)), freedom) if freedom else (0.0, 0)

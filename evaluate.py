@@ -286,8 +286,6 @@ def draw(pipeline, judge, numbers, start: int = START, **options) -> tuple[list[
     Returns the cases and the seconds per picture of the prior and of MoA, taken in turns. MoA's is
     the second casting's: recording slows down the first.
     """
-    import torch
-
     from moa import record_routing
     from pictures import to_uint8
     castings = [cast(number) for number in numbers]
@@ -300,8 +298,6 @@ def draw(pipeline, judge, numbers, start: int = START, **options) -> tuple[list[
         images = pipeline.generate(prompts, seeds, people, prior_only=people is None, progress=progress,
                                    **options)
         seconds.append((time.perf_counter() - start) / len(prompts))
-        if not torch.isfinite(images).all():
-            raise ValueError("a picture came out as NaN: the weights are broken")
         pictures.append(to_uint8(images))
         readings.append(read(judge, images))
 
@@ -350,8 +346,13 @@ def collector(routing: dict, maps: list, sparse: float = 0):
 
 
 def read(judge, pictures) -> list[Reading]:
-    """Have the judge read (B, 3, S, S) pictures in [-1, 1], `BATCH` of them at once."""
+    """Have the judge read (B, 3, S, S) pictures in [-1, 1], `BATCH` of them at once.
+
+    Raises ValueError for NaN, of which the judge would read something as well.
+    """
     import torch
+    if not torch.isfinite(pictures).all():
+        raise ValueError("a picture came out as NaN: the weights are broken")
     device = next(judge.parameters()).device
     with torch.no_grad():
         return [reading for images in pictures.split(BATCH)

@@ -6,12 +6,12 @@
 Small world only. Five groups of cases are drawn: people of training's pictures or new ones, in pairs of
 activity and place that training drew or never did, and new people with a pair of attributes
 (`ablate.UNSEEN`) that the ablation `unseen-pairs` never shows. Four tables, each with 95 % intervals over
-pictures, printed and in results.json: the scores of evaluate.py for each group; what MoA costs of the
+pictures, printed and in generalization.json: the scores of evaluate.py for each group; what MoA costs of the
 activity in known and in new scenes, picture by picture against the prior; how often both attributes
 of such a pair are read right, beside the same two attributes of people with other pairs; and attributes
 read right against the share of a person that is covered by things and other people, with the judge's own
 reading of renders of the same scenes. That share is the render's: of a generated picture it is not known.
-results.json says besides by which code, weights and settings it was made.
+generalization.json says besides by which code, weights and settings it was made.
 """
 import argparse
 import sys
@@ -47,7 +47,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--output", required=True, type=Path, metavar="FOLDER", help="folder for results.json")
+    add("--output", required=True, type=Path, metavar="FOLDER", help="folder for generalization.json")
     add("--weights", type=Path, default=evaluate.SHIPPED, metavar="FOLDER", help="default: the small world's")
     add("--count", type=int, default=96, metavar="N", help="cases in each group (default 96)")
     add("--steps", type=int, default=20, metavar="N", help="sampling steps (default 20)")
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> None:
               "scenes": by_scene(scenes, drawn, prior),
               "pairs": pairs_right(scenes, drawn), "covered": by_cover(scenes, drawn, rendered)}
     write_json({"settings": {"count": args.count, **options}, "run": source, **tables},
-               args.output / "results.json")
+               args.output / "generalization.json")
     for table in tables.values():
         print(markdown(table), end="\n\n")
 

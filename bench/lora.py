@@ -4,7 +4,7 @@
     python bench/lora.py --output runs/crayons --lora runs/lora/lora.safetensors --count 64
 
 Draws the evaluation's cases six times: by the prior alone and with subjects, each without the LoRA and in
-both scopes. Writes sheet.png (from the top: the subject, then these six) and results.json, and prints a
+both scopes. Writes sheet.png (from the top: the subject, then these six) and lora.json, and prints a
 table. The judge, which knows plain pictures and three other styles, reads activity, place and the
 subjects' attributes. "Colours" is the overlap of the colour histograms, 1 for equal ones, with rendered
 scenes that went through the style's filter and the VAE: on the people and on the background. The last
@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> None:
     size = toyworld.SIZE
     top = np.stack([photos[n][0][:size, :size] for n in single])
     save_grid([top, *(to_uint8(drawn[row][single]) for row in ROWS)], args.output / "sheet.png")
-    write_json(results, args.output / "results.json")
+    write_json(results, args.output / "lora.json")
     columns = list(results["the prior"])
     print("| | " + " | ".join(columns) + " |\n|---" + "|---" * len(columns) + "|")
     for row, scores in results.items():

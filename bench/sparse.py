@@ -41,12 +41,13 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from models.load import read_config, write_json
+    from models.load import write_json
     from moa import record_routing
+    from moa.sparse import DENSE_FROM
     args.output.mkdir(parents=True, exist_ok=True)
-    args.moa = args.judge = None
+    args.moa = args.judge = args.guidance_scale = args.prior_above = None
+    evaluate.fill_in(args)
     pipeline, _, _ = evaluate.load(args)
-    scale = read_config(args.weights)["sampling"]["guidance_scale"]
     scenes = [evaluate.cast(number)[0] for number in range(args.count)]
     people = [evaluate.subjects_of(pipeline, scene, evaluate.references_of(scene, number, 0))
               for number, scene in enumerate(scenes)]
@@ -55,15 +56,15 @@ def run(args: argparse.Namespace) -> None:
     def draw(threshold: float):
         def watch(step, steps, t, x0):
             for weights in routing.values():
-                above = (weights[..., 1] > threshold).float().mean(1)
-                shares.append((weights.shape[1], float(above.max())))
+                above = float((weights[..., 1] > threshold).float().mean(1).max())
+                shares.append((weights.shape[1], 1.0 if above > DENSE_FROM else above))
             routing.clear()
 
         shares.clear()
         with record_routing(pipeline.models.unet) as routing:
             return pipeline.generate([s.caption for s in scenes], [7_000_000 + n for n in range(args.count)],
-                                     people, steps=args.steps, guidance_scale=scale, sparse=threshold,
-                                     progress=watch)
+                                     people, steps=args.steps, guidance_scale=args.guidance_scale,
+                                     prior_above=args.prior_above, sparse=threshold, progress=watch)
 
     dense, rows = draw(0), {}
     for threshold in args.thresholds:

@@ -9,9 +9,11 @@ order 3 draws from the same noise in `CONVERGED` steps: what discretization chan
 table, writes steps.json and, with matplotlib, steps.png. What is done is kept and skipped.
 """
 import argparse
+import hashlib
 import json
 import sys
 from functools import partial
+from itertools import product
 from pathlib import Path
 from unittest.mock import patch
 
@@ -50,12 +52,18 @@ def main(argv: list[str] | None = None) -> None:
 def run(args: argparse.Namespace) -> None:
     import evaluate
     from models.load import write_json
+    from samplers import SCHEDULES
     args.moa = args.judge = args.guidance_scale = args.prior_above = None
     args.output.mkdir(parents=True, exist_ok=True)
     evaluate.fill_in(args)
+    for steps, sampler in product(args.steps, args.samplers):
+        if min(SCHEDULES[sampler.split("-")[0]](steps)) >= args.prior_above:
+            raise ValueError(f"--steps {steps} of {sampler} leave nothing to MoA: the prior draws alone "
+                             f"from t = {args.prior_above} on")
     pipeline, judge, files = evaluate.load(args)
-    # Part of the names of what is kept, so that other weights are drawn anew.
-    args.weights_are = "-".join(evaluate.checksum(files[part])[:8] for part in ("unet", "moa"))
+    # Part of the names of what is kept, so that other weights and settings are drawn anew.
+    drawn_with = [*map(evaluate.checksum, files.values()), args.guidance_scale, args.prior_above]
+    args.drawn_with = hashlib.sha256(repr(drawn_with).encode()).hexdigest()[:16]
     converged = draw(args, pipeline, judge, "unipc-3", CONVERGED)[1]
     rows = []
     for steps in sorted(args.steps):
@@ -74,7 +82,7 @@ def draw(args: argparse.Namespace, pipeline, judge, sampler: str, steps: int) ->
 
     import evaluate
     from samplers import SAMPLERS, SCHEDULES, sample_unipc
-    stem = args.output / f"{sampler}_{steps}_{args.count}_{args.weights_are}"
+    stem = args.output / f"{sampler}_{steps}_{args.count}_{args.drawn_with}"
     kept = stem.with_suffix(".json"), stem.with_suffix(".npy")
     if all(path.exists() for path in kept):
         return json.loads(kept[0].read_text(encoding="utf-8")), np.load(kept[1])

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import ablate
+import evaluate
 import moa.install
 import moa.prompt
 import stages.moa
@@ -181,6 +182,12 @@ def test_a_gpu_trains_rows_as_a_cpu_does(tmp_path, monkeypatch):
         with pytest.raises(SystemExit):  # no weights came of it
             ablate.main(["half", "--output", str(tmp_path)])
     assert seen == [(True, False, False), (False, True, torch.backends.cudnn.allow_tf32)]
+    # Drawing, too, whether it was trained just now or before.
+    (ablate.place(tmp_path, "half", 0) / "moa.safetensors").touch()
+    monkeypatch.setattr(evaluate, "main", lambda flags: seen.append(torch.backends.cudnn.allow_tf32))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    ablate.main(["half", "--output", str(tmp_path)])
+    assert seen[2:] == [False]
     assert torch.backends.cudnn.allow_tf32  # torch's default
 
 
@@ -398,23 +405,45 @@ def test_how_far_a_row_is_from_the_method(monkeypatch):
     assert ablate.shared_seeds(found, "double") == ([], [0])  # without cases, and of other cases
     assert ablate.difference(found, "double", "identity") == ""
     means = [[0.4, 0.5], [1.3 / 3, 0.7, 0.9], [0.5, 0.5]]
-    squares = sum(np.sum((np.array(row) - np.mean(row)) ** 2) for row in means[:2])
+    squares = sum(np.sum((np.array(row) - np.mean(row)) ** 2) for row in means)
     deviation, freedom = ablate.spread_of_seeds(found, "identity")
-    assert (deviation, freedom) == (pytest.approx(np.sqrt(squares / 3)), 3)  # without the two equal ones
+    assert (deviation, freedom) == (pytest.approx(np.sqrt(squares / 4)), 4)
+    constant = {"no-encoding": {0: measured([0.0] * 4), 1: measured([0.0] * 4)}}  # as routers' that are
+    assert ablate.spread_of_seeds(found | constant, "identity") == (deviation, freedom)
     # Case by case: (.1 + .3) / 2, (.2 + .2) / 2, (.1 + .3) / 2; the last case has no number.
     assert ablate.difference(found, "half", "identity") == f"+0.200 ± {2 * deviation:.3f}"
     # A third seed of which only means are left: (.2 + .2 + .5) / 3, the cases' error as before, which is 0.
     found["moa"][2] = {"identity": {"mean": 0.4, "n": 4}}
     deviation, _ = ablate.spread_of_seeds(found, "identity")
     assert ablate.shared_seeds(found, "half") == ([0, 1], [2])
-    assert ablate.difference(found, "half", "identity") == (
-        f"**+0.300 ± {2 * deviation * np.sqrt(2 / 3):.3f}**")
+    assert ablate.difference(found, "half", "identity") == f"+0.300 ± {2 * deviation * (2 / 3) ** 0.5:.3f}"
     found["moa"][2]["identity"]["n"] = 8  # of more cases
     assert ablate.shared_seeds(found, "half") == ([0, 1], [])
-    del found["half"][1], found["half"][2], found["moa"][1], found["moa"][2]
+    del found["half"][1], found["half"][2], found["moa"][1], found["moa"][2], found["double"][1]
     assert ablate.spread_of_seeds(found, "identity") == (0, 0)
     error = np.std([0.1, 0.2, 0.1], ddof=1) / np.sqrt(3)
     assert ablate.difference(found, "half", "identity") == f"+0.133 ± {2 * error:.3f}"  # of one seed
     assert "no row has two" in "\n".join(ablate.differences(found))
     found["no-encoding"] = {0: measured([0.1] * 4), 1: measured([0.101] * 4)}
+    assert "too few yet" in "\n".join(ablate.differences(found))
+    assert ablate.difference(found, "half", "identity").startswith("+0.133 ± ")
+    found["no-encoding"] |= {seed: measured([0.1] * 4) for seed in range(2, 1 + ablate.ENOUGH)}
     assert ablate.difference(found, "half", "identity").startswith("**+0.133 ± ")
+    assert "is bold" in "\n".join(ablate.differences(found))
+
+
+def test_what_differs_beside_the_row_is_said():
+    def result(device="cpu", steps=20, judge="a", moa="b") -> dict:
+        return {"settings": {"steps": steps, "prior_above": 800},
+                "run": {"device": device, "sha256": {"judge": judge, "moa": moa}}}
+    assert ablate.mixed([result(), result(moa="c"), {"identity": {}}]) == []
+    assert ablate.mixed([result(), result("A GPU")]) == ["device"]
+    assert ablate.mixed([result(), result(steps=5, judge="c")]) == ["steps", "judge weights"]
+
+
+def test_what_is_not_an_evaluation_is_left_out(tmp_path, capsys):
+    folder = ablate.place(tmp_path, "half", 0)
+    folder.mkdir(parents=True)
+    (folder / "results.json").write_text('{"groups": {}, "run": {}}')
+    assert ablate.results_of(tmp_path, "half") == {}
+    assert "has no identity, so it is not evaluate.py's" in capsys.readouterr().err

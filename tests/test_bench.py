@@ -1,11 +1,12 @@
 """Each benchmark runs at a tiny size and says what it says at a large one; no test asserts a time."""
 import importlib
 import json
-import sys
+from unittest.mock import Mock
 
 import pytest
 import torch
 
+import evaluate
 from bench import graph, lora, poses, sparse
 from evaluate import SHIPPED
 
@@ -86,9 +87,24 @@ def test_steps_and_their_scores(tmp_path, capsys, monkeypatch):
     rows = json.loads((tmp_path / "steps.json").read_text())["rows"]
     assert [row["sampler"] for row in rows] == ["ddim", "unipc-3"]
     assert rows[0]["distance"] > 0 == rows[1]["distance"] and (tmp_path / "steps.png").exists()
-    monkeypatch.setitem(sys.modules, "samplers", None)  # nothing is drawn again
-    with pytest.raises(ImportError):
+
+    class Drawn(Exception):
+        pass
+
+    monkeypatch.setattr(evaluate, "draw", Mock(side_effect=Drawn))
+    steps.main(arguments)  # nothing is drawn again
+    with pytest.raises(Drawn):
         steps.main([*arguments[:-1], "unipc-1"])
+    others = {"guidance_scale": 3.0, "prior_above": 800}
+    monkeypatch.setattr(evaluate, "fill_in", lambda args: vars(args).update(others))
+    with pytest.raises(Drawn):  # by another setting of the weights
+        steps.main(arguments)
+
+
+def test_steps_that_leave_nothing_to_moa(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run("steps", ["--output", str(tmp_path), "--steps", "20", "1"])
+    assert "--steps 1 of unipc-1 leave nothing to MoA" in capsys.readouterr().err
 
 
 def test_routers_can_be_forced_to_a_share():
@@ -105,7 +121,7 @@ def numbers(table: str, rows: int) -> list[float]:
 
 def test_lora(tmp_path, capsys):
     lora.main(["--output", str(tmp_path / "new"), "--count", "2", "--steps", "2"])
-    results = json.loads((tmp_path / "new" / "results.json").read_text())
+    results = json.loads((tmp_path / "new" / "lora.json").read_text())
     assert list(results) == [*lora.ROWS, "filtered scenes"]
     assert numbers(capsys.readouterr().out, 7) == pytest.approx(
         [value for row in results.values() for value in row.values()], abs=6e-4)
