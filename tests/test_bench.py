@@ -3,11 +3,12 @@ import importlib
 import json
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 
 import evaluate
-from bench import graph, lora, poses, sparse
+from bench import encoders, graph, lora, poses, sparse
 from evaluate import SHIPPED
 
 TINY = ["--size", "small", "--device", "cpu", "--repeats", "1"]
@@ -35,7 +36,7 @@ def run(name: str, arguments: list[str]) -> None:
     importlib.import_module(f"bench.{name}").main(arguments)
 
 
-@pytest.mark.parametrize("name", ["generalization", "lora", "sparse", "steps", "poses"])
+@pytest.mark.parametrize("name", ["encoders", "generalization", "lora", "sparse", "steps", "poses"])
 def test_missing_weights_are_said_in_one_line(name, tmp_path, capsys):
     flag = "--controlnet" if name == "poses" else "--weights"
     with pytest.raises(SystemExit, match="2"):
@@ -117,6 +118,19 @@ def test_routers_can_be_forced_to_a_share():
 def numbers(table: str, rows: int) -> list[float]:
     """The last `rows` lines of a printed table, as numbers."""
     return [float(cell) for line in table.splitlines()[-rows:] for cell in line.split("|")[2:-1]]
+
+
+def test_what_encoders_know(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where .cache is made
+    monkeypatch.setattr(encoders, "READ_OUTS", {"linear": (0, 200), "deeper": (32, 200)})
+    run("encoders", ["--output", "out", "--scenes", "150", "--cases", "8"])
+    found = json.loads((tmp_path / "out" / "encoders.json").read_text())
+    read, distances = found["read_outs"], np.array(found["distances"])
+    assert found["people"][0] > 150 and found["people"][1] > 16
+    for right in read.values():  # guessing would have a seventh and a fifth
+        assert right["hair_color"] > 0.4 and right["bottom_color"] > 0.6
+    assert np.allclose(distances, distances.T, atol=0.1) and (distances[~np.eye(6, dtype=bool)] > 5).all()
+    assert capsys.readouterr().out.count("|---") == 11 + 7
 
 
 def test_lora(tmp_path, capsys):
