@@ -197,6 +197,23 @@ def test_the_scores_are_those_of_the_evaluation():
             assert cells[2].split()[0] == f"{EVALUATION[f'prior_{name}']['mean']:.3f}", name
 
 
+def test_activities_are_those_of_both_evaluations():
+    """The table of the activities that fail, of 512 cases."""
+    from evaluate import cast
+    page = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
+    named, right = ("waving", "standing", "shaking hands"), {}
+    for each in (EVALUATION, FRESH):
+        cases = each["cases"]
+        for number, *both in zip(cases["number"], cases["prior_activity"], cases["activity"], strict=True):
+            activity = cast(number)[0].activity
+            right.setdefault(activity if activity in named else "the ten others", []).append(both)
+    for activity in (*named, "the ten others"):
+        prior, moa = zip(*right[activity], strict=True)
+        alone = [sum(a > b for a, b in zip(*pair, strict=True)) for pair in ((prior, moa), (moa, prior))]
+        shares = [f"{sum(values) / len(values):.2f}".removeprefix("0") for values in (prior, moa)]
+        assert f"| {activity} | {len(moa)} | {' | '.join(shares)} | {alone[0]} | {alone[1]} | " in page
+
+
 def test_requirements_are_there():
     for page in PAGES:
         for file in re.findall(r"-r (\S*requirements\S*\.txt)", page.read_text(encoding="utf-8")):
