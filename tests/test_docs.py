@@ -146,7 +146,7 @@ def test_the_claim_that_matters_is_that_of_its_results():
         assert f"| {label} | {' | '.join(cells)} |" in page
 
 
-@pytest.mark.parametrize("table", ["groups", "pairs", "covered"])
+@pytest.mark.parametrize("table", ["groups", "scenes", "pairs", "covered"])
 def test_generalization_is_that_of_the_results(table):
     from bench.generalization import markdown
     results = json.loads((ROOT / "weights/toyworld/training/generalization.json").read_text())
