@@ -32,7 +32,6 @@ from command import fail, read_json
 ROOT = Path(__file__).resolve().parent
 SEEDS = (0, 1, 2)
 STEPS, BATCH_SIZE, CASES = 1250, 36, 64  # 45,000 pictures, 40 minutes on one core
-GUIDANCE = 4.0  # while drawing: of all results in docs/ablations, where the weights' own is lower by now
 DECODER = range(7, 16)  # transformer blocks behind the middle one, l = 6
 
 
@@ -325,8 +324,7 @@ def run(name: str, seed: int, output: Path) -> None:
             fail(f"{weights} is not there: run the row {row.trained_by} first")
         keep_description(folder, described)
         flags = [word for key, value in row.evaluation.items() for word in (f"--{key}", str(value))]
-        evaluate.main(["--weights", str(trained), "--output", str(folder), "--count", str(CASES),
-                       "--guidance-scale", str(GUIDANCE), *flags])
+        evaluate.main(["--weights", str(trained), "--output", str(folder), "--count", str(CASES), *flags])
 
 
 def edits_of(row: Row) -> tuple[Callable, ...]:

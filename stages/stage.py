@@ -199,7 +199,7 @@ def update_config(folder: Path, **values) -> None:
 
 
 # The sample sheets always show the same prompts; guidance as in the shipped config.
-SHEET_GUIDANCE = 2.5
+SHEET_GUIDANCE = 4.0
 SWAP_PROMPTS = ("standing on the beach", "riding a bike in a park", "reading a book in the snow",
                 "holding a bouquet of roses in Paris", "sitting on a sofa in a laboratory",
                 "drinking boba in a night market", "waving on a mountain", "running in a lavender farm")

@@ -88,7 +88,7 @@ def test_the_prior_is_compared_picture_by_picture():
 def test_the_command(tmp_path, capsys):
     generalization.main(["--output", str(tmp_path), "--count", "2", "--steps", "2"])
     results = json.loads((tmp_path / "generalization.json").read_text())
-    assert results["settings"] == {"count": 2, "steps": 2, "guidance_scale": 2.5, "prior_above": 800}
+    assert results["settings"] == {"count": 2, "steps": 2, "guidance_scale": 4.0, "prior_above": 800}
     assert results["run"]["sha256"].keys() >= {"moa", "unet", "judge"}
     assert list(results["groups"]) == list(generalization.GROUPS)
     assert all(row["identity"]["n"] == 2 for row in results["groups"].values())
