@@ -592,6 +592,7 @@ def difference(found: dict[str, dict[int, dict]], name: str, column: str) -> str
     import numpy as np
     row, method = found[name], found.get(METHOD, {})
     paired, means = shared_seeds(found, name)
+    means = [seed for seed in means if row[seed][column]["n"] and method[seed][column]["n"]]
     cases = [np.subtract(*(np.array(of[seed]["cases"][column], float) for of in (row, method)))
              for seed in paired]
     values = np.mean(cases, 0)[~np.isnan(np.mean(cases, 0))] if paired else []

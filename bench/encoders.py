@@ -38,7 +38,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--cases", type=positive, default=512, metavar="N",
         help="evaluation cases whose people are tested (default 512)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default auto)")
-    parser.set_defaults(moa=None, judge=None)
+    parser.set_defaults(moa=None, judge=None, guidance_scale=None, prior_above=None)
     return parser.parse_args(argv)
 
 
@@ -51,6 +51,7 @@ def run(args: argparse.Namespace) -> None:
 
     from models.load import write_json
     args.output.mkdir(parents=True, exist_ok=True)
+    evaluate.fill_in(args)
     pipeline, _, files = evaluate.load(args)
     cache = render_cache("scenes", args.scenes)
     scenes = map(toyworld.sample_scene, range(args.scenes))

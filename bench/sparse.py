@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import command
 import evaluate
+from bench.measure import positive
 
 THRESHOLDS = (0.01, 0.02, 0.03, 0.05, 0.1, 0.15, 0.2, 0.3)
 
@@ -28,8 +29,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--output", required=True, type=Path, metavar="FOLDER", help="folder for sparse.json")
     add("--weights", type=Path, default=evaluate.SHIPPED, metavar="FOLDER", help="default: the small world's")
-    add("--count", type=int, default=16, metavar="N", help="cases (default 16)")
-    add("--steps", type=int, default=20, metavar="N", help="sampling steps (default 20)")
+    add("--count", type=positive, default=16, metavar="N", help="cases (default 16)")
+    add("--steps", type=positive, default=20, metavar="N", help="sampling steps (default 20)")
     add("--thresholds", type=float, nargs="+", default=list(THRESHOLDS), metavar="WEIGHT",
         help=f"default {' '.join(map(str, THRESHOLDS))}")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default auto)")
@@ -44,10 +45,14 @@ def run(args: argparse.Namespace) -> None:
     from models.load import write_json
     from moa import record_routing
     from moa.sparse import DENSE_FROM
+    from samplers import SCHEDULES
     args.output.mkdir(parents=True, exist_ok=True)
     args.moa = args.judge = args.guidance_scale = args.prior_above = None
     evaluate.fill_in(args)
-    pipeline, _, _ = evaluate.load(args)
+    if min(SCHEDULES["unipc"](args.steps)) >= args.prior_above:
+        raise ValueError(f"--steps {args.steps} leave nothing to MoA: the prior draws alone from t = "
+                         f"{args.prior_above} on")
+    pipeline, _, files = evaluate.load(args)
     scenes = [evaluate.cast(number)[0] for number in range(args.count)]
     people = [evaluate.subjects_of(pipeline, scene, evaluate.references_of(scene, number, 0))
               for number, scene in enumerate(scenes)]
@@ -75,7 +80,9 @@ def run(args: argparse.Namespace) -> None:
         rows[str(threshold)] = {
             "share": float(np.average(found, weights=pixels)), "share_largest": float(found[largest].mean()),
             "psnr": float(psnr.mean()), "psnr_lowest": float(psnr.min())}
-    write_json(rows, args.output / "sparse.json")
+    settings = {name: getattr(args, name) for name in ("count", "steps", "guidance_scale", "prior_above")}
+    write_json({"settings": settings, "run": evaluate.source(pipeline.device, files), "rows": rows},
+               args.output / "sparse.json")
     print("| weights up to | pixels computed | of the largest maps | PSNR, dB | lowest |")
     print("|---|---|---|---|---|")
     for threshold, row in rows.items():

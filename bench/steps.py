@@ -72,7 +72,9 @@ def run(args: argparse.Namespace) -> None:
             distance = np.abs(pictures.astype(int) - converged).mean() / 255
             rows.append({"steps": steps, "sampler": sampler, **scores, "distance": float(distance)})
     print(table(rows))
-    write_json({"count": args.count, "rows": rows}, args.output / "steps.json")
+    settings = {name: getattr(args, name) for name in ("count", "guidance_scale", "prior_above")}
+    write_json({"settings": settings, "run": evaluate.source(pipeline.device, files), "rows": rows},
+               args.output / "steps.json")
     plot(rows, args.output / "steps.png")
 
 

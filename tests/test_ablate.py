@@ -417,6 +417,9 @@ def test_how_far_a_row_is_from_the_method(monkeypatch):
     deviation, _ = ablate.spread_of_seeds(found, "identity")
     assert ablate.shared_seeds(found, "half") == ([0, 1], [2])
     assert ablate.difference(found, "half", "identity") == f"+0.300 ± {2 * deviation * (2 / 3) ** 0.5:.3f}"
+    found["half"][2]["identity"] = {"mean": None, "n": 0}  # a score that nobody has
+    found["moa"][2]["identity"]["n"] = 0
+    assert ablate.difference(found, "half", "identity").startswith("+0.200 ± ")
     found["moa"][2]["identity"]["n"] = 8  # of more cases
     assert ablate.shared_seeds(found, "half") == ([0, 1], [])
     del found["half"][1], found["half"][2], found["moa"][1], found["moa"][2], found["double"][1]

@@ -102,10 +102,18 @@ def test_steps_and_their_scores(tmp_path, capsys, monkeypatch):
         steps.main(arguments)
 
 
-def test_steps_that_leave_nothing_to_moa(tmp_path, capsys):
+@pytest.mark.parametrize(("name", "said"), [("steps", "--steps 1 of unipc-1"), ("sparse", "--steps 1")])
+def test_steps_that_leave_nothing_to_moa(name, said, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
-        run("steps", ["--output", str(tmp_path), "--steps", "20", "1"])
-    assert "--steps 1 of unipc-1 leave nothing to MoA" in capsys.readouterr().err
+        run(name, ["--output", str(tmp_path), "--steps", "1"])
+    assert f"{said} leave nothing to MoA" in capsys.readouterr().err
+
+
+def test_encoders_of_another_world_are_refused(tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"world": "photos"}')
+    with pytest.raises(SystemExit, match="2"):
+        run("encoders", ["--output", str(tmp_path / "out"), "--weights", str(tmp_path)])
+    assert "is not of the small world" in capsys.readouterr().err
 
 
 def test_routers_can_be_forced_to_a_share():
@@ -153,7 +161,7 @@ def test_poses(capsys):
 
 def test_sparse(tmp_path):
     sparse.main(["--output", str(tmp_path), "--count", "2", "--steps", "2", "--thresholds", "0.05", "1"])
-    some, none = json.loads((tmp_path / "sparse.json").read_text()).values()
+    some, none = json.loads((tmp_path / "sparse.json").read_text())["rows"].values()
     assert 0.1 < some["share"] < 1 and none["share"] == none["share_largest"] == 0
     assert some["psnr"] >= some["psnr_lowest"] > none["psnr"] > 5
 

@@ -68,8 +68,10 @@ def small_place(folder: Path) -> Iterator[pytest.MonkeyPatch]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         shrink(patch)
-        yield patch
-    torch.set_num_threads(threads)
+        try:
+            yield patch
+        finally:
+            torch.set_num_threads(threads)
 
 
 def run(*arguments) -> int:
