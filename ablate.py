@@ -478,11 +478,11 @@ def table(output: Path) -> str:
     found = {name: seeds for name in ROWS if (seeds := results_of(output, name))}
     if not found:
         fail(f"there is no result in {output}: run a row first")
-    if several := mixed([result for seeds in found.values() for result in seeds.values()]):
+    everyone = [result for seeds in found.values() for result in seeds.values()]
+    if several := mixed(everyone):
         print(f"differences are not of the rows alone, these were measured with more than one: "
               f"{', '.join(several)}", file=sys.stderr)
     lines = ["| row | seeds | " + " | ".join(COLUMNS) + " |", "|---" * (2 + len(COLUMNS)) + "|"]
-    everyone = [result for seeds in found.values() for result in seeds.values()]
     if prior := next((result for result in everyone if "prior_identity" in result), None):
         cells = [over_seeds([prior[f"prior_{column}"]]) if f"prior_{column}" in prior else "-"
                  for column in COLUMNS]

@@ -156,7 +156,6 @@ def check(args: argparse.Namespace) -> list[int]:
 
     Raises ValueError for the first setting that cannot be evaluated, before anything is loaded.
     """
-    from samplers import SCHEDULES
     if args.count < 2:
         raise ValueError(f"--count must be at least 2, not {args.count}")
     if args.first < 0:
@@ -167,16 +166,24 @@ def check(args: argparse.Namespace) -> list[int]:
         raise ValueError(f"--sparse must be in 0..1, not {args.sparse}")
     if not 0 <= args.guidance_scale <= 100:
         raise ValueError(f"--guidance-scale must be in 0..100, not {args.guidance_scale}")
-    below = [t for t in SCHEDULES["unipc"](args.steps) if t < args.prior_above]
-    if not below:
-        raise ValueError(f"--prior-above {args.prior_above} leaves nothing to MoA: none of the {args.steps} "
-                         "steps' timesteps lies below it")
+    below = moa_timesteps(args.steps, args.prior_above, f"--prior-above {args.prior_above} leaves")
     try:
         args.output.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=args.output):
             pass
     except OSError as error:
         raise ValueError(f"--output {args.output} cannot be written: {error.strerror}") from error
+    return below
+
+
+def moa_timesteps(steps: int, prior_above: int, blamed: str, sampler: str = "unipc") -> list[int]:
+    """The timesteps at which MoA draws, falling. Raises ValueError, which begins with the flag that is to
+    blame, where there are none."""
+    from samplers import SCHEDULES
+    below = [t for t in SCHEDULES[sampler](steps) if t < prior_above]
+    if not below:
+        raise ValueError(f"{blamed} nothing to MoA: none of the {steps} steps' timesteps lies below "
+                         f"{prior_above}")
     return below
 
 

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import command
 import evaluate
-from bench.measure import positive
+from bench.measure import positive, table
 from data import toyworld
 from data.dataset import render_cache
 
@@ -67,9 +67,10 @@ def run(args: argparse.Namespace) -> None:
     write_json({"run": evaluate.source(pipeline.device, files), "people": [len(train[1]), len(test[1])],
                 "read_outs": read, "activities": ACTIVITIES, "distances": distances},
                args.output / "encoders.json")
-    right = {name: (np.mean(list(shares.values())), *shares.values()) for name, shares in read.items()}
-    print(table("right", ("mean", *toyworld.ATTRIBUTES), right, ".3f"), end="\n\n")
-    print(table("apart", ACTIVITIES, dict(zip(ACTIVITIES, distances, strict=True)), ".1f"))
+    print(table([{"right": name, "mean": float(np.mean(list(shares.values()))), **shares}
+                 for name, shares in read.items()]), end="\n\n")
+    print(table([{"apart": activity, **dict(zip(ACTIVITIES, row, strict=True))}
+                 for activity, row in zip(ACTIVITIES, distances, strict=True)]))
 
 
 def features(pipeline, scenes) -> tuple:
@@ -119,13 +120,6 @@ def read_out(train: tuple, test: tuple, width: int, epochs: int) -> dict[str, fl
         guesses = [part.argmax(1) for part in net.eval()(shown).split(sizes, 1)]
     return {name: float((guess == truth[:, k]).float().mean())
             for k, (name, guess) in enumerate(zip(toyworld.ATTRIBUTES, guesses, strict=True))}
-
-
-def table(corner: str, columns, rows: dict, form: str) -> str:
-    """Rows of numbers as Markdown."""
-    return "\n".join([f"| {corner} | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|",
-                      *(f"| {name} | " + " | ".join(f"{value:{form}}" for value in row) + " |"
-                        for name, row in rows.items())])
 
 
 if __name__ == "__main__":

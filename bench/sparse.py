@@ -45,13 +45,10 @@ def run(args: argparse.Namespace) -> None:
     from models.load import write_json
     from moa import record_routing
     from moa.sparse import DENSE_FROM
-    from samplers import SCHEDULES
     args.output.mkdir(parents=True, exist_ok=True)
     args.moa = args.judge = args.guidance_scale = args.prior_above = None
     evaluate.fill_in(args)
-    if min(SCHEDULES["unipc"](args.steps)) >= args.prior_above:
-        raise ValueError(f"--steps {args.steps} leave nothing to MoA: the prior draws alone from t = "
-                         f"{args.prior_above} on")
+    evaluate.moa_timesteps(args.steps, args.prior_above, f"--steps {args.steps} leave")
     pipeline, _, files = evaluate.load(args)
     scenes = [evaluate.cast(number)[0] for number in range(args.count)]
     people = [evaluate.subjects_of(pipeline, scene, evaluate.references_of(scene, number, 0))

@@ -52,17 +52,16 @@ def main(argv: list[str] | None = None) -> None:
 def run(args: argparse.Namespace) -> None:
     import evaluate
     from models.load import write_json
-    from samplers import SCHEDULES
     args.moa = args.judge = args.guidance_scale = args.prior_above = None
     args.output.mkdir(parents=True, exist_ok=True)
     evaluate.fill_in(args)
     for steps, sampler in product(args.steps, args.samplers):
-        if min(SCHEDULES[sampler.split("-")[0]](steps)) >= args.prior_above:
-            raise ValueError(f"--steps {steps} of {sampler} leave nothing to MoA: the prior draws alone "
-                             f"from t = {args.prior_above} on")
+        evaluate.moa_timesteps(steps, args.prior_above, f"--steps {steps} of {sampler} leave",
+                               sampler.split("-")[0])
     pipeline, judge, files = evaluate.load(args)
     # Part of the names of what is kept, so that other weights and settings are drawn anew.
-    drawn_with = [*map(evaluate.checksum, files.values()), args.guidance_scale, args.prior_above]
+    source = evaluate.source(pipeline.device, files)
+    drawn_with = [source["sha256"], args.guidance_scale, args.prior_above]
     args.drawn_with = hashlib.sha256(repr(drawn_with).encode()).hexdigest()[:16]
     converged = draw(args, pipeline, judge, "unipc-3", CONVERGED)[1]
     rows = []
@@ -73,7 +72,7 @@ def run(args: argparse.Namespace) -> None:
             rows.append({"steps": steps, "sampler": sampler, **scores, "distance": float(distance)})
     print(table(rows))
     settings = {name: getattr(args, name) for name in ("count", "guidance_scale", "prior_above")}
-    write_json({"settings": settings, "run": evaluate.source(pipeline.device, files), "rows": rows},
+    write_json({"settings": settings, "run": source, "rows": rows},
                args.output / "steps.json")
     plot(rows, args.output / "steps.png")
 
