@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moa.mixture import ExpertContext, MixtureOfAttention
-from moa.prompt import MultimodalPrompt, PromptConfig
+from moa.prompt import MultimodalPrompt, PositionalEncoding, PromptConfig
 
 FREQUENCIES = "prompt.encoding.frequencies"
 
@@ -160,14 +160,14 @@ def save_moa(unet: nn.Module, prompt: MultimodalPrompt, path: str | Path,
 def moa_config(unet: nn.Module, prompt: MultimodalPrompt, **settings) -> dict:
     """What a MoA file says about itself in its metadata."""
     router = next(moa_layers(unet))[2].router.f
-    return {"prompt": asdict(prompt.cfg), "settings": settings,
+    return {"prompt": asdict(prompt.cfg), "encoding_units": PositionalEncoding.units, "settings": settings,
             "router_hidden": router[0].out_features if isinstance(router, nn.Sequential) else None}
 
 
 def write_moa(state: dict[str, Tensor], config: dict, path: str | Path,
               dtype: torch.dtype = torch.float16) -> None:
     """Write a MoA file, whole or not at all: its tensors by their names in it, and `moa_config`."""
-    # Sines of thousands of radians: the frequencies keep full precision.
+    # Rounded to half precision, a frequency of 30 would be .01 off.
     state = {k: v.detach().to("cpu", torch.float32 if k == FREQUENCIES else dtype).contiguous()
              for k, v in state.items()}
     path = Path(path)
@@ -203,6 +203,9 @@ def load_moa(unet: nn.Module, path: str | Path) -> MultimodalPrompt:
     if wrong:
         raise ValueError(f"{path} does not fit this UNet: {len(wrong)} tensors are missing, unexpected "
                          f"or of another shape, such as {', '.join(wrong[:5])}")
+    # Older files have frequencies of the raw timestep and layer.
+    units = torch.tensor(PositionalEncoding.units) / torch.tensor(config.get("encoding_units", (1, 1)))
+    state[FREQUENCIES] = state[FREQUENCIES] * units[:, None]
     with torch.no_grad():
         for key, value in expected.items():  # state_dict's tensors are the parameters' own memory
             value.copy_(state[key])

@@ -20,16 +20,24 @@ class PromptConfig:
 class PositionalEncoding(nn.Module):
     """PE(t, l): learned frequencies of the timestep and the layer, as sines and cosines.
 
-    The frequencies start random, with the spreads that NeTI (arXiv 2305.15391) uses for the two axes.
+    Both axes are scaled to [0, 1]: then a step of the optimizer moves a phase by no more than its learning
+    rate. Multiplied by the raw timestep, one step of 1e-3 moves it by up to 1 rad at t = 1000, and the
+    encoding of a timestep is another one a few steps later. The frequencies start random, with the spreads
+    that NeTI (arXiv 2305.15391) uses: .03 for each timestep, 2 for each layer.
     """
+
+    # Powers of two, so that frequencies of raw axes, as in older files, give the same phases bit for bit.
+    units = (1024, 16)
 
     def __init__(self, dim: int):
         super().__init__()
-        self.frequencies = nn.Parameter(torch.randn(2, dim // 2) * torch.tensor([[0.03], [2.0]]))
+        self.frequencies = nn.Parameter(
+            torch.randn(2, dim // 2) * torch.tensor([0.03, 2.0])[:, None] * torch.tensor(self.units)[:, None])
 
     def forward(self, t: Tensor, layers: Tensor) -> Tensor:
         """(B,) timesteps in 0..999 and (L,) layer indices -> (L, B, dim)."""
-        angles = t[None, :, None] * self.frequencies[0] + layers[:, None, None] * self.frequencies[1]
+        t, layers = t[None, :, None] / self.units[0], layers[:, None, None] / self.units[1]
+        angles = t * self.frequencies[0] + layers * self.frequencies[1]
         return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 

@@ -593,7 +593,7 @@ def test_the_prompt_is_equation_8():
     prompt = randomize(MultimodalPrompt(PROMPT))
     text, features, positions, present = inputs()[2:]
     m, frequencies = torch.cat([features[0, 1], text[0, 5]]), prompt.encoding.frequencies
-    angles = 3 * frequencies[0] + 11 * frequencies[1]  # t = 3, l = 11
+    angles = 3 / 1024 * frequencies[0] + 11 / 16 * frequencies[1]  # t = 3, l = 11
     pe = torch.cat([angles.sin(), angles.cos()])
     expected = text[0, 5] + prompt.mlp(prompt.norm_m(m) + prompt.norm_pe(pe))
     assert torch.allclose(prompt(text, features, positions, present, T)[11, 0, 5], expected, atol=1e-5)
