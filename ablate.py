@@ -65,15 +65,15 @@ def changed_moa(change: Callable, router_hidden: int | None = None) -> Iterator[
     """Inside, `add_moa` makes routers with a hidden layer of `router_hidden`, if it is given, and `change` is
     called with the UNet, in training and where a file is loaded. Such edits add up."""
     import moa.install
-    import stages.moa
-    add_moa = stages.moa.add_moa
+    import training.moa
+    add_moa = training.moa.add_moa
 
     def add(unet, hidden=None):
         add_moa(unet, router_hidden or hidden)
         change(unet)
         return unet
 
-    with replaced(moa.install, "add_moa", add), replaced(stages.moa, "add_moa", add):
+    with replaced(moa.install, "add_moa", add), replaced(training.moa, "add_moa", add):
         yield
 
 
@@ -105,7 +105,7 @@ def full_precision() -> Iterator[None]:
     """Training and drawing on a GPU as on a CPU, in fp32, so that rows of both can be compared."""
     import torch
 
-    from stages import Stage
+    from training import Stage
     with (replaced(Stage, "autocast", lambda self: nullcontext()),
           replaced(torch.backends.cudnn, "allow_tf32", False)):
         yield
@@ -144,9 +144,9 @@ def no_encoding() -> Iterator[None]:
 @contextmanager
 def mean_router_loss() -> Iterator[None]:
     """Eq. 9 as a mean over the pixels, as the masked loss is, not as a sum."""
-    import stages.moa
-    router_loss = stages.moa.router_loss
-    with replaced(stages.moa, "router_loss",
+    import training.moa
+    router_loss = training.moa.router_loss
+    with replaced(training.moa, "router_loss",
                   lambda routing, mask: router_loss(routing, mask) / mask[0].numel()):
         yield
 
@@ -168,16 +168,16 @@ def without_unseen_pairs() -> Iterator[None]:
 
     import numpy as np
 
-    import stages.stage
-    from data import toyworld
-    batch_indices = stages.stage.batch_indices
+    import training.stage
+    import toyworld
+    batch_indices = training.stage.batch_indices
 
     @cache
     def allowed(count: int) -> np.ndarray:
         return np.array([seed for seed in range(count) if not any(
             has_unseen_pair(subject.identity) for subject in toyworld.sample_scene(seed).subjects)])
 
-    with replaced(stages.stage, "batch_indices", lambda seed, step, size, count:
+    with replaced(training.stage, "batch_indices", lambda seed, step, size, count:
                   allowed(count)[batch_indices(seed, step, size, len(allowed(count)))]):
         yield
 
@@ -340,7 +340,7 @@ def description(name: str) -> dict:
     Of the modules that they edit, and of the base model, it says nothing."""
     from dataclasses import asdict
 
-    from stages import make_config
+    from training import make_config
     row = ROWS[name]
     with preset(ROWS[row.trained_by or name].config):
         config = asdict(make_config("toyworld", "moa"))
@@ -408,7 +408,7 @@ def preset(config: dict) -> Iterator[None]:
     """Inside, the small world's preset of `moa` has these values."""
     from dataclasses import replace
 
-    from stages.presets import PRESETS
+    from training.presets import PRESETS
     before, config = PRESETS["toyworld"], {"steps": STEPS, "batch_size": BATCH_SIZE, **config}
     PRESETS["toyworld"] = {**before, "moa": replace(before["moa"], **config)}
     try:
@@ -466,7 +466,7 @@ def run_all(output: Path, jobs: int) -> None:
 def prepare_data() -> None:
     """Render and encode what all rows train on, which each would do by itself otherwise."""
     from pipeline import pick_device
-    from stages import STAGES, make_config
+    from training import STAGES, make_config
     STAGES["moa"](make_config("toyworld", "moa"), 0, pick_device("auto"), ROOT / "weights" / "toyworld",
                   None).prepare()
 

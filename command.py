@@ -359,7 +359,7 @@ def find_checker(name: str | None) -> Callable:
 def split_lora(argument: str):
     """FILE[:SCALE[:TEXT_SCALE]] -> LoRASetting. A FILE that has a colon itself is told by existing, or by
     what is not a number behind the colon. Raises ValueError."""
-    from models.lora import LoRASetting
+    from weights.lora import LoRASetting
     file, scales = argument, []
     while len(scales) < 2 and not Path(file).exists() and (found := re.fullmatch(r"(.+):([^:]*)", file)):
         try:

@@ -23,7 +23,7 @@ from PIL import Image, ImageFilter
 
 from allocator import reuse_memory
 from command import read_json
-from data import toyworld
+import toyworld
 from errors import one_line
 
 SHIPPED = Path(__file__).resolve().parent / "weights" / "toyworld"
@@ -140,7 +140,7 @@ def fill_in(args: argparse.Namespace) -> None:
     if config.get("world") != "toyworld" or config.get("image_size") != toyworld.SIZE:
         raise ValueError(f"--weights {args.weights} is not of the small world, the only one whose people "
                          "are known: give its weights, or the folder of a train.py moa run; SD1.5's are for "
-                         "evaluate_faces.py")
+                         "bench/faces.py")
     sampling = config.get("sampling")
     found = {"prior_above": 800, **(sampling if isinstance(sampling, dict) else {})}
     for name in ("guidance_scale", "prior_above"):
@@ -218,7 +218,7 @@ def load(args: argparse.Namespace):
 
 def load_judge(path: Path, device="cpu"):
     """The judge. Raises WeightsError."""
-    from data.judge import Judge
+    from toyworld.judge import Judge
     from models.load import check_exact, read_tensors
     judge = Judge()
     state = {k: v.float() for k, v in read_tensors(path).items()}

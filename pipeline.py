@@ -18,7 +18,7 @@ from moa import (ExpertContext, MultimodalPrompt, base_modules, belongs_to_encod
 from models import Models, load_models
 from models.controlnet import ControlNet, add_residuals, guess_ramp
 from models.load import load_part
-from models.lora import LoRASetting, MergedLoRAs
+from weights.lora import LoRASetting, MergedLoRAs
 from samplers import NUM_TIMESTEPS, SAMPLERS, SCHEDULES, guided
 
 DECODED = 64 * 64  # latent pixels that are decoded at a time

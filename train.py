@@ -120,10 +120,10 @@ def main() -> None:
     args = parse_args()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     signal.signal(signal.SIGTERM, leave)
-    import distributed
+    from training import distributed
     from data.fastcomposer import read_ids
     from pipeline import pick_device
-    from stages import STAGES, RecordedStep, StageError, check_graph, check_preset, make_config
+    from training import STAGES, RecordedStep, StageError, check_graph, check_preset, make_config
     reuse_memory()
     until_the_end = ExitStack()
     try:
@@ -178,7 +178,7 @@ def prepare_output(args: argparse.Namespace) -> None:
     A run of this very `torchrun`, which starts its processes again when one has died, goes on as with
     --resume.
     """
-    import distributed
+    from training import distributed
     from models.load import read_config
     if args.output.exists() and not args.output.is_dir():
         raise ValueError(f"--output {args.output} is a file: give a folder's name")
@@ -231,7 +231,7 @@ def train(stage, backward: Callable, args: argparse.Namespace) -> None:
     import torch
     from tqdm import tqdm
 
-    import distributed
+    from training import distributed
     from curves import Curves
     from models.load import read_config, write_json
 

@@ -1,8 +1,8 @@
 """A page to play with: design people, put them into pictures, swap and morph them, watch the routers.
 
     pip install -r requirements-demo.txt
-    python apps/demo.py
-    python apps/demo.py --weights weights/sd15 --moa runs/sd15/moa.safetensors --device cuda
+    python -m apps.demo
+    python -m apps.demo --weights weights/sd15 --moa runs/sd15/moa.safetensors --device cuda
 
 Open the address that is printed in a browser. Only this machine sees the page unless --host 0.0.0.0 is
 given; visitors take turns. --seed, --steps and --strength are what the page starts with, the other
@@ -115,7 +115,7 @@ class Studio:
         """A picture file of the person with these looks, whose name tells them."""
         from PIL import Image
 
-        from data import toyworld
+        import toyworld
         person = toyworld.Identity(*looks, width=1.0, height=1.0)
         file = self.place(toyworld.identity_key(person))
         Image.fromarray(toyworld.render_reference(person, 0)).save(file)
@@ -390,7 +390,7 @@ def design(gr, studio: Studio, title: str, looks: tuple[str, ...], file, image, 
     """Menus for the looks of a person of the small world, for the components of `person`."""
     from numpy.random import default_rng
 
-    from data import toyworld
+    import toyworld
     attributes = {"noun": toyworld.NOUNS, **toyworld.ATTRIBUTES}
     with gr.Accordion(title, open=False), gr.Row():
         menus = [gr.Dropdown(list(values), value=look, filterable=False, min_width=110,

@@ -1,8 +1,8 @@
 """Swap a person of a real picture (MoA paper, Section 5.3, Fig. 13).
 
-    python apps/edit.py --image examples/couple.png --mask examples/couple_mask.png \\
+    python -m apps.edit --image examples/couple.png --mask examples/couple_mask.png \\
         --source-prompt "a person and a person" --keep 1 --subject 2=examples/zoe.png
-    python apps/edit.py --image me.jpg --source-prompt "a person" --subject other.jpg
+    python -m apps.edit --image me.jpg --source-prompt "a person" --subject other.jpg
 
 The prior takes the picture back to noise (DDIM inversion, with the source prompt, without guidance); from
 this noise MoA draws, with DDIM and the same steps, the new person and those to keep, cut from the picture.
@@ -10,11 +10,9 @@ The strip shows the picture, what the prior alone makes of its noise, and the ed
 to cover --width x --height and cut around its middle. There is no seed: the noise is the picture's own.
 """
 import argparse
-import sys
 from pathlib import Path
 
 # A script has only its own folder on the path.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import command
 from subjects import (SUBJECT, bind_subjects, cut_people, encode_person, make_subjects,
                       read_photos)

@@ -1,18 +1,16 @@
 """Morph one person into another (MoA paper, Section 5.2, Fig. 12).
 
-    python apps/morph.py --prompt "a woman riding a bike" --subjects examples/ada.png examples/zoe.png
-    python apps/morph.py --prompt "a man and a woman dancing" --subjects woman=a.png woman=b.png \\
+    python -m apps.morph --prompt "a woman riding a bike" --subjects examples/ada.png examples/zoe.png
+    python -m apps.morph --prompt "a man and a woman dancing" --subjects woman=a.png woman=b.png \\
         --animation morph.gif
 
 The image features of the two people are interpolated; prompt and seed stay, and with them the place. The
 first and the last frame are what sample.py draws of each person.
 """
 import argparse
-import sys
 from pathlib import Path
 
 # A script has only its own folder on the path.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import command
 from subjects import SUBJECT, bind_subjects, encode_person, make_subjects, read_photos
 

@@ -29,7 +29,7 @@ if ! mkdir -p "$output" 2> /dev/null || [ ! -w "$output" ]; then
 fi
 
 app() {  # NAME FIGURE ARGUMENTS...
-    python "$root/apps/$1.py" --output "$output/$2.png" "${@:3}" "${flags[@]}"
+    PYTHONPATH="$root" python -m "apps.$1" --output "$output/$2.png" "${@:3}" "${flags[@]}"
 }
 
 prompt() {  # THE_PAPER'S [THE_SMALL_WORLD'S]

@@ -1,6 +1,6 @@
 """Show what the routers do while a picture is drawn: a map for each layer and timestep.
 
-    python apps/routing.py --prompt "a woman and a man shaking hands in Paris" \\
+    python -m apps.routing --prompt "a woman and a man shaking hands in Paris" \\
         --subject woman=examples/ada.png --subject man=examples/max.png --output routing.png
 
 The paper's Fig. 6 and 19: the weight of the personalized expert in self- and in cross-attention, all on
@@ -11,10 +11,8 @@ the `maps` themselves, null where the prior drew alone.
 """
 import argparse
 import json
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import command
 from subjects import SUBJECT, bind_subjects
 

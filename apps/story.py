@@ -1,6 +1,6 @@
 """Tell a story with the same people in every picture (MoA paper, Appendix E.3, Fig. 23).
 
-    python apps/story.py examples/story.json
+    python -m apps.story examples/story.json
 
 The story is a JSON file, at whose folder paths start. The last word of `word` is fused with the photos:
 
@@ -12,10 +12,8 @@ Scene k, from 0, has seed --seed + k unless it names its own.
 """
 import argparse
 import re
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import command
 from subjects import Place, encode_person, make_subjects, read_photos
 

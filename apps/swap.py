@@ -1,8 +1,8 @@
 """Swap the people of a picture and keep the rest: the same seeds with one casting after the other.
 
-    python apps/swap.py --prompt "a woman riding a bike on the beach" \\
+    python -m apps.swap --prompt "a woman riding a bike on the beach" \\
         --subjects examples/ada.png examples/mia.png examples/zoe.png --seeds 0 1 2
-    python apps/swap.py --prompt "a woman and a man dancing in Paris" --keep man=examples/max.png \\
+    python -m apps.swap --prompt "a woman and a man dancing in Paris" --keep man=examples/max.png \\
         --subjects examples/ada.png examples/mia.png
 
 The paper's Fig. 7 and 9. First row: the prior alone. Each further row is a casting, SUBJECT or, for
@@ -14,10 +14,8 @@ and outside of where the routers let the personalized experts work (their mean w
 timesteps and castings lies above the middle of its range in this column).
 """
 import argparse
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import command
 from subjects import SUBJECT, bind_castings
 

@@ -1,6 +1,6 @@
 """Let a person grow older or younger (MoA paper, Appendix E.2, Fig. 22).
 
-    python apps/timelapse.py --subject examples/ada.png --words kid person \\
+    python -m apps.timelapse --subject examples/ada.png --words kid person \\
         --prompt "a kid standing on the beach"
 
 The states of the prompt with the one word and with the other are interpolated. The prior reads them, and
@@ -8,11 +8,9 @@ the person is fused into the word's token among them, so that both experts follo
 frame are what sample.py draws with either word.
 """
 import argparse
-import sys
 from pathlib import Path
 
 # A script has only its own folder on the path.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import command
 from subjects import Place, bind_subjects, encode_person, find_words, make_subjects, read_photos
 

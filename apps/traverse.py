@@ -1,6 +1,6 @@
 """Walk from the noise of one seed to that of another, with several castings in step.
 
-    python apps/traverse.py --prompt "a woman waving on a mountain" --subjects examples/ada.png \\
+    python -m apps.traverse --prompt "a woman waving on a mountain" --subjects examples/ada.png \\
         examples/zoe.png --seeds 1 2 --frames 8 --output traverse.png --animation traverse.gif
 
 The noise traversal of the paper's project page: frame i starts from noise on the arc between the two
@@ -9,10 +9,8 @@ context, the casting decides the people: all rows change their layout together. 
 alone. --animation shows the rows beside each other, frame after frame.
 """
 import argparse
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import command
 from subjects import SUBJECT, bind_castings
 

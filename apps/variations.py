@@ -1,6 +1,6 @@
 """Draw one prompt with many seeds, each picture beside the prior's of the same seed.
 
-    python apps/variations.py --prompt "a man riding a bike in a park" --subject examples/max.png --num 16
+    python -m apps.variations --prompt "a man riding a bike in a park" --subject examples/max.png --num 16
 
 The paper's Fig. 3 and 20: with a subject, pictures should differ from each other as much as the prior's
 do. Picture k has seed SEED + k. Printed, with and without the subject, in shares of the range of colours:
@@ -10,10 +10,8 @@ do. Picture k has seed SEED + k. Printed, with and without the subject, in share
     moved    mean absolute difference of the 8 x 8 cells to the prior's picture of the same seed
 """
 import argparse
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import command
 from subjects import SUBJECT, bind_subjects
 

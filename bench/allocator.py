@@ -1,7 +1,7 @@
 """What it brings that the commands keep freed memory (allocator.py), on a CPU.
 
-    python bench/allocator.py --output runs/bench
-    python bench/allocator.py --output runs/bench --jobs unet --pixels 512 --repeats 2
+    python -m bench.allocator --output runs/bench
+    python -m bench.allocator --output runs/bench --jobs unet --pixels 512 --repeats 2
 
 Processes in turns, one that keeps the memory it has freed, as all commands do, and one that gives it back, as
 Python does by itself. The jobs:
@@ -18,9 +18,7 @@ import json
 import statistics
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench.measure import (in_child, make_parser, peak_memory, pick, positive, report, reset_peak, seconds,
                            sizes, spread)
 
@@ -95,7 +93,7 @@ def training(args, device, dtype) -> Callable[[], object]:
     from itertools import count
 
     from evaluate import SHIPPED
-    from stages import STAGES, make_config
+    from training import STAGES, make_config
     stage = STAGES["moa"](make_config("toyworld", "moa", batch_size=36, samples=72), 0, device, SHIPPED, None)
     stage.prepare()
     steps = count()

@@ -1,6 +1,6 @@
 """What the small world's encoders know: of people from their photo, and of activities from the prompt.
 
-    python bench/encoders.py --output runs/encoders
+    python -m bench.encoders --output runs/encoders
 
 Prints two tables and writes encoders.json. The first says how often a read-out of the image features has
 each attribute right: one linear layer, and a network of two hidden layers. Both are trained on the
@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 import command
 import evaluate
 from bench.measure import positive, table
-from data import toyworld
+import toyworld
 from data.dataset import render_cache
 
 READ_OUTS = {"linear": (0, 10), "two hidden layers": (512, 20)}  # width, epochs

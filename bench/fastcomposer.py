@@ -23,8 +23,8 @@ from models.vae import LATENT_SCALE
 from moa.loss import masked_loss, object_loss
 from pictures import to_picture
 from samplers import add_noise
-from stages.encode import Encoder
-from stages.stage import Stage, step_generator
+from training.encode import Encoder
+from training.stage import Stage, step_generator
 from tests.parity_full import public
 
 LOCALIZED = ("down_blocks.1.", "down_blocks.2.", "mid_block.", "up_blocks.1.", "up_blocks.2.")

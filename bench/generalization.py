@@ -1,7 +1,7 @@
 """How far does MoA carry over to what it was not trained on, and through what covers a person?
 
-    python bench/generalization.py --output runs/generalization
-    python bench/generalization.py --output runs/unseen --weights runs/ablations/unseen-pairs/seed-0
+    python -m bench.generalization --output runs/generalization
+    python -m bench.generalization --output runs/unseen --weights runs/ablations/unseen-pairs/seed-0
 
 Small world only. Five groups of cases are drawn: people of training's pictures or new ones, in pairs of
 activity and place that training drew or never did, and new people with a pair of attributes
@@ -27,8 +27,8 @@ sys.path.insert(0, str(ROOT))
 import command
 import evaluate
 from ablate import UNSEEN, has_unseen_pair
-from data import toyworld
-from data.toyworld.pen import Pen
+import toyworld
+from toyworld.pen import Pen
 
 # Group -> (people of training's pictures, pairs of activity and place that training never drew, pairs of
 # UNSEEN).

@@ -1,16 +1,14 @@
 """What `train.py --graph` saves: a step of the small world's MoA, by Python and as a CUDA graph.
 
-    python bench/graph.py --output runs/bench
-    python bench/graph.py --output runs/bench --batch-sizes 36 256 --samples 1024
+    python -m bench.graph --output runs/bench
+    python -m bench.graph --output runs/bench --batch-sizes 36 256 --samples 1024
 
 With gradient clipping, the optimizer and the moving average, bf16, on a GPU. Prints the seconds of both for
 each batch size and their ratio, in rounds of one step each, and writes graph.json.
 """
 import argparse
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench.measure import compare, pick, positive, report
 from command import fail
 from evaluate import SHIPPED
@@ -43,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def measure(args: argparse.Namespace, device) -> list[dict]:
     """Both sides for each batch size."""
-    from stages import STAGES, RecordedStep, make_config
+    from training import STAGES, RecordedStep, make_config
     rows = []
     for size in args.batch_sizes:
         config = make_config("toyworld", "moa", batch_size=size, samples=args.samples)

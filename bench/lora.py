@@ -1,7 +1,7 @@
 """What a style LoRA does to people and background in each scope, in the small world.
 
-    python bench/lora.py --output runs/crayons
-    python bench/lora.py --output runs/crayons --lora runs/lora/lora.safetensors --count 64
+    python -m bench.lora --output runs/crayons
+    python -m bench.lora --output runs/crayons --lora runs/lora/lora.safetensors --count 64
 
 Draws the evaluation's cases six times: by the prior alone and with subjects, each without the LoRA and in
 both scopes. Writes sheet.png (from the top: the subject, then these six) and lora.json, and prints a
@@ -50,11 +50,11 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     import evaluate
-    from data import toyworld
+    import toyworld
     from models.load import write_json
-    from models.lora import LoRASetting
+    from weights.lora import LoRASetting
     from pictures import to_uint8
-    from stages.stage import save_grid
+    from training.stage import save_grid
     args.output.mkdir(parents=True, exist_ok=True)
     args.moa = args.judge = args.guidance_scale = args.prior_above = None
     evaluate.fill_in(args)
@@ -104,8 +104,8 @@ def render(pipeline, scenes: list):
     """(B, 3, S, S): scenes as the renderer draws them, filtered, encoded and decoded."""
     import torch
 
-    from data import toyworld
-    from data.crayon import crayon
+    import toyworld
+    from toyworld.crayon import crayon
     from pictures import to_picture
     images = to_picture(np.stack([crayon(toyworld.render_scene(scene)[0]) for scene in scenes]))
     with torch.no_grad():

@@ -1,6 +1,6 @@
 """Does a pose ControlNet of the small world pose people?
 
-    python bench/poses.py --controlnet runs/controlnet
+    python -m bench.poses --controlnet runs/controlnet
 
 Held-out scenes are drawn from the same noise without a skeleton, with their own, and with the one of another
 scene, which their prompt contradicts. The people that the judge sees in a picture are compared with the
@@ -9,15 +9,12 @@ people, and of wrists alone, which stick out. Prints a table; its first row is t
 themselves, the most that can be reached.
 """
 import argparse
-import sys
-from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import command
-from data import toyworld
-from data.skeleton import JOINTS, draw_skeletons, scene_joints
+import toyworld
+from toyworld.skeleton import JOINTS, draw_skeletons, scene_joints
 from evaluate import SHIPPED, iou, load_judge, read
 
 BATCH = 16

@@ -1,8 +1,8 @@
 """What a whole picture costs, from the prompt to the pixels: 20 UniPC steps with guidance.
 
-    python bench/sampling.py --output runs/bench
-    python bench/sampling.py --output runs/bench --pixels 512 --steps 2 --memory
-    python bench/sampling.py --output runs/bench --device cuda --dtype bf16 --pixels 512
+    python -m bench.sampling --output runs/bench
+    python -m bench.sampling --output runs/bench --pixels 512 --steps 2 --memory
+    python -m bench.sampling --output runs/bench --device cuda --dtype bf16 --pixels 512
 
 Our pipeline against diffusers' `StableDiffusionPipeline` with the same random weights; ours with MoA and one
 person, the prior alone from t = 800 on; and the MoA that one would write in diffusers: attention processors
@@ -16,9 +16,7 @@ import json
 import sys
 from copy import deepcopy
 from functools import partial
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench.measure import (compare, in_child, make_parser, peak_memory, pick, positive, report, reset_peak,
                            sizes, twin)
 from bench.unet import square, with_moa

@@ -1,6 +1,6 @@
 """What sparse routing leaves out, and how much that changes pictures of the small world.
 
-    python bench/sparse.py --output runs/sparse
+    python -m bench.sparse --output runs/sparse
 
 Draws evaluate.py's first cases without sparse routing and with each threshold. Prints, and writes to
 sparse.json: the share of pixels whose personalized attention is still computed (of each layer and step that

@@ -1,7 +1,7 @@
 """How long one waits: from the start of a process to its first picture, and for the `--help` of each command.
 
-    python bench/startup.py --output runs/bench
-    python bench/startup.py --output runs/bench --cores 1 --only "a picture" "train.py --help"
+    python -m bench.startup --output runs/bench
+    python -m bench.startup --output runs/bench --cores 1 --only "a picture" "train.py --help"
 
 The pictures are the small world's, by `sample.py` with its defaults. Seconds are those of the wall clock, on
 the first `--cores` cores that this process may use; beside them is the processor time, which other programs
@@ -17,7 +17,6 @@ import time
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench.measure import ROOT, positive, report, spread
 
 FOLDERS = ("", "apps", "weights", "bench", "data")

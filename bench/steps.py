@@ -1,7 +1,7 @@
 """How many steps of which sampler the small world needs.
 
-    python bench/steps.py --output runs/steps
-    python bench/steps.py --output runs/steps --count 64 --steps 10 20 --samplers unipc-2
+    python -m bench.steps --output runs/steps
+    python -m bench.steps --output runs/steps --count 64 --steps 10 20 --samplers unipc-2
 
 Draws the evaluation's first cases with each number of steps of each sampler and has the judge read them:
 evaluate.py's scores. "Distance" is the mean absolute difference of the pixels, in 0..1, to what UniPC of
@@ -11,7 +11,6 @@ table, writes steps.json and, with matplotlib, steps.png. What is done is kept a
 import argparse
 import hashlib
 import json
-import sys
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -19,7 +18,6 @@ from unittest.mock import patch
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import command
 from bench.measure import ROOT, positive, table
 

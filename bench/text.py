@@ -1,13 +1,10 @@
 """What the text encoder costs: ours against transformers' `CLIPTextModel` with the same random weights.
 
-    python bench/text.py --output runs/bench
-    python bench/text.py --output runs/bench --device cuda --batches 1 2 8
+    python -m bench.text --output runs/bench
+    python -m bench.text --output runs/bench --device cuda --batches 1 2 8
 """
 import argparse
-import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench.measure import compare, make_parser, pick, positive, report, sizes
 
 

@@ -1,8 +1,8 @@
 """What a training step costs at Stable Diffusion 1.5's size: seconds, pictures/s, peak memory.
 
-    python bench/training.py --output runs/bench
-    python bench/training.py --output runs/bench --device cuda --batch-size 8
-    python bench/training.py --output runs/bench --rows "with a cache, no checkpointing" FastComposer
+    python -m bench.training --output runs/bench
+    python -m bench.training --output runs/bench --device cuda --batch-size 8
+    python -m bench.training --output runs/bench --rows "with a cache, no checkpointing" FastComposer
 
 Makes base weights with random values and a few rendered pictures in `--output`, once, and then runs the
 `sd15` preset's own step in one process per row, so that each has its own peak: with and without --cache,
@@ -22,7 +22,6 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench.measure import in_child, machine, peak_memory, positive, reset_peak, seconds, table
 
 # Row -> (keep encoded samples, changes of the preset); None: FastComposer's step, with its optimizer or not.
@@ -76,9 +75,9 @@ def make_inputs(folder: Path, size: str) -> None:
     """Base weights with random values and eight pictures, unless they are there."""
     import torch
 
-    from data import toyworld
+    import toyworld
     from models.load import PARTS, save_part, write_json
-    from stages import SMALL
+    from training import SMALL
     weights = folder / size
     if not (weights / "done").exists():
         torch.manual_seed(0)
@@ -98,7 +97,7 @@ def measure(args: argparse.Namespace) -> dict:
 
     from allocator import reuse_memory
     from pipeline import pick_device
-    from stages import STAGES, make_config
+    from training import STAGES, make_config
     reuse_memory()
     cached, changes = ROWS[args.rows[0]]
     device = pick_device(args.device)

@@ -1,8 +1,8 @@
 """What a UNet call costs: ours against diffusers, with MoA against without.
 
-    python bench/unet.py --output runs/bench
-    python bench/unet.py --output runs/bench --questions moa --pixels 256 512 --thresholds 0.1
-    python bench/unet.py --output runs/bench --device cuda --dtype bf16 --batches 1 2 8
+    python -m bench.unet --output runs/bench
+    python -m bench.unet --output runs/bench --questions moa --pixels 256 512 --thresholds 0.1
+    python -m bench.unet --output runs/bench --device cuda --dtype bf16 --batches 1 2 8
 
 Weights and inputs are random, never zero. The questions:
 
@@ -15,12 +15,9 @@ Weights and inputs are random, never zero. The questions:
     layers    MoA in the first 4, 8 and all 16 transformer blocks against our base
 """
 import argparse
-import sys
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench.measure import compare, make_parser, pick, positive, report, sizes, twin
 
 QUESTIONS = ["base", "moa", "subjects", "layers"]

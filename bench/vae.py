@@ -1,13 +1,10 @@
 """What the VAE costs: ours against diffusers' `AutoencoderKL` with the same random weights.
 
-    python bench/vae.py --output runs/bench
-    python bench/vae.py --output runs/bench --device cuda --pixels 512 --batches 1 8 --channels-last
+    python -m bench.vae --output runs/bench
+    python -m bench.vae --output runs/bench --device cuda --pixels 512 --batches 1 8 --channels-last
 """
 import argparse
-import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench.measure import compare, make_parser, pick, positive, report, sizes, twin
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data import toyworld
+import toyworld
 from data.processes import in_processes
 
 MAX_SUBJECTS = 2  # of a rendered scene

@@ -31,7 +31,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from data import augment, toyworld
+from data import augment
+import toyworld
 from data.dataset import CACHE_ROOT, Sample, pad_subjects
 from data.processes import in_processes
 from errors import one_line

@@ -18,11 +18,11 @@ import ablate
 import evaluate
 import moa.install
 import moa.prompt
-import stages.moa
-import stages.stage
+import training.moa
+import training.stage
 import train
 from conftest import small_models
-from data import toyworld
+import toyworld
 from moa import MultimodalPrompt, PromptConfig, load_moa, moa_layers, record_routing, save_moa
 
 T = torch.tensor([300, 700])
@@ -40,7 +40,7 @@ def built(tmp_path):
             torch.manual_seed(0)
             base = small_models()["unet"]
             state = {k: v.clone() for k, v in base.state_dict().items()}
-            unet, prompt = stages.moa.add_moa(base), MultimodalPrompt(PromptConfig(16, 16, 32, 16))
+            unet, prompt = training.moa.add_moa(base), MultimodalPrompt(PromptConfig(16, 16, 32, 16))
             with torch.no_grad():
                 for _, _, layer in moa_layers(unet):
                     for p in layer.router.f.parameters():
@@ -102,8 +102,8 @@ def test_widths_of_routers(built):
 
 def test_nothing_stays_edited(built):
     def methods():
-        return (moa.install.add_moa, stages.moa.add_moa, stages.moa.router_loss,
-                moa.prompt.PositionalEncoding.forward, stages.stage.batch_indices)
+        return (moa.install.add_moa, training.moa.add_moa, training.moa.router_loss,
+                moa.prompt.PositionalEncoding.forward, training.stage.batch_indices)
     before = methods()
     for name, row in ablate.ROWS.items():
         built(name)
@@ -120,7 +120,7 @@ def test_edits_add_up(order, router):
     with ExitStack() as stack:
         for edit in (router, *ablate.ROWS["cross-only"].edits)[::order]:
             stack.enter_context(edit())
-        unet = stages.moa.add_moa(small_models()["unet"])
+        unet = training.moa.add_moa(small_models()["unet"])
     assert {layer.router.f[0].out_features for _, _, layer in moa_layers(unet)} == {8}
     for key, weights in routing_of(unet).items():
         assert (weights[..., 1].max() < 1e-6) == (key.kind == "self")
@@ -148,9 +148,9 @@ def test_the_file_of_a_row_needs_no_edit(built, name, tmp_path):
 
 
 def test_training_without_pairs_of_attributes():
-    everything = stages.stage.batch_indices(0, 0, 300, 300)
+    everything = training.stage.batch_indices(0, 0, 300, 300)
     with ablate.without_unseen_pairs():
-        seeds = np.concatenate([stages.stage.batch_indices(0, step, 50, 300) for step in range(4)])
+        seeds = np.concatenate([training.stage.batch_indices(0, step, 50, 300) for step in range(4)])
     assert set(seeds) < set(everything) and len(set(seeds)) == 200
     people = [[subject.identity for subject in toyworld.sample_scene(seed).subjects] for seed in range(300)]
     unseen = [seed for seed, several in enumerate(people) if any(map(ablate.has_unseen_pair, several))]
@@ -162,9 +162,9 @@ def test_training_without_pairs_of_attributes():
 
 def test_the_mean_of_the_router_loss():
     routing, mask = torch.rand(3, 8, 8), (torch.rand(3, 8, 8) > 0.5).float()
-    whole = stages.moa.router_loss(routing, mask)
+    whole = training.moa.router_loss(routing, mask)
     with ablate.mean_router_loss():
-        assert torch.allclose(stages.moa.router_loss(routing, mask), whole / 64)
+        assert torch.allclose(training.moa.router_loss(routing, mask), whole / 64)
 
 
 def test_a_gpu_trains_rows_as_a_cpu_does(tmp_path, monkeypatch):
@@ -172,7 +172,7 @@ def test_a_gpu_trains_rows_as_a_cpu_does(tmp_path, monkeypatch):
     seen, mixed = [], SimpleNamespace(device=torch.device("cpu"), config=SimpleNamespace(bf16=True))
 
     def main() -> None:
-        with stages.Stage.autocast(mixed):
+        with training.Stage.autocast(mixed):
             seen.append(("--graph" in sys.argv, torch.is_autocast_enabled("cpu"),
                          torch.backends.cudnn.allow_tf32))
 
@@ -194,12 +194,12 @@ def test_a_gpu_trains_rows_as_a_cpu_does(tmp_path, monkeypatch):
 def test_settings_of_rows():
     for name, row in ablate.ROWS.items():
         with ablate.preset(row.config):
-            config = stages.make_config("toyworld", "moa")
+            config = training.make_config("toyworld", "moa")
         changed = {"steps": ablate.STEPS, "batch_size": ablate.BATCH_SIZE, **row.config}
         assert {key: getattr(config, key) for key in changed} == changed, name
-    assert stages.make_config("toyworld", "moa").steps == 3250
+    assert training.make_config("toyworld", "moa").steps == 3250
     with ablate.preset({"batch_size": 12}):
-        assert stages.make_config("toyworld", "moa").batch_size == 12
+        assert training.make_config("toyworld", "moa").batch_size == 12
     assert all(row.trained_by is None or row.trained_by in ablate.ROWS for row in ablate.ROWS.values())
 
 
@@ -217,7 +217,7 @@ def test_refusals(arguments, said, tmp_path, capsys):
 def test_rows_are_trained_measured_and_not_done_twice(tmp_path, monkeypatch, capsys):
     """A row and one that shares its weights, then the table; then the row is another one."""
     monkeypatch.setattr(ablate, "CASES", 2)
-    monkeypatch.setattr(stages.moa.MoAStage, "sheet", lambda stage, path: None)  # takes longer than all else
+    monkeypatch.setattr(training.moa.MoAStage, "sheet", lambda stage, path: None)  # it is slow
     small = {"samples": 16, "steps": 2, "batch_size": 4}
     rows = {"one-branch": ablate.Row("a", small, ablate.FINETUNED["edits"],
                                      {"prior-above": 1000, "steps": 4}),
@@ -232,9 +232,9 @@ def test_rows_are_trained_measured_and_not_done_twice(tmp_path, monkeypatch, cap
     assert results[0]["settings"]["prior_above"] == 1000
     assert results[0]["run"]["sha256"]["moa"] == results[1]["run"]["sha256"]["moa"]
     assert np.allclose(results[0]["router"]["grid"]["people"]["mean"], 1)  # all personalized
-    training = json.loads((folders[0] / "config.json").read_text())["training"]
-    assert (training["seed"], training["steps"], training["lambda_router"]) == (3, 2, 3e-5)
-    assert training["batch_size"] == 4
+    recorded = json.loads((folders[0] / "config.json").read_text())["training"]
+    assert (recorded["seed"], recorded["steps"], recorded["lambda_router"]) == (3, 2, 3e-5)
+    assert recorded["batch_size"] == 4
     capsys.readouterr()
 
     def again(name: str) -> str:

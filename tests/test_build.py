@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data import build, toyworld
+from data import build
+import toyworld
 from data.fastcomposer import SUFFIXES, Folder, read_ids, read_sample
 from tests.test_data import BROKEN, write_folder
 

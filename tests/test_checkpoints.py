@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import distributed
-import stages
+from training import distributed
+import training
 import train
 from moa import load_moa
 from moa.install import read_moa
@@ -31,7 +31,7 @@ def place(tmp_path_factory):
     """A working directory of its own with a base model; sample sheets are left out."""
     folder = tmp_path_factory.mktemp("checkpoints")
     with small_place(folder) as patch:
-        patch.setattr(stages.STAGES["moa"], "sheet", lambda self, path: None)
+        patch.setattr(training.STAGES["moa"], "sheet", lambda self, path: None)
         write_base(Path("base"))
         yield folder
 
@@ -53,14 +53,14 @@ def names(output: Path) -> list[str]:
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, error: BaseException) -> None:
     """The run dies when it gets to `step`."""
-    loss = stages.STAGES["moa"].loss
+    loss = training.STAGES["moa"].loss
 
     def dying(self, at):
         if at == step:
             raise error
         return loss(self, at)
 
-    monkeypatch.setattr(stages.STAGES["moa"], "loss", dying)
+    monkeypatch.setattr(training.STAGES["moa"], "loss", dying)
 
 
 # Which files there are ---------------------------------------------------------------------------
@@ -184,7 +184,7 @@ def test_resume_without_a_checkpoint_stays_an_error(tmp_path, monkeypatch, capsy
 
 
 def test_sigterm_before_the_first_step(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(stages.STAGES["moa"], "setup", lambda self: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(training.STAGES["moa"], "setup", lambda self: signal.raise_signal(signal.SIGTERM))
     assert train_moa(tmp_path / "run") == 143
     assert capsys.readouterr().err == "stopped: before the first step, by SIGTERM\n"
     assert not (tmp_path / "run").exists()
@@ -211,7 +211,7 @@ def assert_same_file(one: Path, other: Path) -> None:
 @pytest.mark.parametrize("ema", [0.0, 0.9])
 def test_an_exported_checkpoint_is_what_the_run_writes(ema, tmp_path, monkeypatch):
     """With and without a moving average, by tensor, type and metadata."""
-    preset = stages.PRESETS["toyworld"]
+    preset = training.PRESETS["toyworld"]
     monkeypatch.setitem(preset, "moa", replace(preset["moa"], ema=ema))
     output = tmp_path / "run"
     assert train_moa(output) == 0

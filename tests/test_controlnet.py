@@ -12,8 +12,9 @@ from parity_full import (LIMIT, OUTPUTS, PARAMETERS, SMALL_CONTROLNET, controlle
 from PIL import Image
 
 import sample
-from data import skeleton, toyworld
-from data.toyworld import activities
+from toyworld import skeleton
+import toyworld
+from toyworld import activities
 from models.controlnet import ControlNet, ControlNetConfig, guess_ramp
 from models.load import carry_over, load_part, read_config, save_part
 from models.unet import UNet, UNetConfig

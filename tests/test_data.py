@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 import data.dataset
-from data import toyworld
+import toyworld
 from data.dataset import (
     MAX_SUBJECTS,
     batch_indices,
@@ -258,7 +258,7 @@ def test_a_limit_on_the_size_of_files_is_an_error_with_a_path(tmp_path):
 
 @pytest.mark.parametrize(("code", "status"), [
     ("from tests.test_data import *; write_cache(Path('cache'), train_sample, range(40), workers=1)", 1),
-    ("from data.toyworld import main; main(['--output', 'world', '--count', '40'])", 2)])
+    ("from toyworld import main; main(['--output', 'world', '--count', '40'])", 2)])
 def test_a_full_disk_is_an_error_with_a_path(code, status, tmp_path):
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100000", "tmpfs", tmp_path], check=False,
                       capture_output=True).returncode:

@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "apps"))
+sys.path.insert(0, str(ROOT))
 import command
-import demo
+from apps import demo
 from pictures import read_picture, read_settings, to_images
 from pipeline import Pipeline, Subject
 
@@ -154,9 +154,8 @@ def test_default_looks_can_be_drawn(studio):
 @pytest.fixture(scope="module")
 def page_url(tmp_path_factory):
     pytest.importorskip("gradio")
-    script = str(ROOT / "apps" / "demo.py")
-    process = subprocess.Popen([sys.executable, script, "--port", "0", "--steps", "6"],
-                               stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-m", "apps.demo", "--port", "0", "--steps", "6"],
+                               cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
         yield process.stdout.readline().split()[1]
     finally:

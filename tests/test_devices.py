@@ -8,7 +8,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import sample
-from data import toyworld
+import toyworld
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES, SHIPPED = ROOT / "examples", ROOT / "weights" / "toyworld"

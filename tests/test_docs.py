@@ -250,7 +250,7 @@ def test_pictures_in_html_are_links():
 
 
 def test_there_are_commands():
-    wanted = {"train", "sample", "evaluate", "data.build", "moa.__main__", "weights.convert_sd15"}
+    wanted = {"train", "sample", "evaluate", "data.build", "apps.describe", "weights.convert_sd15"}
     assert wanted <= {module for module, _ in commands()}
 
 

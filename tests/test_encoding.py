@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from moa import MultimodalPrompt, PromptConfig, load_moa
 from moa.prompt import PositionalEncoding
 from models import load_models
-from stages import STAGES, make_config
+from training import STAGES, make_config
 from train import learning_rate_factor
 
 SHIPPED = Path(__file__).parents[1] / "weights" / "toyworld"

@@ -17,7 +17,7 @@ from PIL import Image
 
 import evaluate
 import sheets
-from data import toyworld
+import toyworld
 from evaluate import Case, Reading
 from moa import MultimodalPrompt, PromptConfig, add_moa, save_moa
 from models.load import read_config, write_json

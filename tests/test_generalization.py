@@ -7,8 +7,8 @@ import pytest
 
 from ablate import has_unseen_pair
 from bench import generalization
-from data import toyworld
-from stages import make_config
+import toyworld
+from training import make_config
 
 
 @pytest.mark.parametrize("group", generalization.GROUPS)

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import stages
+import training
 import train
-from stages import RecordedStep, StageError, check_graph
+from training import RecordedStep, StageError, check_graph
 from tests.stress.kill import write_base
 from tests.test_train import assert_refused, metrics_of, run, small_place
 
@@ -31,9 +31,9 @@ def place(tmp_path_factory):
         yield folder
 
 
-def make(name: str, device: str, **changes) -> stages.Stage:
-    config = stages.make_config("toyworld", name, **{"batch_size": 6, "samples": 24, **changes})
-    stage = stages.STAGES[name](config, 0, torch.device(device), Path("base"), None)
+def make(name: str, device: str, **changes) -> training.Stage:
+    config = training.make_config("toyworld", name, **{"batch_size": 6, "samples": 24, **changes})
+    stage = training.STAGES[name](config, 0, torch.device(device), Path("base"), None)
     stage.prepare()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():  # nothing stays at zero, where others have no gradient
@@ -73,23 +73,23 @@ def test_the_device_never_waits_for_the_host(name, monkeypatch):
 
 
 def test_stages_say_whether_they_can_be_recorded():
-    assert [name for name, stage in stages.STAGES.items() if stage.recordable] == RECORDABLE
+    assert [name for name, stage in training.STAGES.items() if stage.recordable] == RECORDABLE
 
 
 @pytest.mark.parametrize("name, config, match", [
     ("moa", {"accumulate": 2}, "accumulate 2"), ("moa", {"checkpointing": True}, "checkpointing True"),
     ("moa", {"image_layers": 1}, "image_layers 1"), ("vae", {}, "the step of this stage")])
 def test_what_cannot_be_recorded_is_refused(name, config, match):
-    gpu, stage = torch.device("cuda"), stages.STAGES[name]
-    check_graph(stages.STAGES["moa"], stages.make_config("toyworld", "moa"), gpu)
+    gpu, stage = torch.device("cuda"), training.STAGES[name]
+    check_graph(training.STAGES["moa"], training.make_config("toyworld", "moa"), gpu)
     with pytest.raises(StageError, match=match):
-        check_graph(stage, stages.make_config("toyworld", name, **config), gpu)
+        check_graph(stage, training.make_config("toyworld", name, **config), gpu)
 
 
 def test_the_presets_of_sd15_are_refused():
-    for name in stages.PRESETS["sd15"]:
+    for name in training.PRESETS["sd15"]:
         with pytest.raises(StageError, match="from the preset"):
-            check_graph(stages.STAGES[name], stages.make_config("sd15", name), torch.device("cuda"))
+            check_graph(training.STAGES[name], training.make_config("sd15", name), torch.device("cuda"))
 
 
 def test_a_cpu_is_refused_before_anything_is_done(capsys, place, tmp_path, monkeypatch):
@@ -99,7 +99,7 @@ def test_a_cpu_is_refused_before_anything_is_done(capsys, place, tmp_path, monke
     assert not any(tmp_path.iterdir())  # nothing is rendered either
 
 
-def compare(recorded: RecordedStep, twin: stages.Stage, steps: list[int], tolerance: float) -> None:
+def compare(recorded: RecordedStep, twin: training.Stage, steps: list[int], tolerance: float) -> None:
     """Replays beside a twin's own steps, between which the weights change: losses, parts, gradients, and
     what the stages are watched by."""
     generator = torch.Generator().manual_seed(2)

@@ -12,8 +12,8 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import curves
-import distributed
-import stages
+from training import distributed
+import training
 import train
 from moa import ExpertContext, moa_layers
 from moa.loss import mean_routing, object_loss, router_loss
@@ -33,10 +33,10 @@ def place(tmp_path_factory):
         yield folder
 
 
-def moa_stage(**changes) -> stages.Stage:
+def moa_stage(**changes) -> training.Stage:
     """Ready to train, with routers and subject tokens that differ from where they start."""
-    config = stages.make_config("toyworld", "moa", batch_size=6, samples=24, **changes)
-    stage = stages.STAGES["moa"](config, 0, torch.device("cpu"), Path("base"), None)
+    config = training.make_config("toyworld", "moa", batch_size=6, samples=24, **changes)
+    stage = training.STAGES["moa"](config, 0, torch.device("cpu"), Path("base"), None)
     stage.prepare()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -49,7 +49,7 @@ def moa_stage(**changes) -> stages.Stage:
 
 def test_processes_exchange_nothing_that_is_not_on_the_device(monkeypatch):
     """Between GPUs a tensor on the CPU cannot be."""
-    devices, stage = [], object.__new__(stages.Stage)
+    devices, stage = [], object.__new__(training.Stage)
     stage.device, stage.stream = torch.device("meta"), SimpleNamespace(broken=2)
     monkeypatch.setattr(distributed, "mean", lambda values: (
         devices.extend(value.device.type for value in values.values()) or dict.fromkeys(values, 2.0)))
@@ -68,7 +68,7 @@ def shrunk(maps: torch.Tensor, size: int) -> np.ndarray:
 
 
 @torch.no_grad()
-def by_hand(stage: stages.Stage, step: int) -> dict[str, list[float]]:
+def by_hand(stage: training.Stage, step: int) -> dict[str, list[float]]:
     """The three lists, pixel by pixel, from the inputs of every layer."""
     batch = stage.encoded(step)
     x, _, t, text, null = stage.noised(batch, step)
@@ -182,14 +182,14 @@ def test_a_run_logs_its_health(place, monkeypatch):
         assert 0.05 < line["memory_gb"] < 50
     first = metrics_of(place / "run")[0]
     assert first[LISTS[0]] == first[LISTS[1]] == [0.5] * 16  # the routers start at zero
-    config = stages.PRESETS["toyworld"]["moa"]
+    config = training.PRESETS["toyworld"]["moa"]
     for line in metrics_of(place / "run"):  # over the layers of Eq. 10
         mean = np.mean([line[LISTS[1]][layer] for layer in config.router_layers])
         assert line["prior_weight_background"] == pytest.approx(mean, rel=1e-3)
 
 
 def test_other_stages_log_their_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(stages.STAGES["vae"], "sheet", lambda self, path: None)
+    monkeypatch.setattr(training.STAGES["vae"], "sheet", lambda self, path: None)
     assert run("vae", "--steps", 1, "--output", tmp_path / "run") == 0
     line = metrics_of(tmp_path / "run")[0]
     assert line["memory_gb"] > 0.05
@@ -228,7 +228,7 @@ def events_of(output: Path):
 def test_curves_and_pictures_of_a_run_that_was_killed(tmp_path, monkeypatch):
     """All of metrics.jsonl, every step once, no step of the life that was lost."""
     pytest.importorskip("tensorboard")
-    cls = stages.STAGES["moa"]
+    cls = training.STAGES["moa"]
     loss = cls.loss
 
     def other_life(self, step):

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from models import Models
 from models.clip_text import CLIPTextConfig, CLIPTextEncoder
-from models.lora import Factors, LoRAError, LoRALayer, LoRASetting, ldm_name, load_lora
+from weights.lora import Factors, LoRAError, LoRALayer, LoRASetting, ldm_name, load_lora
 from models.unet import UNet, UNetConfig
 from moa import MultimodalPrompt, PromptConfig, add_moa, force_routing
 from pipeline import Pipeline, Subject

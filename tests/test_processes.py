@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import distributed
+from training import distributed
 from tests.stress import kill
 from tests.test_train import assert_same_run
 
@@ -37,7 +37,7 @@ import os, sys, time
 from contextlib import suppress
 sys.path.insert(0, {root!r})
 import torch
-import distributed
+from training import distributed
 
 def threads():
     names = []
@@ -80,7 +80,7 @@ def stressed(tmp_path_factory) -> Path:
 
 
 def test_killed_and_resumed_is_the_same_run(stressed):
-    """Data from data.toyworld through data.build --check; a cache, torchrun, kill -9, --resume."""
+    """Data from toyworld through data.build --check; a cache, torchrun, kill -9, --resume."""
     lines = (stressed / "table.txt").read_text().splitlines()
     assert lines[0] == "0", lines
     assert lines[1].split()[:2] == ["kill", "what"]
@@ -112,7 +112,7 @@ import sys, time
 from datetime import timedelta
 sys.path.insert(0, {root!r})
 import pytest
-import distributed, stages, train
+import train, training; from training import distributed
 from tests.test_train import shrink
 shrink(pytest.MonkeyPatch())
 distributed.PATIENCE = timedelta(seconds=20)
@@ -122,7 +122,7 @@ def slow_folder(*arguments, **options):
     time.sleep(500)
 
 if {slow}:
-    stages.stage.Folder = slow_folder
+    training.stage.Folder = slow_folder
 train.main()
 """
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import stages
-from data import shards, toyworld
+import training
+from data import shards
+import toyworld
 from data.fastcomposer import Folder
 from models import load_models
 from models.load import read_tensors
@@ -58,7 +59,7 @@ def test_a_cache_gives_the_losses_of_a_run_that_reads(place, tmp_path, monkeypat
     def forbidden(*_):
         raise AssertionError("encoded again")
 
-    monkeypatch.setattr("stages.encode.Encoder.__call__", forbidden)
+    monkeypatch.setattr("training.encode.Encoder.__call__", forbidden)
     assert run(*moa(place, "--cache", tmp_path / "cache"), "--output", tmp_path / "again") == 0
     assert_same_run(tmp_path / "again", tmp_path / "run")
     assert files == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()}
@@ -114,7 +115,7 @@ def test_caches_that_cannot_be_used(place, tmp_path, capsys):
 
 
 def test_a_run_that_reads_goes_on_where_it_was(place, tmp_path, monkeypatch):
-    loss = stages.STAGES["moa"].loss
+    loss = training.STAGES["moa"].loss
 
     class Killed(BaseException):
         pass
@@ -126,7 +127,7 @@ def test_a_run_that_reads_goes_on_where_it_was(place, tmp_path, monkeypatch):
 
     options = [*moa(place), "--checkpoint-every", 2, "--output", tmp_path / "run"]
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(stages.STAGES["moa"], "loss", killed)
+        patch.setattr(training.STAGES["moa"], "loss", killed)
         run(*options)
     assert run(*options, "--resume") == 0
     assert_same_run(tmp_path / "run", place / "streamed")
@@ -134,12 +135,12 @@ def test_a_run_that_reads_goes_on_where_it_was(place, tmp_path, monkeypatch):
 
 def test_the_seed_draws_other_augmentations(place):
     """But not with a cache, which serves runs with any seed."""
-    config, folder = stages.make_config("sd15", "moa", batch_size=4, bf16=False), place / "world"
+    config, folder = training.make_config("sd15", "moa", batch_size=4, bf16=False), place / "world"
     pictures, keys = [], []
     for seed in (0, 1):
-        stage = stages.STAGES["moa"](config, seed, torch.device("cpu"), place / "prior", folder)
+        stage = training.STAGES["moa"](config, seed, torch.device("cpu"), place / "prior", folder)
         pictures.append(stage.samples.read(0).references)
-        cached = stages.STAGES["moa"](config, seed, torch.device("cpu"), place / "prior", folder,
+        cached = training.STAGES["moa"](config, seed, torch.device("cpu"), place / "prior", folder,
                                       cache=Path("cache"))
         keys.append(cached.samples.key)
     assert (pictures[0] != pictures[1]).any() and keys[0] == keys[1]
@@ -187,7 +188,7 @@ def test_the_last_layers_of_the_image_encoder_are_trained(place, tmp_path):
     with pytest.raises(ValueError, match="trains the image encoder too"):
         export_moa.export(checkpoint, tmp_path / "other.safetensors")
     for wrong in ({"data": None}, {"cache": tmp_path / "cache"}):
-        with pytest.raises(stages.StageError, match="image_layers needs --data, and no --cache"):
+        with pytest.raises(training.StageError, match="image_layers needs --data, and no --cache"):
             make_stage("moa", place, image_layers=1, **{"data": place / "world", **wrong})
 
 

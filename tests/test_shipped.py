@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 
 import evaluate
 import sample
-from data import toyworld
+import toyworld
 from pictures import read_picture
 from pipeline import Pipeline
 from subjects import encode_person

@@ -22,18 +22,19 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import stages
+import training
 import train
-from data import build, toyworld
-from data.crayon import Crayons
+from data import build
+import toyworld
+from toyworld.crayon import Crayons
 from data.dataset import render_cache
-from data.skeleton import draw_skeletons, scene_joints
+from toyworld.skeleton import draw_skeletons, scene_joints
 from models import load_models
 from models.clip_image import CLIPImageConfig
 from models.clip_text import CLIPTextConfig
 from models.controlnet import ControlNetConfig
 from models.load import PARTS, load_part, read_tensors
-from models.lora import LoRASetting
+from weights.lora import LoRASetting
 from models.unet import UNet, UNetConfig
 from models.vae import VAEConfig
 from pipeline import Pipeline
@@ -53,8 +54,8 @@ def shrink(patch: pytest.MonkeyPatch) -> None:
     """Small models, few held-out pictures, sample sheets of two steps. What runs is train.py's code."""
     generate = Pipeline.generate
     for part, sizes in SMALL.items():
-        patch.setitem(stages.SMALL, part, sizes)
-    patch.setattr(stages.stage, "render_cache", lambda kind, count, split="train": render_cache(
+        patch.setitem(training.SMALL, part, sizes)
+    patch.setattr(training.stage, "render_cache", lambda kind, count, split="train": render_cache(
         kind, min(count, 24), split, workers=1))
     patch.setattr(Pipeline, "generate", lambda self, *args, **options: generate(
         self, *args, **{**options, "steps": 2}))
@@ -187,10 +188,10 @@ def tree(folder: Path) -> set[Path]:
 @pytest.mark.parametrize("stage", STEPS)
 def test_a_run_leaves_a_complete_folder(stage, runs):
     folder = runs / stage
-    training = json.loads((folder / "config.json").read_text())["training"]
-    assert training["stage"] == stage
-    assert training["steps"] == STEPS[stage]
-    assert training["code"] == CODE
+    recorded = json.loads((folder / "config.json").read_text())["training"]
+    assert recorded["stage"] == stage
+    assert recorded["steps"] == STEPS[stage]
+    assert recorded["code"] == CODE
     logged = metrics_of(folder)
     assert [line["step"] for line in logged] == list(range(1, STEPS[stage] + 1))
     assert all(line["loss"] > 0 for line in logged)
@@ -227,7 +228,7 @@ def test_clip_needs_no_weights(runs, tmp_path):
 
 
 def test_moa_logs_all_parts_of_its_loss(runs):
-    config, logged = stages.PRESETS["toyworld"]["moa"], metrics_of(runs / "moa")
+    config, logged = training.PRESETS["toyworld"]["moa"], metrics_of(runs / "moa")
     for line in logged:
         assert {"masked", "router", "object", "prior_weight_people", "prior_weight_background"} <= set(line)
         total = line["masked"] + config.lambda_router * line["router"] + config.lambda_object * line["object"]
@@ -253,15 +254,15 @@ def test_moa_goes_on_from_a_moa_file(runs, tmp_path, capsys):
 # Training itself ---------------------------------------------------------------------------------
 
 
-def make_stage(name: str, runs: Path, data=None, cache=None, weights=None, **changes) -> stages.Stage:
-    config = stages.make_config("toyworld", name, **{"batch_size": 4, "samples": 24, **changes})
+def make_stage(name: str, runs: Path, data=None, cache=None, weights=None, **changes) -> training.Stage:
+    config = training.make_config("toyworld", name, **{"batch_size": 4, "samples": 24, **changes})
     weights = weights or (runs / PREVIOUS[name] if name in PREVIOUS else None)
-    stage = stages.STAGES[name](config, 0, torch.device("cpu"), weights, data, None, cache)
+    stage = training.STAGES[name](config, 0, torch.device("cpu"), weights, data, None, cache)
     stage.prepare()
     return stage
 
 
-def train_stage(stage: stages.Stage, output: Path) -> None:
+def train_stage(stage: training.Stage, output: Path) -> None:
     args = Namespace(stage="test", preset="toyworld", seed=0, output=output, resume=False, log_every=50,
                      checkpoint_every=1000, keep=1, weights=None, data=None, moa=None, cache=None,
                      graph=False)
@@ -407,13 +408,13 @@ def test_the_learning_rate_warms_up_and_falls_to_zero():
 @pytest.mark.parametrize(("bad", "status"), [([3], 0), (range(3, 20), 2)])
 def test_steps_whose_gradient_is_not_finite(bad, status, runs, tmp_path, monkeypatch, capsys):
     """One is left out and counted; too many in a row end the run, its last checkpoint named."""
-    loss = stages.STAGES["vae"].loss
+    loss = training.STAGES["vae"].loss
 
     def overflow(self, step):
         value, parts = loss(self, step)
         return value * (float("nan") if step in bad else 1), parts
 
-    monkeypatch.setattr(stages.STAGES["vae"], "loss", overflow)
+    monkeypatch.setattr(training.STAGES["vae"], "loss", overflow)
     assert run("vae", "--steps", 20, "--checkpoint-every", 2, "--output", tmp_path / "run") == status
     assert all(p.isfinite().all() for p in checkpoint_of(tmp_path / "run")["parameters"].values())
     logged = metrics_of(tmp_path / "run")
@@ -458,7 +459,7 @@ class Killed(BaseException):
 @pytest.mark.parametrize("stop", ["killed", "interrupted"])
 def test_a_stopped_run_goes_on_to_the_same_weights(stage, stop, runs, tmp_path, monkeypatch, capsys):
     options = [*options_of(stage, runs), "--checkpoint-every", 2, "--output", tmp_path / "run"]
-    cls, loss = stages.STAGES[stage], stages.STAGES[stage].loss
+    cls, loss = training.STAGES[stage], training.STAGES[stage].loss
 
     def interrupted(self, step):
         if step == 3 and stop == "killed":
@@ -512,7 +513,7 @@ def test_resuming_a_finished_run_changes_nothing(runs, tmp_path, monkeypatch):
 
     shutil.copytree(runs / "moa", tmp_path / "moa")
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(stages.STAGES["moa"], "export", killed)
+        patch.setattr(training.STAGES["moa"], "export", killed)
         run(*options_of("moa", runs), "--output", tmp_path / "moa", "--resume")
     assert load_models(tmp_path / "moa").image_encoder is not None  # a weights folder all the time
     assert run(*options_of("moa", runs), "--output", tmp_path / "moa", "--resume") == 0
@@ -532,8 +533,8 @@ def test_another_run_s_checkpoint_is_refused(changed, match, runs, capsys):
 
 def test_a_run_whose_recipe_was_edited_is_refused(runs, capsys, monkeypatch):
     """The presets are there to be edited, but a run goes on with the one that it began with."""
-    edited = replace(stages.PRESETS["toyworld"]["vae"], lr=2e-3)
-    monkeypatch.setitem(stages.PRESETS["toyworld"], "vae", edited)
+    edited = replace(training.PRESETS["toyworld"]["vae"], lr=2e-3)
+    monkeypatch.setitem(training.PRESETS["toyworld"], "vae", edited)
     assert_refused(capsys, runs / "vae", *options_of("vae", runs), "--output", runs / "vae", "--resume",
                    match="is of another run: lr 0.001, not 0.002")
 
@@ -600,7 +601,7 @@ def torchrun(processes: int, *arguments, batch_size: int = 4) -> subprocess.Comp
 
 def assert_close_runs(one: Path, other: Path, stage: str) -> None:
     """Logged losses equal to 1e-5 (bf16: to its rounding), weights to what Adam makes of that."""
-    bf16 = stages.PRESETS["toyworld"][stage].bf16
+    bf16 = training.PRESETS["toyworld"][stage].bf16
     for a, b in zip(metrics_of(one), metrics_of(other), strict=True):
         assert a["step"] == b["step"]
         assert a["loss"] == pytest.approx(b["loss"], rel=2e-3 if bf16 else 1e-5)
@@ -624,7 +625,7 @@ def test_two_processes_are_the_same_run_as_one(stage, runs, tmp_path):
 
 def test_a_stopped_run_goes_on_with_another_number_of_processes(runs, tmp_path, monkeypatch):
     options = [*options_of("moa", runs), "--output", tmp_path / "run"]
-    loss = stages.STAGES["moa"].loss
+    loss = training.STAGES["moa"].loss
 
     def interrupted(self, step):
         if step == 2:
@@ -632,7 +633,7 @@ def test_a_stopped_run_goes_on_with_another_number_of_processes(runs, tmp_path, 
         return loss(self, step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stages.STAGES["moa"], "loss", interrupted)
+        patch.setattr(training.STAGES["moa"], "loss", interrupted)
         assert run(*options) == 0
     assert checkpoint_of(tmp_path / "run")["step"] == 3
     done = torchrun(2, *options, "--resume")
@@ -691,14 +692,14 @@ def folder(place) -> Path:
 
 @pytest.mark.parametrize("stage", ["vae", "prior", "moa", "lora"])
 def test_a_stage_reads_a_folder(stage, folder, runs, tmp_path, monkeypatch):
-    rendered, render = [], stages.stage.render_cache
-    monkeypatch.setattr(stages.stage, "render_cache", lambda kind, count, split="train": (
+    rendered, render = [], training.stage.render_cache
+    monkeypatch.setattr(training.stage, "render_cache", lambda kind, count, split="train": (
         rendered.append(split) or render(kind, count, split)))
     options = [*options_of(stage, runs), "--steps", 2, "--data", folder, "--output", tmp_path / "run"]
     assert run(*options) == 0
-    training = json.loads((tmp_path / "run" / "config.json").read_text())["training"]
-    assert training["samples"] == 8  # of the 24 that were asked for
-    assert training["data"] == folder.name
+    recorded = json.loads((tmp_path / "run" / "config.json").read_text())["training"]
+    assert recorded["samples"] == 8  # of the 24 that were asked for
+    assert recorded["data"] == folder.name
     assert metrics_of(tmp_path / "run")[1]["loss"] != metrics_of(runs / stage)[1]["loss"]
     assert set(rendered) <= {"test"}
 
@@ -755,8 +756,8 @@ def test_moa_trains_on_a_built_dataset(runs, tmp_path):
 
 def test_a_run_whose_first_pictures_show_nobody(folder, runs, tmp_path, capsys, monkeypatch):
     """It has no sample sheets, and ends like any other."""
-    monkeypatch.setattr(stages.moa.MoAStage, "sheet_subjects", lambda self: [])
-    monkeypatch.setattr(stages.moa.MoAStage, "subject_features", lambda self: torch.zeros(0, 16))
+    monkeypatch.setattr(training.moa.MoAStage, "sheet_subjects", lambda self: [])
+    monkeypatch.setattr(training.moa.MoAStage, "subject_features", lambda self: torch.zeros(0, 16))
     output = tmp_path / "run"
     assert run(*options_of("moa", runs), "--steps", 2, "--data", folder, "--output", output) == 0
     assert "warning: no 000002.png: nobody is to be seen in the first samples" in capsys.readouterr().err

@@ -1,10 +1,10 @@
-"""`python -m moa`: what it says about a model is what the model is."""
+"""`python -m apps.describe`: what it says about a model is what the model is."""
 import pytest
 import torch
 from conftest import small_models
 
 from moa import MultimodalPrompt, PromptConfig, add_moa
-from moa.__main__ import EXAMPLE, main
+from apps.describe import EXAMPLE, main
 from models.load import save_part
 
 

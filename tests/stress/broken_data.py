@@ -54,7 +54,7 @@ def main() -> None:
         folder = Path(temporary)
         data, listed = folder / "data", folder / "data" / "image_ids_train.txt"
         write_base(folder / "base")
-        made = run("-m", "data.toyworld", "--output", data, "--count", len(KINDS) * EACH, folder=folder)
+        made = run("-m", "toyworld", "--output", data, "--count", len(KINDS) * EACH, folder=folder)
         assert made.returncode == 0, made.stderr
         broken = damage(data)
         checked = run("-m", "data.build", "--check", data, folder=folder)

@@ -52,7 +52,7 @@ from models import WeightsError, load, load_models
 from models.clip_text import open_clip
 from models.controlnet import ControlNet
 from models.load import ALL_PARTS, load_part, read_config, read_tensors, save_part
-from models.lora import LoRAError, LoRASetting
+from weights.lora import LoRAError, LoRASetting
 from pictures import read_masks, read_picture, read_settings, save_png
 from pipeline import Pipeline
 from subjects import bind_subjects, split_casting

@@ -5,7 +5,7 @@
     python tests/stress/kill.py --kills 70 --stage all
 
 Two processes under torchrun train MoA on small random models and on pictures in FastComposer's layout,
-which `data.toyworld` writes and `data.build` checks; one process trains each of the other stages, on
+which `toyworld` writes and `data.build` checks; one process trains each of the other stages, on
 rendered pictures. SIGKILL comes at random moments to
 
     one process   either of the two: torchrun has to end the other
@@ -56,7 +56,7 @@ def write_base(folder: Path) -> None:
 
 def write_data(folder: Path) -> None:
     """A dataset in FastComposer's layout, checked."""
-    for command in (["data.toyworld", "--output", folder, "--count", 16], ["data.build", "--check", folder]):
+    for command in (["toyworld", "--output", folder, "--count", 16], ["data.build", "--check", folder]):
         done = subprocess.run([sys.executable, "-m", *map(str, command)], cwd=ROOT, capture_output=True,
                               text=True, check=False)
         if done.returncode:

@@ -61,7 +61,7 @@ MUTANTS = {
     "the object loss over absent subjects": (
         "moa/loss.py", "(balance.mean(1) * present)", "balance.mean(1)", "moa::test_object_loss_by_hand"),
     "the router loss over all layers": (
-        "stages/moa.py", "if key.layer in self.config.router_layers and", "if",
+        "training/moa.py", "if key.layer in self.config.router_layers and", "if",
         "health::test_the_losses_see_their_layers_only"),
     "guidance from the wrong half": (
         "samplers/guidance.py", "uncond, cond = eps", "cond, uncond = eps",

@@ -24,7 +24,7 @@ COMMANDS = (
     "{code}/evaluate.py --count 2 --steps 3 --output 'évaluation 1'",
     "{code}/train.py vae --output 'runs é/vae 1' --samples 24 --steps 2 --batch-size 4",
     "{code}/weights/export_diffusers.py {code}/weights/toyworld --output 'export é'",
-    "-m data.toyworld --output 'Welt é' --count 4",
+    "-m toyworld --output 'Welt é' --count 4",
     "-m data.build --check 'Welt é'",
 )
 

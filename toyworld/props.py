@@ -1,7 +1,7 @@
 """What the people of the small world hold and use; drawn with label 0, so it counts as background."""
 import math
 
-from data.toyworld.pen import Color, Pen, Point, shade
+from toyworld.pen import Color, Pen, Point, shade
 
 
 def book(pen: Pen, x: float, y: float, width: float, cover: Color) -> None:

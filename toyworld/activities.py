@@ -4,11 +4,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from data.toyworld import props
-from data.toyworld.pen import Pen, Point
-from data.toyworld.people import Pose, draw_person, outfit_of
-from data.toyworld.places import either_side
-from data.toyworld.scenes import Identity, pick
+from toyworld import props
+from toyworld.pen import Pen, Point
+from toyworld.people import Pose, draw_person, outfit_of
+from toyworld.places import either_side
+from toyworld.scenes import Identity, pick
 
 
 @dataclass(frozen=True)

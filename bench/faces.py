@@ -1,8 +1,8 @@
 """Measure real weights as the paper's Table 3 does: FastComposer's subjects and prompts, FaceNet and CLIP.
 
-    python evaluate_faces.py --weights weights/sd15 --subjects celeba_test_single --output runs/faces \\
+    python -m bench.faces --weights weights/sd15 --subjects celeba_test_single --output runs/faces \\
         --facenet 20180402-114759-vggface2.pt --clip clip-vit-large-patch14
-    torchrun --nproc-per-node 8 evaluate_faces.py ... --multi --output runs/faces_multi
+    torchrun --nproc-per-node 8 -m bench.faces ... --multi --output runs/faces_multi
 
 --subjects has a folder per person with a photo, the first by name. FastComposer's 15 are known; for others
 write `{"folder": "woman", ...}` to subjects.json beside the folders. Each is drawn 4 times with each of 40
@@ -22,7 +22,7 @@ from pathlib import Path
 
 import command
 import sample
-from data.table3 import IMAGES, MULTI, SINGLE, SUBJECTS, TABLE3
+from bench.table3 import IMAGES, MULTI, SINGLE, SUBJECTS, TABLE3
 from subjects import PEOPLE, bind_subjects
 
 
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     from evaluate import device_name
-    from face_scores import load_judges
+    from bench.face_scores import load_judges
     from pipeline import pick_device
     from train import git_describe
     device = pick_device(args.device)
@@ -253,7 +253,7 @@ def score(cases: list[Case], judges, references: dict) -> None:
     from PIL import Image
     from tqdm import tqdm
 
-    from face_scores import identity_score, prompt_score
+    from bench.face_scores import identity_score, prompt_score
     from models.load import write_json
     for case in tqdm(cases, "scoring", unit="picture", disable=None):
         origin = fingerprint(case, judges)

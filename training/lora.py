@@ -6,22 +6,22 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from data.crayon import Crayons
+from toyworld.crayon import Crayons
 from models import load_models
 from models.load import Models, save_tensors
-from models.lora import LoRALayer
+from weights.lora import LoRALayer
 from pictures import to_uint8
 from pipeline import Pipeline
-from stages.encode import Encoder
-from stages.presets import StageError
-from stages.prior import PriorStage
-from stages.stage import SHEET_GUIDANCE, SWAP_PROMPTS, checkpoint_blocks, save_grid
+from training.encode import Encoder
+from training.presets import StageError
+from training.prior import PriorStage
+from training.stage import SHEET_GUIDANCE, SWAP_PROMPTS, checkpoint_blocks, save_grid
 
 
 class LoRAStage(PriorStage):
     """LoRA (arXiv 2106.09685) of the UNet: noise prediction on pictures of one style, all else frozen.
 
-    Without --data the style is crayons on paper (`data/crayon.py`).
+    Without --data the style is crayons on paper (`toyworld/crayon.py`).
     """
 
     def setup(self) -> None:

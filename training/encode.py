@@ -17,7 +17,7 @@ from data.dataset import Sample
 from data.processes import in_processes
 from data.shards import Shards, build_shards, describe, shards_of
 from data.stream import Samples, worker_count
-from distributed import rank, wait, world_size
+from training.distributed import rank, wait, world_size
 from models.clip_image import CLIPImageEncoder
 from models.clip_text import CLIPTextEncoder, Tokenizer
 from models.vae import AutoencoderKL

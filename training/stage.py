@@ -12,17 +12,17 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-import distributed
-from data import toyworld
+from training import distributed
+import toyworld
 from data.dataset import Cache, Sample, batch_indices, render_cache
 from data.fastcomposer import Folder
 from data.stream import Reader, Samples, Stream, worker_count
-from distributed import share, turn, turn_index, world_size
+from training.distributed import share, turn, turn_index, world_size
 from models.attention import FeedForward
 from models.clip_text import Tokenizer
 from models.load import read_config, write_json, write_whole
 from models.resnet import ResnetBlock
-from stages.presets import StageError, TrainConfig
+from training.presets import StageError, TrainConfig
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:

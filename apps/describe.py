@@ -1,9 +1,9 @@
 """Print the model as a tree, or the shapes through one of its transformer blocks.
 
-    python -m moa
-    python -m moa --weights weights/sd15 --moa runs/sd15/moa.safetensors
-    python -m moa --preset sd15              # Stable Diffusion 1.5's sizes; no weights are needed
-    python -m moa --explain 10 --prompt "a woman waving in Paris" --subject examples/zoe.png
+    python -m apps.describe
+    python -m apps.describe --weights weights/sd15 --moa runs/sd15/moa.safetensors
+    python -m apps.describe --preset sd15              # Stable Diffusion 1.5's sizes; no weights are needed
+    python -m apps.describe --explain 10 --prompt "a woman waving in Paris" --subject examples/zoe.png
 
 --explain sends a prompt with a subject through the model, up to the two MoA layers of transformer block
 LAYER, and names the paper's equation beside each value. docs/method.md tells the same in words.
@@ -32,7 +32,7 @@ T = 500  # the timestep of --explain; MoA draws at those below 800
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = command.Parser(__doc__)
-    parser.prog = "python -m moa"
+    parser.prog = "python -m apps.describe"
     models = parser.add_mutually_exclusive_group().add_argument
     models("--weights", type=Path, default=command.SHIPPED, metavar="FOLDER", help="default: the small world")
     models("--preset", choices=["sd15"], help="sizes as in train.py, without any weights")

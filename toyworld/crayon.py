@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFilter
 
-from data import toyworld
+import toyworld
 from data.dataset import Cache, Sample
 
 PAPER = np.array((0.98, 0.96, 0.90))

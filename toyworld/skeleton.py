@@ -1,6 +1,6 @@
 """Skeletons of the small world's people, drawn as OpenPose draws them: what a pose ControlNet sees.
 
-    python -m data.skeleton --output pose.png --seed 3 --activity dancing
+    python -m toyworld.skeleton --output pose.png --seed 3 --activity dancing
 """
 import argparse
 import colorsys
@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from data import toyworld
-from data.toyworld import TRAITS, Identity, Scene, activities
-from data.toyworld.pen import Pen, Point
-from data.toyworld.people import Outfit, Pose
+import toyworld
+from toyworld import TRAITS, Identity, Scene, activities
+from toyworld.pen import Pen, Point
+from toyworld.people import Outfit, Pose
 
 # OpenPose's 18 joints; left and right are the person's own.
 JOINTS = ("nose", "neck", "right shoulder", "right elbow", "right wrist", "left shoulder", "left elbow",

@@ -5,18 +5,18 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from data import toyworld
+import toyworld
 from data.dataset import CACHE_ROOT
-from distributed import share
+from training.distributed import share
 from models.clip_text import Tokenizer
 from models.load import Models, carry_over, load_part, save_part
 from models.unet import UNet
 from pictures import to_uint8
 from pipeline import Pipeline
 from samplers import add_noise, alpha_bar
-from stages.encode import Encoder, encode_all
-from stages.presets import SMALL, StageError
-from stages.stage import SHEET_GUIDANCE, SHEET_PROMPTS, Stage, save_grid, step_generator, update_config
+from training.encode import Encoder, encode_all
+from training.presets import SMALL, StageError
+from training.stage import SHEET_GUIDANCE, SHEET_PROMPTS, Stage, save_grid, step_generator, update_config
 
 
 def snr_weight(t: Tensor, gamma: float) -> Tensor:
@@ -92,7 +92,7 @@ class PriorStage(Stage):
 
     def loss_of(self, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss and its parts by name. Here the device never waits for the host, so that a CUDA graph
-        can hold it (see `stages/graph.py`)."""
+        can hold it (see `training/graph.py`)."""
         eps_hat = self.predict(inputs).float()
         error = (eps_hat - inputs["eps"]).square().mean((1, 2, 3))
         return (inputs["weight"] * error).mean(), {"eps": error.mean()}

@@ -8,8 +8,8 @@ import numpy as np
 from PIL import Image
 
 from data.processes import in_processes
-from data.toyworld.render import render_scene
-from data.toyworld.scenes import identity_key, sample_scene
+from toyworld.render import render_scene
+from toyworld.scenes import identity_key, sample_scene
 
 # Image ids are 9 digits; the two splits count from different bases so that they can share a folder.
 FIRST_ID = {"train": 100_000_000, "test": 500_000_000}

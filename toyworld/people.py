@@ -3,8 +3,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from data.toyworld.pen import Color, Pen, Point, shade
-from data.toyworld.scenes import BOTTOM, HAIR, SHIRT, SKIN, TRAITS, Identity
+from toyworld.pen import Color, Pen, Point, shade
+from toyworld.scenes import BOTTOM, HAIR, SHIRT, SKIN, TRAITS, Identity
 
 INK = (44, 34, 46)
 

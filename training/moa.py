@@ -12,10 +12,10 @@ import torch.nn as nn
 from PIL import Image
 from torch import Tensor
 
-import distributed
-from data import toyworld
+from training import distributed
+import toyworld
 from data.fastcomposer import DataError, Folder
-from distributed import share
+from training.distributed import share
 from moa import (ExpertContext, MultimodalPrompt, PromptConfig, add_moa, load_moa, moa_config,
                  record_routing, record_subject_attention, save_moa)
 from moa.loss import masked_loss, mean_routing, object_loss, router_loss, subject_attention
@@ -24,10 +24,10 @@ from models.load import Models, carry_over, load_part, save_part, save_tensors, 
 from pictures import to_picture, to_uint8
 from routing_sheet import RoutingSheet
 from pipeline import Pipeline, Subject, squared_distance
-from stages.encode import CHUNK, Encoder
-from stages.presets import StageError
-from stages.prior import PriorStage, snr_weight
-from stages.stage import SHEET_GUIDANCE, SWAP_PROMPTS, checkpoint_blocks, save_grid, step_generator
+from training.encode import CHUNK, Encoder
+from training.presets import StageError
+from training.prior import PriorStage, snr_weight
+from training.stage import SHEET_GUIDANCE, SWAP_PROMPTS, checkpoint_blocks, save_grid, step_generator
 
 STATISTICS = 4096  # samples whose subjects' features are summed up for `sample.py`
 SHRINKAGE = 0.3  # of their covariance towards a multiple of the identity

@@ -7,12 +7,12 @@ negative y.
 
 Command line (writes the FastComposer dataset layout):
 
-    python -m data.toyworld --output FOLDER --count 1000 --split train --workers 4
+    python -m toyworld --output FOLDER --count 1000 --split train --workers 4
 """
-from data.toyworld.folder import main
-from data.toyworld.pen import SIZE
-from data.toyworld.render import render_reference, render_scene
-from data.toyworld.scenes import (ACTIVITIES, ATTRIBUTES, COLOR_ATTRIBUTES, CONTEXTS, HELD_OUT, NOUNS,
+from toyworld.folder import main
+from toyworld.pen import SIZE
+from toyworld.render import render_reference, render_scene
+from toyworld.scenes import (ACTIVITIES, ATTRIBUTES, COLOR_ATTRIBUTES, CONTEXTS, HELD_OUT, NOUNS,
                                   ONE_PERSON, STYLES, SUIT, TRAITS, TWO_PERSON, Identity, Scene,
                                   attribute_labels, compose_scene, describe, identity_key, identity_split,
                                   sample_identity, sample_scene, vocabulary)

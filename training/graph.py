@@ -5,8 +5,8 @@ A small model on a large GPU waits for Python, which names some thousand kernels
 import torch
 from torch import Tensor
 
-from stages.presets import StageError, TrainConfig
-from stages.stage import Stage
+from training.presets import StageError, TrainConfig
+from training.stage import Stage
 
 WARM_UP = 3  # runs before recording, in which libraries choose kernels and take their memory
 # What a graph cannot hold, unless it is this.

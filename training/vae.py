@@ -9,8 +9,8 @@ from torch import Tensor
 from models.load import save_part
 from models.vae import AutoencoderKL
 from pictures import to_picture, to_uint8
-from stages.presets import SMALL
-from stages.stage import Stage, save_grid, step_generator
+from training.presets import SMALL
+from training.stage import Stage, save_grid, step_generator
 
 
 class VAEStage(Stage):

@@ -5,10 +5,10 @@ from dataclasses import replace
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
-from data.toyworld.activities import ACTIVITY_PAINTERS, SPREAD, Figure, Stage
-from data.toyworld.pen import SIZE, SUPERSAMPLING, Pen, shade
-from data.toyworld.places import CONTEXT_PAINTERS
-from data.toyworld.scenes import SPLIT_KEYS, TRAITS, Identity, Scene, identity_key
+from toyworld.activities import ACTIVITY_PAINTERS, SPREAD, Figure, Stage
+from toyworld.pen import SIZE, SUPERSAMPLING, Pen, shade
+from toyworld.places import CONTEXT_PAINTERS
+from toyworld.scenes import SPLIT_KEYS, TRAITS, Identity, Scene, identity_key
 
 
 def _new_pen(size: int) -> tuple[Pen, Image.Image]:

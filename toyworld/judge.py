@@ -10,7 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from data import toyworld
+import toyworld
 from data.dataset import MAX_SUBJECTS
 
 

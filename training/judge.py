@@ -1,4 +1,4 @@
-"""The judge of the small world: it reads its pictures (`data/judge.py`)."""
+"""The judge of the small world: it reads its pictures (`toyworld/judge.py`)."""
 from pathlib import Path
 
 import numpy as np
@@ -6,16 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data import toyworld
+import toyworld
 from data.dataset import Cache, batch_indices
-from data.judge import Judge
+from toyworld.judge import Judge
 from models.load import save_tensors, write_json
 from pictures import to_picture
-from stages.stage import Stage, step_generator
+from training.stage import Stage, step_generator
 
 
 class JudgeStage(Stage):
-    """Reads attributes, activity, place and masks off rendered pictures (`data/judge.py`)."""
+    """Reads attributes, activity, place and masks off rendered pictures (`toyworld/judge.py`)."""
 
     reads = ()
     shareable = False  # means over the attributes that are visible, of which samples have unequal numbers

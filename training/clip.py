@@ -7,14 +7,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from data import toyworld
+import toyworld
 from data.dataset import batch_indices
 from models.clip_image import CLIPImageEncoder
 from models.clip_text import EOS, CLIPTextEncoder, Tokenizer
 from models.load import carry_over, read_config, save_part, write_json
 from pictures import to_picture
-from stages.presets import SMALL, StageError, small_text_config
-from stages.stage import Stage, tokenize_all
+from training.presets import SMALL, StageError, small_text_config
+from training.stage import Stage, tokenize_all
 
 
 class CLIPStage(Stage):

@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from data.toyworld.pen import Color, Pen, shade
-from data.toyworld.scenes import pick
+from toyworld.pen import Color, Pen, shade
+from toyworld.scenes import pick
 
 
 def either_side(rng: np.random.Generator) -> int:

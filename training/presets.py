@@ -2,7 +2,7 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from data import toyworld
+import toyworld
 from models.clip_image import CLIPImageConfig
 from models.clip_text import BOS, EOS, CLIPTextConfig
 from models.controlnet import ControlNetConfig

@@ -5,17 +5,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data import toyworld
-from data.skeleton import draw_skeletons, scene_joints
+import toyworld
+from toyworld.skeleton import draw_skeletons, scene_joints
 from models import load_models
 from models.controlnet import ControlNet
 from models.load import Models, carry_over, save_part
 from pictures import to_picture, to_uint8
 from pipeline import Control, Pipeline
-from stages.encode import Encoder
-from stages.presets import SMALL, StageError
-from stages.prior import PriorStage
-from stages.stage import SHEET_GUIDANCE, save_grid
+from training.encode import Encoder
+from training.presets import SMALL, StageError
+from training.prior import PriorStage
+from training.stage import SHEET_GUIDANCE, save_grid
 
 SHEET_SEEDS = range(8)  # of held-out scenes
 

@@ -1,4 +1,4 @@
-"""evaluate_faces.py: the paper's protocol. What is scored is worked out by hand, the judges are stand-ins;
+"""bench/faces.py: the paper's protocol. What is scored is worked out by hand, the judges are stand-ins;
 facenet-pytorch's own detector is asked where it is installed, as .ci/run does."""
 import json
 import pickle
@@ -12,10 +12,9 @@ from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 from torch import nn
 
-import evaluate_faces
-import face_scores
-from data import table3
-from face_scores import Judges, identity_score, match_greedily
+from bench import face_scores, table3
+from bench import faces as faces_script
+from bench.face_scores import Judges, identity_score, match_greedily
 from models.load import read_tensors, save_tensors
 from pictures import read_settings, save_png
 
@@ -217,33 +216,33 @@ def test_the_protocol():
         "accessory": 10, "style": 10, "action": 10, "context": 10}
     assert {kind: len(prompts) for kind, prompts in table3.MULTI.items()} == {
         "style": 7, "action": 8, "context": 6}
-    people = [evaluate_faces.Person(name, noun, Path(name)) for name, noun in table3.SUBJECTS.items()]
+    people = [faces_script.Person(name, noun, Path(name)) for name, noun in table3.SUBJECTS.items()]
     for flags, count, prompts in (
             ([], 2400, {0: "a man wearing a red hat", 40: "a painting of a man in the style of Banksy",
                         2399: "a woman on top of a purple rug in a forest"}),
             (["--multi"], 8820, {0: "a painting of a man and a man together in the style of Banksy",
                                  28: "a photo of a man and a man gardening in the backyard together"})):
-        args = evaluate_faces.parse_args(["--subjects", "s", "--output", "o", *flags])
-        cases = evaluate_faces.plan(args, people)
+        args = faces_script.parse_args(["--subjects", "s", "--output", "o", *flags])
+        cases = faces_script.plan(args, people)
         assert len(cases) == count == len({case.picture for case in cases})
         assert [case.seed for case in cases] == list(range(42, 42 + count))
         assert {k: cases[k].prompt for k in prompts} == prompts
         args.max_subjects, args.max_prompts, args.max_images = 3, 2, 1
-        few = evaluate_faces.plan(args, people)
+        few = faces_script.plan(args, people)
         assert set(few) < set(cases) and len(few) == 3 * 2 * len(table3.MULTI if flags else table3.SINGLE)
-        some = evaluate_faces.plan(args, [None, *people[1:]])  # one photo is missing: the same seeds
+        some = faces_script.plan(args, [None, *people[1:]])  # one photo is missing: the same seeds
         assert set(some) < set(cases) and (args.steps, args.guidance_scale) == (50, 5.0)
 
 
 def test_what_is_not_as_in_the_protocol_is_named():
     needed = ["--subjects", "s", "--output", "o", "--clip", "c", "--multi", "--device", "cpu"]
-    assert evaluate_faces.changed_settings(evaluate_faces.parse_args(needed)) == []
-    args = evaluate_faces.parse_args([*needed, "--prior-only", "--seed", "1", "--width", "256"])
-    assert evaluate_faces.changed_settings(args) == ["--prior-only", "--seed 1", "--width 256"]
+    assert faces_script.changed_settings(faces_script.parse_args(needed)) == []
+    args = faces_script.parse_args([*needed, "--prior-only", "--seed", "1", "--width", "256"])
+    assert faces_script.changed_settings(args) == ["--prior-only", "--seed 1", "--width 256"]
     scores = {"all": dict.fromkeys(("ip", "ip_std", "pc", "pc_std", "no_face"), 0.5) | {"n": 2400}}
     results = {"scores": scores, "protocol": "multi", "subjects": 15, "changed": []}
-    assert "Do not compare" not in evaluate_faces.table(results)
-    assert "(another CLIP)" in evaluate_faces.table({**results, "changed": ["another CLIP"]})
+    assert "Do not compare" not in faces_script.table(results)
+    assert "(another CLIP)" in faces_script.table({**results, "changed": ["another CLIP"]})
 
 
 @pytest.fixture
@@ -278,7 +277,7 @@ def evaluate(world, subjects, judged, capsys):
     """Run the command; returns what it printed, its results and how many pictures were looked at."""
     def run(*flags, output="out"):
         judged[1].clear()
-        evaluate_faces.main(["--weights", str(world), "--subjects", str(subjects), "--output", output,
+        faces_script.main(["--weights", str(world), "--subjects", str(subjects), "--output", output,
                              "--facenet", "vggface2.pt", "--clip", "vggface2.pt", *SMALL, *flags])
         file = Path(output, "results.json")
         people = 2  # whose photos are looked at each time
@@ -296,7 +295,7 @@ def test_the_command_with_its_own_judges(world, subjects, clips, capsys):
         portrait(size).save(subjects / name / "1.png")
     command = ["--weights", str(world), "--subjects", str(subjects), "--output", "out",
                "--facenet", "vggface2.pt", "--clip", str(clips[1]), *SMALL]
-    evaluate_faces.main(command)
+    faces_script.main(command)
     assert "is not CLIP ViT-L/14" in "".join(capsys.readouterr())
     results = json.loads(Path("out/results.json").read_text())
     scores = results["scores"]["all"]
@@ -306,7 +305,7 @@ def test_the_command_with_its_own_judges(world, subjects, clips, capsys):
                            if picture["people"] == [person]) for person in ("ada", "bob"))
     for path in (Path("out/pictures") / name for name in (of_ada, of_bob)):
         save_png(portrait(), path, read_settings(path))  # of other settings, it would be drawn again
-    evaluate_faces.main(command)
+    faces_script.main(command)
     found = json.loads(Path("out/results.json").read_text())["pictures"]
     assert found[of_ada]["faces"] == found[of_bob]["faces"] == 1
     # To a random FaceNet all faces are nearly alike.
@@ -371,7 +370,7 @@ def test_waits_for_pictures_of_the_same_settings(evaluate, monkeypatch):
         waited.append(seconds)
         raise RuntimeError("waited")
 
-    monkeypatch.setattr(evaluate_faces.time, "sleep", sleep)
+    monkeypatch.setattr(faces_script.time, "sleep", sleep)
     with pytest.raises(RuntimeError, match="waited"):
         evaluate("--guidance-scale", "2")
     monkeypatch.setenv("RANK", "1")
@@ -447,4 +446,4 @@ def test_refuses_before_the_first_picture(evaluate, subjects, capsys, spoil, fla
     ([], "--facenet is missing: give"), (["--facenet", "ada.png"], "--clip is missing: give")])
 def test_the_judges_files_must_be_given(capsys, place, flags, words):
     command = ["--subjects", "people", "--output", "out", *flags]
-    assert words in refused(lambda: evaluate_faces.main(command), capsys)
+    assert words in refused(lambda: faces_script.main(command), capsys)
