@@ -293,7 +293,7 @@ def plan_sheet(output: Path, count: int) -> tuple[Path, list[Path]]:
 
 def save(image, path: Path, settings: dict) -> None:
     """Save a picture with its settings and print its name."""
-    from pictures import save_png
+    from images import save_png
     save_png(image, path, settings)
     print(path, flush=True)
 
@@ -449,7 +449,7 @@ def draw(args: argparse.Namespace, pipeline, prompts, seeds: Sequence,
     """
     from tqdm import tqdm
 
-    from pictures import check_finite, to_images
+    from images import check_finite, to_images
     size = min(BATCH, max(1, BATCH_PIXELS // (args.width * args.height)))
     size -= size % group if group < size else 0
     starts = range(0, len(prompts), size)

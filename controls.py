@@ -51,7 +51,7 @@ def check(args: argparse.Namespace) -> None:
 
 def read_hints(args: argparse.Namespace) -> list:
     """The control images, (1, 3, H, W) in [0, 1] each. Raises ValueError naming the file."""
-    from pictures import read_picture
+    from images import read_picture
     return [read_picture(file)[None] for file in args.control_image]
 
 

@@ -294,7 +294,7 @@ def draw(pipeline, judge, numbers, start: int = START, **options) -> tuple[list[
     the second casting's: recording slows down the first.
     """
     from moa import record_routing
-    from pictures import to_uint8
+    from images import to_uint8
     castings = [cast(number) for number in numbers]
     prompts = [first.caption for first, _ in castings]
     seeds = [7_000_000 + number for number in numbers]
@@ -327,7 +327,7 @@ def references_of(scene: toyworld.Scene, number: int, casting: int) -> np.ndarra
 
 def subjects_of(pipeline, scene: toyworld.Scene, photos: np.ndarray, start: int = START) -> list:
     """The subjects of a scene for `Pipeline.generate`, there at timesteps below `start`."""
-    from pictures import to_picture
+    from images import to_picture
     from pipeline import Subject
     features = pipeline.encode_subjects(to_picture(photos) / 2 + 0.5)
     places = [len(pipeline.models.tokenize.encode(scene.caption[:s.end])) for s in scene.subjects]
@@ -463,7 +463,7 @@ def variety(pipeline, numbers, start: int = START, **options) -> list[float]:
     Mean absolute difference of pixels over all pairs of seeds, with the case's subjects over without;
     1 keeps the prior's variety, 0 draws the same picture again and again. One number per case.
     """
-    from pictures import pairwise_distance
+    from images import pairwise_distance
     ratios = []
     for number in numbers:
         scene = cast(number)[0]
@@ -533,7 +533,7 @@ def router_arrays(cases: list[Case], timesteps: list[int]) -> dict:
 def judge_accuracy(judge, count: int = 400) -> dict[str, dict]:
     """The same scores of held-out renders, and the IoU of the people that the judge finds in them: what
     the judge gives where everything is right."""
-    from pictures import to_picture
+    from images import to_picture
     values, hits, asked = {name: [] for name in (*READ_OFF, "people_iou")}, [], []
     for first in range(0, count, 50):
         scenes = [toyworld.sample_scene(2_000_000 + k, "test") for k in range(first, first + 50)]
@@ -672,7 +672,7 @@ def draw_sheets(cases: list[Case], router: dict, folder: Path) -> None:
     Where no case has a number to be worst by there is no sheet, and an older one is removed.
     """
     from models.load import write_whole
-    from sheets import case_sheet, plot_router, routing_sheet
+    from toyworld.sheets import case_sheet, plot_router, routing_sheet
     chosen = {"cases": cases[:SHOWN], **{f"worst_{name}": found for name, found in worst(cases).items()}}
     for name, found in chosen.items():
         entries = [(case, *(references_of(scene, case.number, k) for k, scene in

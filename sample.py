@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
     files, sheet = plan_files(args)
     places = bind_subjects(args.prompt, args.subject)
     command.keep_photos(args, places, [*files, sheet, args.save_routing])
-    from routing_sheet import RoutingSheet
+    from images import RoutingSheet
     photos = read_photos(places)
     pipeline = load(args, people=bool(places))
     subjects = []
@@ -93,8 +93,8 @@ def draw(args: argparse.Namespace, pipeline, subjects: list, sheet) -> Iterator:
 def save_all(args: argparse.Namespace, images: Iterator, files: list[Path], sheet: Path | None, routing,
              places: list[Place], photos: list[list], settings: dict) -> None:
     """Save each picture as soon as it is there, then the sheets; print the files."""
-    from layout import contact_sheet, thumbnail
-    from pictures import to_images
+    from images import contact_sheet, thumbnail
+    from images import to_images
     people = [(thumbnail(to_images(photo[None] * 2 - 1)[0]), f"{place.word}={Path(file).name}")
               for place, several in zip(places, photos, strict=True)
               for file, photo in zip(place.files, several, strict=True)]
@@ -183,7 +183,7 @@ def draw_lines(args: argparse.Namespace, pipeline, lines: dict[Path, Line]) -> N
         places = [place for line in lines.values() for place in line.places]
         command.keep_photos(args, places, list(lines))
     from models.load import remove_leftovers
-    from pictures import read_settings
+    from images import read_settings
     for folder in {file.parent for file in lines}:
         remove_leftovers(folder, lines)  # of its own share: other processes may be writing theirs
     settings = {file: line_settings(args, line) for file, line in lines.items()}

@@ -126,17 +126,17 @@ def no_place(prompt: str, word: str | None, argument: str) -> str:
 
 def read_photos(places: Sequence[Place]) -> list[list]:
     """The pictures of each subject, (3, H, W) in [0, 1]. Raises ValueError naming the file."""
-    from pictures import read_picture
+    from images import read_picture
     return [[read_picture(file) for file in place.files] for place in places]
 
 
 def cut_people(picture, keep: Sequence[int], mask: Path | None, boxes: Sequence[str]) -> list[list]:
     """Photos, as `read_photos` gives them, of the people of a picture (3, H, W) who are to be kept.
 
-    keep: their numbers, from 1. mask, boxes: where people are, see `pictures.read_masks` and `box_mask`. The
+    keep: their numbers, from 1. mask, boxes: where people are, see `images.read_masks` and `box_mask`. The
     N-th from the left is the N-th person; of as many as are kept, all are. Raises ValueError.
     """
-    from pictures import box_mask, cut_person, read_masks
+    from images import box_mask, cut_person, read_masks
     if bool(keep) != bool(mask or boxes):
         raise ValueError("--keep and --mask or --box go together: who stays, and where people are")
     found = [box_mask(box, picture) for box in boxes] + (read_masks(mask, picture) if mask else [])

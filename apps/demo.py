@@ -123,7 +123,7 @@ class Studio:
 
     def photo(self, upload: str) -> str:
         """Any picture file as a PNG. Raises ValueError."""
-        from pictures import read_picture, to_images
+        from images import read_picture, to_images
         image, = to_images(read_picture(upload)[None] * 2 - 1)
         file = self.place(Path(upload).stem)
         image.save(file)
@@ -147,8 +147,8 @@ class Studio:
     def draw(self, show: Callable, args: argparse.Namespace, photos: list[str]) -> dict:
         """The prior's picture, the one with the people, and what the routers did meanwhile."""
         from moa import record_routing
-        from pictures import save_png, to_images
-        from routing_sheet import RoutingSheet
+        from images import save_png, to_images
+        from images import RoutingSheet
         (places,), (people,) = self.people(args, [photos])
         sheet = RoutingSheet(args.steps)
         with record_routing(self.pipeline.models.unet) as routing:

@@ -65,8 +65,8 @@ def run(args: argparse.Namespace) -> None:
 
     from tqdm import tqdm
 
-    from layout import strip
-    from pictures import fit, psnr, read_picture, to_images
+    from images import strip
+    from images import fit, psnr, read_picture, to_images
     from samplers import invert_ddim, sample_ddim
     picture = read_picture(args.image)
     photos = cut_people(picture, args.keep, args.mask, args.box) + read_photos(places[len(kept):])

@@ -43,8 +43,8 @@ def run(args: argparse.Namespace) -> None:
     if places[0]._replace(files=places[1].files) != places[1]:
         raise ValueError(f"--subjects {' '.join(args.subjects)}: both must stand for one word, from one "
                          "timestep on")
-    from layout import portrait, strip
-    from pictures import ANIMATIONS, save_animation
+    from images import portrait, strip
+    from images import ANIMATIONS, save_animation
     from pipeline import interpolate
     sheet, files = command.plan_sheet(args.output, args.frames)
     if args.animation:

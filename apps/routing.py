@@ -42,9 +42,9 @@ def run(args: argparse.Namespace) -> None:
     places = bind_subjects(args.prompt, args.subject)
     pipeline, photos, people = command.load_cast(args, [places], [args.output, numbers])
     from models.load import write_whole
-    from layout import portrait, thumbnail
-    from pictures import save_png
-    from routing_sheet import RoutingSheet
+    from images import portrait, thumbnail
+    from images import save_png
+    from images import RoutingSheet
     sheet = RoutingSheet(args.steps, [f"{place.word} {k}" for k, place in enumerate(places, 1)])
     print(f"seed {args.seed}", flush=True)
     image = thumbnail(draw(args, pipeline, people[0], sheet))

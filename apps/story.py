@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> None:
     everybody = list(characters.values())
     sheet, files = command.plan_sheet(args.output, len(scenes))
     command.keep_photos(args, everybody, [sheet, *files])
-    from layout import captioned, labelled, portrait, stack
+    from images import captioned, labelled, portrait, stack
     photos = read_photos(everybody)
     pipeline = command.load_pipeline(args)
     features = {tuple(person.files): encode_person(pipeline, args.weights, person.files, pictures)

@@ -42,8 +42,8 @@ def run(args: argparse.Namespace) -> None:
     castings = bind_castings(args.prompt, args.subjects, args.keep)
     names = [" + ".join(place.name for place in places) for places in castings]
     pipeline, photos, people = command.load_cast(args, castings, [args.output])
-    from layout import casting_sheet
-    from pictures import save_png
+    from images import casting_sheet
+    from images import save_png
     rows, maps = draw(args, pipeline, [None, *people])
     if maps is not None:
         print_changes(rows, names, maps)

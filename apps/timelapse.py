@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> None:
     sheet, files = command.plan_sheet(args.output, args.frames)
     command.keep_photos(args, places[:1], [sheet, *files])
 
-    from layout import portrait, strip
+    from images import portrait, strip
     from pipeline import interpolate
     photos, = read_photos(places[:1])
     pipeline = command.load_pipeline(args)

@@ -38,8 +38,8 @@ def run(args: argparse.Namespace) -> None:
     castings = bind_castings(args.prompt, args.subjects)
     names = ["the prior alone", *(" + ".join(place.name for place in places) for places in castings)]
     pipeline, photos, people = command.load_cast(args, castings, [args.output, args.animation])
-    from layout import casting_sheet, labelled
-    from pictures import save_animation, save_png
+    from images import casting_sheet, labelled
+    from images import save_animation, save_png
     from pipeline import interpolate
     ends = pipeline.noise(args.seeds, (args.height, args.width))
     noises = interpolate(*ends, args.frames, spherical=True)
@@ -66,7 +66,7 @@ def check(args: argparse.Namespace) -> None:
     if len(args.seeds) != 2:
         raise ValueError(f"--seeds must be two, where to begin and where to end, not {len(args.seeds)}")
     if args.animation:
-        from pictures import ANIMATIONS
+        from images import ANIMATIONS
         command.check_picture("--animation", args.animation, ANIMATIONS, [args.output])
 
 

@@ -42,8 +42,8 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--num must be at least 2, not {args.num}: one picture differs from nothing")
     places = bind_subjects(args.prompt, args.subject)
     pipeline, photos, people = command.load_cast(args, [places], [args.output])
-    from layout import contact_sheet, portrait
-    from pictures import save_png
+    from images import contact_sheet, portrait
+    from images import save_png
     seeds = range(args.seed, args.seed + args.num)
     print(f"seed {args.seed}", flush=True)
     rows = command.draw_rows(args, pipeline, [None, *people] if places else [None], seeds)
@@ -65,7 +65,7 @@ def print_diversity(rows: list[list]) -> None:
     import torch
     import torch.nn.functional as F
 
-    from pictures import pairwise_distance
+    from images import pairwise_distance
     pictures = [torch.from_numpy(np.stack(row)).permute(0, 3, 1, 2).float() / 255 for row in rows]
     cells = [F.adaptive_avg_pool2d(each, CELLS) for each in pictures]
     for name, (prior, *found) in (("pixels", map(pairwise_distance, pictures)),

@@ -77,7 +77,7 @@ def features(pipeline, scenes) -> tuple:
     """(P, F) image features of the people of (scene, their photos), and (P, A) their attributes' indices."""
     import torch
 
-    from pictures import to_picture
+    from images import to_picture
     found, labels = [], []
     while part := list(islice(scenes, 64)):
         photos = torch.cat([to_picture(photos) for _, photos in part])

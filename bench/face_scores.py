@@ -19,7 +19,7 @@ from evaluate import checksum
 from models.clip_image import preprocess
 from models.load import differences
 from models.open_clip_import import mend_torchvision, open_clip
-from pictures import to_picture
+from images import to_picture
 from weights.checkpoints import Lazy, Notes, Refusal, State, choose, open_file
 from weights.parts import join_vision, rename
 

@@ -196,7 +196,7 @@ def to_line(case: Case) -> sample.Line:
 
 def read_references(judges, people: set[Person]) -> dict[Person, object]:
     """The embedding (E,) of the face in each person's photo. Raises ValueError naming a photo without."""
-    from pictures import read_picture, to_images
+    from images import read_picture, to_images
     found = {}
     for person in sorted(people, key=lambda person: person.name):
         found[person] = judges.reference(to_images(read_picture(person.photo)[None] * 2 - 1)[0])
@@ -271,7 +271,7 @@ def score(cases: list[Case], judges, references: dict) -> None:
 
 def gather(args: argparse.Namespace, cases: list[Case], judges) -> list[dict]:
     """The scores of all pictures; waits for those of the other processes, whose end would end this one."""
-    from pictures import read_settings
+    from images import read_settings
     scores = []
     for case in cases:
         line = to_line(case)

@@ -21,7 +21,7 @@ from models.clip_text import Tokenizer
 from models.load import build_config, read_config
 from models.vae import LATENT_SCALE
 from moa.loss import masked_loss, object_loss
-from pictures import to_picture
+from images import to_picture
 from samplers import add_noise
 from training.encode import Encoder
 from training.stage import Stage, step_generator

@@ -153,7 +153,7 @@ def by_scene(scenes: dict, drawn: dict, prior: dict) -> dict:
 
 def read_renders(judge, scenes: list[toyworld.Scene]) -> list[evaluate.Reading]:
     """What the judge reads of the renderer's own pictures."""
-    from pictures import to_picture
+    from images import to_picture
     images = np.stack([toyworld.render_scene(scene)[0] for scene in scenes])
     return evaluate.read(judge, to_picture(images).to(next(judge.parameters()).device))
 

@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
     import toyworld
     from models.load import write_json
     from weights.lora import LoRASetting
-    from pictures import to_uint8
+    from images import to_uint8
     from training.stage import save_grid
     args.output.mkdir(parents=True, exist_ok=True)
     args.moa = args.judge = args.guidance_scale = args.prior_above = None
@@ -106,7 +106,7 @@ def render(pipeline, scenes: list):
 
     import toyworld
     from toyworld.crayon import crayon
-    from pictures import to_picture
+    from images import to_picture
     images = to_picture(np.stack([crayon(toyworld.render_scene(scene)[0]) for scene in scenes]))
     with torch.no_grad():
         return torch.cat([pipeline.decode(pipeline.models.vae.encode(part.to(pipeline.device)))
@@ -115,7 +115,7 @@ def render(pipeline, scenes: list):
 
 def histograms(pictures, readings: list) -> list[np.ndarray]:
     """Of the colours on the people and on the background that the judge sees, each of sum 1."""
-    from pictures import to_uint8
+    from images import to_uint8
     bins = to_uint8(pictures).astype(int) * BINS // 256
     index = (bins[..., 0] * BINS + bins[..., 1]) * BINS + bins[..., 2]
     masks = np.stack([reading.people for reading in readings])

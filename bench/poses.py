@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
 def run(args: argparse.Namespace) -> None:
     import torch
 
-    from pictures import to_picture
+    from images import to_picture
     from pipeline import Control, Pipeline
     from weights.checkpoints import Refusal
     from weights.controlnet import load_controlnet

@@ -16,8 +16,8 @@ import sample
 from apps import routing, swap, traverse, variations
 from models.unet import UNet
 from moa import record_routing, record_subject_attention
-from layout import labelled
-from pictures import pairwise_distance, read_picture
+from images import labelled
+from images import pairwise_distance, read_picture
 from pipeline import Pipeline, Subject
 from subjects import bind_castings, split_casting
 

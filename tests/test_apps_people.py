@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-import pictures
+import images
 import sample
 from pipeline import Pipeline, Subject, interpolate
 from samplers import invert_ddim, sample_ddim
@@ -178,7 +178,7 @@ def test_story_draws_what_sample_draws(draw):
 def by_hand(world, keep, box, steps=3, guidance_scale=1.0, iterations=3, negative=""):
     """The round trip and the edit of couple.png, from the parts: a box of the first person, bob.png."""
     pipeline = Pipeline.load(world, world / "moa.safetensors")
-    picture, bob = pictures.read_picture("couple.png"), pictures.read_picture("bob.png")
+    picture, bob = images.read_picture("couple.png"), images.read_picture("bob.png")
     x0, y0, x1, y1 = box
     side = round(np.ceil(1.1 * max(y1 - y0, x1 - x0)))
     cut = torch.full((3, side, side), 0.85)
@@ -188,14 +188,14 @@ def by_hand(world, keep, box, steps=3, guidance_scale=1.0, iterations=3, negativ
     features = [pipeline.encode_subjects(photo[None])[0] for photo in photos]
     people = [Subject(*pair) for pair in zip((2, 5), features, strict=True)]
     square = Image.open("couple.png").resize((128, 64), Image.Resampling.BICUBIC).crop((32, 0, 96, 64))
-    latents = pipeline.encode(pictures.to_picture(np.array(square)[None]))
+    latents = pipeline.encode(images.to_picture(np.array(square)[None]))
     text, null = pipeline.encode_text([COUPLE, negative]).split(1)
     prior = pipeline.denoiser(text, [[]], prior_only=True)
     noise = invert_ddim(prior, latents, steps, iterations)
     edited = pipeline.sample(noise, text, null, [people], steps=steps, guidance_scale=guidance_scale,
                              sampler="ddim")
     both = torch.cat([sample_ddim(prior, noise, steps), edited])
-    return [np.array(image).astype(int) for image in pictures.to_images(pipeline.decode(both))]
+    return [np.array(image).astype(int) for image in images.to_images(pipeline.decode(both))]
 
 
 @pytest.mark.parametrize("keep, box, flags, more", [
@@ -230,9 +230,9 @@ def test_people_are_counted_from_the_left(draw):
     """By mask and by box; a lone box is the kept person's, whoever that is."""
     draw("edit", *FLAGS["edit"], "--output", "mask")  # colour 2 is the left one
     base = FLAGS["edit"][:6]
-    masked = pictures.read_masks(Path("mask.png"), pictures.read_picture("couple.png"))
+    masked = images.read_masks(Path("mask.png"), images.read_picture("couple.png"))
     assert sorted(int(mask.sum()) for mask in masked) == [30 * 15, 36 * 20]
-    cuts = [pictures.cut_person(torch.rand(3, 48, 96), mask).shape for mask in masked]
+    cuts = [images.cut_person(torch.rand(3, 48, 96), mask).shape for mask in masked]
     assert sorted(cuts) == [(3, 33, 33), (3, 40, 40)]
 
     def boxed(name, *boxes):
@@ -249,7 +249,7 @@ def test_a_cut_person_stands_on_grey():
     picture, mask = torch.rand(3, 20, 30), torch.zeros(20, 30, dtype=torch.bool)
     mask[4:14, 6:9] = True
     mask[5, 7] = False
-    cut = pictures.cut_person(picture, mask)
+    cut = images.cut_person(picture, mask)
     assert cut.shape == (3, 11, 11)
     assert torch.equal(cut[:, 2:10, 4:7], picture[:, 6:14, 6:9])
     assert bool((cut[:, 1, 5] == 0.85).all()) and bool((cut[:, :, :4] == 0.85).all())
@@ -258,9 +258,9 @@ def test_a_cut_person_stands_on_grey():
 def test_a_picture_is_scaled_and_cut_around_its_middle():
     picture = torch.zeros(3, 32, 96)
     picture[:, :, 32:64] = 1
-    fitted = pictures.fit(picture, (64, 64))
+    fitted = images.fit(picture, (64, 64))
     assert fitted.shape == (1, 3, 64, 64) and fitted[..., 1:-1].min() > 0.9
-    assert pictures.fit(picture, (16, 48)).shape == (1, 3, 16, 48)
+    assert images.fit(picture, (16, 48)).shape == (1, 3, 16, 48)
 
 
 # What they refuse

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 import command
 from apps import demo
-from pictures import read_picture, read_settings, to_images
+from images import read_picture, read_settings, to_images
 from pipeline import Pipeline, Subject
 
 VALUES = "a woman and a man riding", 3, 3, 1.0  # prompt, seed, steps, strength

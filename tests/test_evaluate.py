@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 import evaluate
-import sheets
+from toyworld import sheets
 import toyworld
 from evaluate import Case, Reading
 from moa import MultimodalPrompt, PromptConfig, add_moa, save_moa

@@ -16,7 +16,7 @@ from bench import face_scores, table3
 from bench import faces as faces_script
 from bench.face_scores import Judges, identity_score, match_greedily
 from models.load import read_tensors, save_tensors
-from pictures import read_settings, save_png
+from images import read_settings, save_png
 
 SMALL = ["--max-prompts", "1", "--max-images", "1", "--steps", "1"]
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import sample
 from command import contents
-from pictures import read_settings
+from images import read_settings
 
 ROOT = Path(sample.__file__).parent
 LINES = ["a woman on the beach", "",

@@ -204,7 +204,7 @@ def test_peak_memory_is_the_kernel_s():
 
 def test_a_routing_sheet_beside_each_sample_sheet(place):
     """A map per layer and kind of the second step; above t = 800 the prior draws alone."""
-    from routing_sheet import NO_MAP, PERSONALIZED, PRIOR
+    from images import NO_MAP, PERSONALIZED, PRIOR
     folder = place / "run" / "samples"
     assert sorted(os.listdir(folder)) == ["000003.png", "000003_routing.png"]
     with Image.open(folder / "000003_routing.png") as image:

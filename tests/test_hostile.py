@@ -19,7 +19,7 @@ from models.load import MOST_LAYERS, build_empty, read_checkpoint, read_tensors,
 from models.vae import VAEConfig
 from moa import add_moa, load_moa
 from moa.install import write_moa
-from pictures import read_settings
+from images import read_settings
 from weights.checkpoints import Refusal
 from weights.parts import load_vae
 

@@ -11,7 +11,8 @@ FOLDERS = {"models", "moa", "samplers", "training", "toyworld", "data", "weights
            "examples"}
 ROOMS = FOLDERS | {script.stem for script in ROOT.glob("*.py")}
 # What a script does without where it is not installed.
-OPTIONAL = {"sheets.py": {"matplotlib"}, "ablate.py": {"matplotlib"}, "bench/steps.py": {"matplotlib"},
+OPTIONAL = {"toyworld/sheets.py": {"matplotlib"},
+            "ablate.py": {"matplotlib"}, "bench/steps.py": {"matplotlib"},
             "apps/demo.py": {"gradio"}, "bench/face_scores.py": {"facenet_pytorch"},
             # What the benchmarks compare with, as the tests do.
             "bench/sampling.py": {"diffusers"}, "bench/fastcomposer.py": {"diffusers"}}

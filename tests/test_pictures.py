@@ -10,10 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-import pictures
-from layout import contact_sheet, labelled, printable
-from pictures import read_picture
-from routing_sheet import NO_MAP, PERSONALIZED, PRIOR, RoutingSheet
+import images
+from images import contact_sheet, labelled, printable
+from images import read_picture
+from images import NO_MAP, PERSONALIZED, PRIOR, RoutingSheet
 
 H, W = 24, 32
 RGB = np.random.default_rng(0).integers(0, 256, (H, W, 3), dtype=np.uint8)
@@ -180,7 +180,7 @@ def test_nan_is_an_error():
     bad = torch.zeros(2, 3, 8, 8)
     bad[1, 0, 0, 0] = torch.nan
     with pytest.raises(ValueError, match="NaN"):
-        pictures.to_images(bad)
+        images.to_images(bad)
 
 
 SETTINGS = {"prompt": "a woman, « 笑 »\nin Paris: now", "negative_prompt": "rain", "steps": 20,
@@ -189,7 +189,7 @@ SETTINGS = {"prompt": "a woman, « 笑 »\nin Paris: now", "negative_prompt": "r
 
 
 def test_metadata_come_back(tmp_path):
-    pictures.save_png(Image.new("RGB", (8, 8)), tmp_path / "new" / "a.png", SETTINGS)
+    images.save_png(Image.new("RGB", (8, 8)), tmp_path / "new" / "a.png", SETTINGS)
     with Image.open(tmp_path / "new" / "a.png") as image:
         assert json.loads(image.text["moa"]) == SETTINGS
         *lines, last = image.text["parameters"].split("\n")
@@ -208,7 +208,7 @@ def test_a_picture_that_fails_to_save_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(Image.Image, "save", break_off)
     (tmp_path / "a.png").write_bytes(b"old")
     with pytest.raises(KeyboardInterrupt):
-        pictures.save_png(Image.new("RGB", (8, 8)), tmp_path / "a.png", SETTINGS)
+        images.save_png(Image.new("RGB", (8, 8)), tmp_path / "a.png", SETTINGS)
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("a.png", b"old")]
 
 
@@ -228,7 +228,7 @@ def frames_of(path) -> tuple[list[np.ndarray], list[float]]:
 def test_animation_holds_every_frame_in_order(tmp_path, name):
     colours = [(250, 20 * k, 10) for k in range(5)]
     images = [Image.new("RGB", (20, 30), colour) for colour in colours]
-    pictures.save_animation(images, tmp_path / name, SETTINGS, fps=10)
+    images.save_animation(images, tmp_path / name, SETTINGS, fps=10)
     frames, times = frames_of(tmp_path / name)
     assert times == [100] * 5
     assert [tuple(frame[0, 0]) for frame in frames] == colours and frames[0].shape == (30, 20, 3)
@@ -240,7 +240,7 @@ def test_animation_holds_every_frame_in_order(tmp_path, name):
 
 def test_animated_png_is_exact(tmp_path):
     frames = [Image.fromarray(np.roll(RGB, k, 1)) for k in range(3)]
-    pictures.save_animation(frames, tmp_path / "a.png", SETTINGS)
+    images.save_animation(frames, tmp_path / "a.png", SETTINGS)
     read_back, times = frames_of(tmp_path / "a.png")
     assert all(np.array_equal(a, b) for a, b in zip(read_back, frames, strict=True)) and times == [125] * 3
 
@@ -251,7 +251,7 @@ def test_animated_png_is_exact(tmp_path):
     ("a.gif", 2, 51, "not 51"), ("a.gif", 2, float("nan"), "not nan")])
 def test_what_is_no_animation(tmp_path, name, count, fps, words):
     with pytest.raises(ValueError, match=re.escape(words)):
-        pictures.save_animation([Image.new("RGB", (8, 8))] * count, tmp_path / name, SETTINGS, fps)
+        images.save_animation([Image.new("RGB", (8, 8))] * count, tmp_path / name, SETTINGS, fps)
     assert not list(tmp_path.iterdir())
 
 
@@ -262,7 +262,7 @@ def test_an_animation_that_fails_to_save_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(Image.Image, "save", break_off)
     (tmp_path / "a.gif").write_bytes(b"old")
     with pytest.raises(KeyboardInterrupt):
-        pictures.save_animation([Image.new("RGB", (8, 8))] * 2, tmp_path / "a.gif", SETTINGS)
+        images.save_animation([Image.new("RGB", (8, 8))] * 2, tmp_path / "a.gif", SETTINGS)
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("a.gif", b"old")]
 
 
@@ -316,7 +316,7 @@ def test_routing_sheet_says_the_ends_of_its_colours(monkeypatch):
     attention = torch.tensor([0.0, 0.5, 0.125, 0.0])[None, None, :, None]  # (B, H, N, S)
     sheet.add(1, 500, {(0, "self"): torch.stack([1 - weights, weights], dim=1)[None]},
               torch.zeros(1, 4, 2, 2), {0: attention})
-    monkeypatch.setattr("layout.write", lambda canvas, x, y, text, width: said.append(text))
+    monkeypatch.setattr("images.write", lambda canvas, x, y, text, width: said.append(text))
     sheet.draw(Image.new("RGB", (16, 128)), [])
     text = " ".join(said)
     assert "mean: dark 0.25, yellow 0.75" in text and "to woman 1: dark 0.00, yellow 0.50" in text

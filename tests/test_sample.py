@@ -24,7 +24,7 @@ from moa import MultimodalPrompt, PromptConfig, add_moa, save_moa
 from models.load import read_config, save_part, write_json
 from models.unet import UNet, UNetConfig
 from models.vae import AutoencoderKL, VAEConfig
-from pictures import read_picture, to_images
+from images import read_picture, to_images
 from pipeline import Pipeline, Subject
 from subjects import bind_subjects, split_subject
 

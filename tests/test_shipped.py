@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 import evaluate
 import sample
 import toyworld
-from pictures import read_picture
+from images import read_picture
 from pipeline import Pipeline
 from subjects import encode_person
 

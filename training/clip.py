@@ -12,7 +12,7 @@ from data.dataset import batch_indices
 from models.clip_image import CLIPImageEncoder
 from models.clip_text import EOS, CLIPTextEncoder, Tokenizer
 from models.load import carry_over, read_config, save_part, write_json
-from pictures import to_picture
+from images import to_picture
 from training.presets import SMALL, StageError, small_text_config
 from training.stage import Stage, tokenize_all
 

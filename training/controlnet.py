@@ -10,7 +10,7 @@ from toyworld.skeleton import draw_skeletons, scene_joints
 from models import load_models
 from models.controlnet import ControlNet
 from models.load import Models, carry_over, save_part
-from pictures import to_picture, to_uint8
+from images import to_picture, to_uint8
 from pipeline import Control, Pipeline
 from training.encode import Encoder
 from training.presets import SMALL, StageError

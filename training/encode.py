@@ -21,7 +21,7 @@ from training.distributed import rank, wait, world_size
 from models.clip_image import CLIPImageEncoder
 from models.clip_text import CLIPTextEncoder, Tokenizer
 from models.vae import AutoencoderKL
-from pictures import to_picture
+from images import to_picture
 
 CHUNK = 32  # pictures that are encoded at a time where all are
 

@@ -10,7 +10,7 @@ import toyworld
 from data.dataset import Cache, batch_indices
 from toyworld.judge import Judge
 from models.load import save_tensors, write_json
-from pictures import to_picture
+from images import to_picture
 from training.stage import Stage, step_generator
 
 

@@ -10,7 +10,7 @@ from toyworld.crayon import Crayons
 from models import load_models
 from models.load import Models, save_tensors
 from weights.lora import LoRALayer
-from pictures import to_uint8
+from images import to_uint8
 from pipeline import Pipeline
 from training.encode import Encoder
 from training.presets import StageError

@@ -21,8 +21,8 @@ from moa import (ExpertContext, MultimodalPrompt, PromptConfig, add_moa, load_mo
 from moa.loss import masked_loss, mean_routing, object_loss, router_loss, subject_attention
 from models import load_models
 from models.load import Models, carry_over, load_part, save_part, save_tensors, write_whole
-from pictures import to_picture, to_uint8
-from routing_sheet import RoutingSheet
+from images import to_picture, to_uint8
+from images import RoutingSheet
 from pipeline import Pipeline, Subject, squared_distance
 from training.encode import CHUNK, Encoder
 from training.presets import StageError

@@ -11,7 +11,7 @@ from training.distributed import share
 from models.clip_text import Tokenizer
 from models.load import Models, carry_over, load_part, save_part
 from models.unet import UNet
-from pictures import to_uint8
+from images import to_uint8
 from pipeline import Pipeline
 from samplers import add_noise, alpha_bar
 from training.encode import Encoder, encode_all

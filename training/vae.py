@@ -8,7 +8,7 @@ from torch import Tensor
 
 from models.load import save_part
 from models.vae import AutoencoderKL
-from pictures import to_picture, to_uint8
+from images import to_picture, to_uint8
 from training.presets import SMALL
 from training.stage import Stage, save_grid, step_generator
 

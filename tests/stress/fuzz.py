@@ -53,7 +53,7 @@ from models.clip_text import open_clip
 from models.controlnet import ControlNet
 from models.load import ALL_PARTS, load_part, read_config, read_tensors, save_part
 from weights.lora import LoRAError, LoRASetting
-from pictures import read_masks, read_picture, read_settings, save_png
+from images import read_masks, read_picture, read_settings, save_png
 from pipeline import Pipeline
 from subjects import bind_subjects, split_casting
 from tests.conftest import save_world

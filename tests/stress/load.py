@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import toyworld
-from pictures import read_settings
+from images import read_settings
 
 
 def resident(pid: int) -> float:

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from command import SHIPPED
-from pictures import psnr, to_uint8
+from images import psnr, to_uint8
 from pipeline import Pipeline, pick_device
 from subjects import bind_castings, cast, read_photos
 

@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
-from layout import LINE, beside, heading, labelled, stack, write
+from images import LINE, beside, heading, labelled, stack, write
 from models.load import write_whole
-from routing_sheet import paint
+from images import paint
 
 TILE = 60  # pixels of one layer's routing map
 FULL = 0.5  # of the range of colours: a change of this much is shown as the strongest
