@@ -16,7 +16,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from moa.loss import mean_routing
-from moa.router import grid
+from moa import grid
 from models.load import write_whole
 
 # Formats that Pillow decodes itself; for some others it starts programs.

@@ -294,7 +294,7 @@ class Pipeline:
                 (step, steps, t, predicted clean latents); prior_only, to draw with the base model;
                 prior_above (800), the timesteps from which on it draws anyway; strength (1.0), a factor
                 of the personalized experts' weight; sparse (0.0), weights of theirs that are no larger
-                count as 0 and are not computed (see moa/sparse.py).
+                count as 0 and are not computed (see moa/routing.py).
         Returns: (B, 3, H, W) in [-1, 1], float32 on the CPU.
         Raises ValueError for bad sizes and clip skips, ControlNets of other models and, from the
         sampler, for bad steps.

@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
 def run(args: argparse.Namespace) -> None:
     from models.load import write_json
     from moa import record_routing
-    from moa.sparse import DENSE_FROM
+    from moa.routing import DENSE_FROM
     args.output.mkdir(parents=True, exist_ok=True)
     args.moa = args.judge = args.guidance_scale = args.prior_above = None
     evaluate.fill_in(args)

@@ -156,7 +156,7 @@ def layers(args, ours, theirs, device, dtype) -> Iterator[tuple]:
     for count in BLOCKS:
         partly[count] = twin(unet)
         for index, _, layer in moa_layers(partly[count]):
-            layer.router.forced = None if index < count else 1.0
+            layer.prior_only = index >= count
     for (x, t, text), labels in inputs(args, ours.cfg, device, dtype):
         context = context_of(prompt, text, t)
         sides = {"our base": lambda x=x, t=t, text=text: ours(x, t, text)}

@@ -1,13 +1,12 @@
 """Mixture-of-Attention (arXiv 2404.11565): personalize a frozen text-to-image model."""
-from moa.install import (add_moa, base_modules, belongs_to_encoder, force_routing, load_moa, moa_config,
-                         moa_layers, record_routing, record_subject_attention, save_moa, scale_personalized,
-                         write_moa)
-from moa.mixture import ExpertContext, MixtureOfAttention
+from moa.checkpoint import belongs_to_encoder, load_moa, moa_config, read_moa, save_moa, write_moa
+from moa.install import add_moa, base_modules, moa_layers
+from moa.mixture import ExpertContext, MixtureOfAttention, Router
 from moa.prompt import MultimodalPrompt, PromptConfig
-from moa.router import Router
-from moa.sparse import sparse_routing
+from moa.routing import (RoutingKey, force_routing, grid, record_routing, record_subject_attention,
+                         scale_personalized, sparse_routing)
 
-__all__ = ["ExpertContext", "MixtureOfAttention", "MultimodalPrompt", "PromptConfig", "Router",
-           "add_moa", "base_modules", "belongs_to_encoder", "force_routing", "load_moa", "moa_config",
-           "moa_layers", "record_routing", "record_subject_attention", "save_moa", "scale_personalized",
-           "sparse_routing", "write_moa"]
+__all__ = ["ExpertContext", "MixtureOfAttention", "MultimodalPrompt", "PromptConfig", "Router", "RoutingKey",
+           "add_moa", "base_modules", "belongs_to_encoder", "force_routing", "grid", "load_moa", "moa_config",
+           "moa_layers", "read_moa", "record_routing", "record_subject_attention", "save_moa",
+           "scale_personalized", "sparse_routing", "write_moa"]

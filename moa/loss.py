@@ -1,10 +1,39 @@
 """What trains the personalized experts, the routers and the prompt (MoA paper, Eq. 9-12)."""
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce
 from torch import Tensor
 
-from moa.router import grid
+from moa.routing import grid
+
+
+def moa_loss(eps_hat: Tensor, eps: Tensor, routing: Tensor, attention: Sequence[Tensor], masks: Tensor,
+             present: Tensor, region: Tensor, weight: Tensor | float = 1.0, lambda_router: float = 1e-4,
+             lambda_object: float = 1e-4) -> tuple[Tensor, dict[str, Tensor]]:
+    """L = L_masked + lambda_r L_router + lambda_o L_object (Eq. 11), and its terms by name.
+
+    A new loss is a function below and a term here; training logs each term by its name.
+
+    Args:
+        eps_hat, eps: (B, 4, h, w), the noise that was predicted and the one that was added.
+        routing: (B, h, w), the prior's mean weight R, by `mean_routing`.
+        attention: (B, H, N_l, S) of some layers, attention to each subject's token.
+        masks: (B, S, h, w) in [0, 1], where each subject is. present: (B, S) bool, which of them there are.
+        region: (B, h, w) in [0, 1], where the masked loss counts. weight: (B,), of each sample in it.
+    """
+    terms = {
+        "masked": (1, masked_loss(eps_hat, eps, region, weight)),
+        "router": (lambda_router, router_loss(routing, people_of(masks))),
+        "object": (lambda_object, object_loss(attention, masks, present)),
+    }
+    return sum(factor * loss for factor, loss in terms.values()), {k: loss for k, (_, loss) in terms.items()}
+
+
+def people_of(masks: Tensor) -> Tensor:
+    """Masks (B, S, h, w) of a picture's subjects -> (B, h, w), the share of a cell that they cover."""
+    return masks.sum(1).clamp(max=1)
 
 
 def masked_loss(eps_hat: Tensor, eps: Tensor, mask: Tensor, weight: Tensor | float = 1.0) -> Tensor:
@@ -18,7 +47,7 @@ def masked_loss(eps_hat: Tensor, eps: Tensor, mask: Tensor, weight: Tensor | flo
     return (weight * error).mean()
 
 
-def mean_routing(maps: list[Tensor], height: int, width: int) -> Tensor:
+def mean_routing(maps: Sequence[Tensor], height: int, width: int) -> Tensor:
     """R = 1/|L| sum_l R_0^l (Eq. 10): the prior's weights (B, N_l) of several layers, each brought
     to (height, width) -> (B, height, width)."""
     resized = []
@@ -52,7 +81,7 @@ def subject_attention(attention: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]
             (attention * outside).sum(2) / (outside.sum(2) + 1e-5))
 
 
-def object_loss(maps: list[Tensor], masks: Tensor, present: Tensor) -> Tensor:
+def object_loss(maps: Sequence[Tensor], masks: Tensor, present: Tensor) -> Tensor:
     """Mean attention to a subject's token outside its mask, minus that inside (Eq. 12).
 
     As printed, mean((1 - M)(1 - A)) - mean(M A), the mask cancels out: it is a constant minus the

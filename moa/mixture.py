@@ -1,29 +1,50 @@
-"""Mixture-of-Attention: a frozen and a trained attention, mixed per pixel (MoA paper, Eq. 4-7)."""
+"""Mixture-of-Attention: attention experts, mixed per pixel by a router (MoA paper, Eq. 4-7)."""
 import copy
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch.nn as nn
 from torch import Tensor
 
 from models.attention import CrossAttention
-from moa.router import Router
 
 
 class ExpertContext(NamedTuple):
-    """What the two experts of a cross-attention attend to (section 3.2.1).
+    """What the experts of a cross-attention attend to (section 3.2.1).
 
-    `prior` (B, M, C) is the text alone; `personalized` (L, B, M, C), or a tuple of its L parts, has the
-    subjects' tokens, which are different ones in each transformer block l and at each timestep (Eq. 8).
+    The prior sees `prior` (B, M, C), the text alone. All other experts see `personalized` (L, B, M, C), or a
+    tuple of its L parts: the text with the subjects' tokens, which are different ones in each transformer
+    block l and at each timestep (Eq. 8).
     """
 
     prior: Tensor
     personalized: Tensor | tuple[Tensor, ...]
 
 
-class MixtureOfAttention(nn.Module):
-    """Z = R_0 * Attention_prior(Z) + R_1 * Attention_personalized(Z) (Eq. 6).
+class Router(nn.Module):
+    """R = Softmax(f(Z)) (Eq. 5, 7), one weight per pixel and expert; f is linear, or an MLP.
 
-    `prior` is the pretrained attention itself, frozen; `personalized` starts as its copy and is
+    The last layer starts at zero: every expert then has the same weight everywhere. Any other module
+    (B, N, D) -> (B, N, E) whose weights sum to 1 over the experts can take this one's place.
+    """
+
+    def __init__(self, dim: int, num_experts: int = 2, hidden: int | None = None):
+        """`hidden`: the width of the MLP; None for a linear f."""
+        super().__init__()
+        last = nn.Linear(hidden or dim, num_experts)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.f = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), last) if hidden else last
+
+    def forward(self, z: Tensor) -> Tensor:
+        """(B, N, D) hidden states that enter the attention -> (B, N, E) weights that sum to 1."""
+        return self.f(z).softmax(dim=-1)
+
+
+class MixtureOfAttention(nn.Module):
+    """Z' = sum_e R_e * Attention_e(Z) (Eq. 4, 6).
+
+    Expert 0, the prior, is the pretrained attention itself, frozen; the others start as its copies and are
     trained. The residual stays outside, so with R_0 = 1 the layer is the pretrained one, bit for bit.
     """
 
@@ -31,21 +52,47 @@ class MixtureOfAttention(nn.Module):
         """`layer` is the index l of the transformer block, in forward order."""
         super().__init__()
         self.layer = layer
-        self.prior = prior.requires_grad_(False)
-        self.personalized = copy.deepcopy(prior).requires_grad_(True)
-        self.router = Router(prior.to_q.in_features, hidden=router_hidden).to(prior.to_q.weight)
+        self.router_hidden = router_hidden
+        # By name: another expert is another entry, and its weights are in the files under that name.
+        experts = {"prior": prior.requires_grad_(False),
+                   "personalized": copy.deepcopy(prior).requires_grad_(True)}
+        self.names = tuple(experts)
+        for name, expert in experts.items():
+            self.add_module(name, expert)
+        self.router = Router(prior.to_q.in_features, len(experts), router_hidden).to(prior.to_q.weight)
+        # What moa/routing.py puts between the router and the experts.
+        self.prior_only = False
+        self.overrides: list[Callable[[Tensor], Tensor]] = []
+        self.watchers: list[Callable[[Tensor], None]] = []
+
+    @property
+    def experts(self) -> list[nn.Module]:
+        """All experts, the prior first."""
+        return [getattr(self, name) for name in self.names]
 
     def forward(self, z: Tensor, context: Tensor | ExpertContext | None = None) -> Tensor:
-        """(B, N, D), and for cross-attention a context -> (B, N, D). A tensor goes to both experts."""
-        prior_context, personalized_context = self.contexts(context)
-        if self.router.all_prior:
-            return self.prior(z, prior_context)
-        r = self.router(z)  # (B, N, 2)
-        return (r[..., :1] * self.prior(z, prior_context)
-                + r[..., 1:] * self.personalized(z, personalized_context))
+        """(B, N, D), and for cross-attention a context -> (B, N, D). A tensor goes to all experts."""
+        prior_context, subject_context = self.contexts(context)
+        out = self.prior(z, prior_context)
+        if self.prior_only:
+            return out
+        r = self.routing(z)  # (B, N, E)
+        out = r[..., :1] * out
+        for e, expert in enumerate(self.experts[1:], 1):
+            out = out + r[..., e:e + 1] * expert(z, subject_context)
+        return out
+
+    def routing(self, z: Tensor) -> Tensor:
+        """R (B, N, E): the router's weights, after what overrides make of them."""
+        r = self.router(z)
+        for override in self.overrides:
+            r = override(r)
+        for watch in self.watchers:
+            watch(r)
+        return r
 
     def contexts(self, context: Tensor | ExpertContext | None) -> tuple[Tensor | None, Tensor | None]:
-        """What the prior and what the personalized expert attend to in this layer, each (B, M, C)."""
+        """What the prior and what the other experts attend to in this layer, each (B, M, C)."""
         if isinstance(context, ExpertContext):
             return context.prior, context.personalized[self.layer]
         return context, context

@@ -16,7 +16,7 @@ from training import distributed
 import training
 import train
 from moa import load_moa
-from moa.install import read_moa
+from moa import read_moa
 from models import load_models
 from tests.stress.kill import write_base
 from tests.test_train import (Bomb, Killed, assert_refused, assert_same_run, checkpoint_of, run, small_place,

@@ -1,6 +1,7 @@
 """What a run tells about itself: metrics.jsonl, TensorBoard curves, routing sheets."""
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ import training
 import train
 from moa import ExpertContext, moa_layers
 from moa.loss import mean_routing, object_loss, router_loss
+from moa.routing import forced
 from tests.stress.kill import write_base
 from tests.test_train import Killed, metrics_of, run, small_place
 
@@ -131,7 +133,8 @@ def test_forced_routers_are_read_back():
     stage = moa_stage()
     for layer, kind, moa in moa_layers(stage.unet):
         if layer in (5, 6):
-            moa.router.forced = 0.0 if layer == 6 else torch.full((4, 4), 1.0 if kind == "self" else 0.5)
+            weight = torch.tensor(0.0 if layer == 6 else 1.0 if kind == "self" else 0.5)
+            moa.overrides.append(partial(forced, weight))
     stage.loss(0)[0].backward()
     for p in stage.module.parameters():  # forced routers have no gradient
         if p.requires_grad and p.grad is None:

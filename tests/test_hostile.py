@@ -18,7 +18,7 @@ from models import WeightsError
 from models.load import MOST_LAYERS, build_empty, read_checkpoint, read_tensors, write_whole
 from models.vae import VAEConfig
 from moa import add_moa, load_moa
-from moa.install import write_moa
+from moa import write_moa
 from images import read_settings
 from weights.checkpoints import Refusal
 from weights.parts import load_vae
@@ -100,7 +100,7 @@ def test_sizes_that_claim_any_number_of_layers():
                                     {"router_hidden": 10 ** 6}])
 def test_a_moa_file_that_claims_other_sizes_than_it_has(change, tmp_path, world):
     from models.load import load_part
-    from moa.install import read_moa
+    from moa import read_moa
     config, state = read_moa(world / "moa.safetensors")
     write_moa(state, {**config, **change}, tmp_path / "x.safetensors")
     unet = load_part(world, "unet")

@@ -15,7 +15,7 @@ from moa import (ExpertContext, MixtureOfAttention, MultimodalPrompt, PromptConf
                  force_routing, load_moa, moa_layers, record_routing, record_subject_attention, save_moa,
                  scale_personalized, sparse_routing)
 from moa.loss import masked_loss, mean_routing, object_loss, router_loss
-from moa.router import grid
+from moa import grid
 
 CFG = UNetConfig(channels=(8, 16, 24, 24), context_dim=12, groups=8, heads=4)  # 16 blocks, 32 layers
 SMALL = UNetConfig(channels=(16, 24), layers=1, context_dim=12, groups=8, heads=4)  # 4 blocks
@@ -112,7 +112,7 @@ def test_forced_by_half_it_is_the_mean_of_the_experts():
     a, b = moa.prior(z, prior), moa.personalized(z, personalized[1])  # the context of its own layer
     context = ExpertContext(prior, personalized)
     assert torch.allclose(moa(z, context), (a + b) / 2, atol=1e-6)
-    moa.router.forced = 0.25
+    moa.overrides.append(lambda r: torch.tensor([0.25, 0.75]).expand_as(r))
     assert torch.allclose(moa(z, context), 0.25 * a + 0.75 * b, atol=1e-6)
 
 
@@ -150,9 +150,9 @@ def test_forcing_ends_with_the_block_and_refuses_what_is_no_weight():
     with pytest.raises(KeyError), force_routing(unet, 1.0):
         with force_routing(unet, 0.5):
             pass
-        assert all(moa.router.forced == 1.0 for _, _, moa in moa_layers(unet))
+        assert all(moa.prior_only and len(moa.overrides) == 1 for _, _, moa in moa_layers(unet))
         raise KeyError
-    assert all(moa.router.forced is None for _, _, moa in moa_layers(unet))
+    assert not any(moa.prior_only or moa.overrides for _, _, moa in moa_layers(unet))
     for wrong in (1.1, -0.1, float("nan"), torch.tensor([[0.5, 2.0]])):
         with pytest.raises(ValueError, match="must be in"), force_routing(unet, wrong):
             pass

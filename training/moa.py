@@ -18,7 +18,7 @@ from data.fastcomposer import DataError, Folder
 from training.distributed import share
 from moa import (ExpertContext, MultimodalPrompt, PromptConfig, add_moa, load_moa, moa_config,
                  record_routing, record_subject_attention, save_moa)
-from moa.loss import masked_loss, mean_routing, object_loss, router_loss, subject_attention
+from moa.loss import mean_routing, moa_loss, people_of, subject_attention
 from models import load_models
 from models.load import Models, carry_over, load_part, save_part, save_tensors, write_whole
 from images import to_picture, to_uint8
@@ -117,20 +117,17 @@ class MoAStage(PriorStage):
             eps_hat = self.unet(inputs["x"], t, context).float()
         self.watched = ({key: r.detach() for key, r in routing.items()},
                         {layer: a.detach() for layer, a in maps.items()}, masks, present)
-        groups = [("self",), ("cross",)] if self.config.router_by_kind else [("self", "cross")]
-        prior_weights = [mean_routing([r[..., 0].float() for key, r in routing.items()
-                                       if key.layer in self.config.router_layers and key.kind in kinds],
-                                      *people.shape[-2:]) for kinds in groups]  # R, for each group
+        routing_map = mean_routing([r[..., 0].float() for key, r in routing.items()
+                                    if key.layer in self.config.router_layers], *people.shape[-2:])
         attention = [a.float() for layer, a in maps.items() if layer in self.config.object_layers]
-        masked = masked_loss(eps_hat, inputs["eps"], inputs["region"], inputs["weight"])
-        router = sum(router_loss(weights, people) for weights in prior_weights)
-        balance = object_loss(attention, masks, present)
-        loss = masked + self.config.lambda_router * router + self.config.lambda_object * balance
-        mean_prior = torch.stack(prior_weights).mean(0)
+        loss, terms = moa_loss(eps_hat, inputs["eps"], routing_map, attention, masks, present,
+                               inputs["region"], inputs["weight"], self.config.lambda_router,
+                               self.config.lambda_object)
+        background = 1 - people
         return loss, {
-            "masked": masked, "router": router, "object": balance,
-            "prior_weight_people": (mean_prior * people).sum() / people.sum().clamp(min=1),
-            "prior_weight_background": (mean_prior * (1 - people)).sum() / (1 - people).sum().clamp(min=1)}
+            **terms,
+            "prior_weight_people": (routing_map * people).sum() / people.sum().clamp(min=1),
+            "prior_weight_background": (routing_map * background).sum() / background.sum().clamp(min=1)}
 
     def encoded(self, step: int) -> dict[str, Tensor]:
         if not self.config.image_layers:
@@ -257,11 +254,6 @@ class MoAStage(PriorStage):
                 present = self.encode.texts(part)["present"]
                 found.append(self.encode.references(part)[present].float().cpu())
         return torch.cat(found)
-
-
-def people_of(masks: Tensor) -> Tensor:
-    """Masks (B, S, h, w) of a picture's subjects -> (B, h, w), the share of a cell that they cover."""
-    return masks.sum(1).clamp(max=1)
 
 
 def feature_statistics(features: Tensor) -> dict[str, Tensor]:

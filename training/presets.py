@@ -45,7 +45,6 @@ class TrainConfig:
     lambda_router: float = 0.0
     lambda_object: float = 0.0
     router_layers: tuple[int, ...] = tuple(range(16))  # L in Eq. 10
-    router_by_kind: bool = False  # Eq. 9 for self- and cross-attention apart, not for their mean
     object_layers: tuple[int, ...] = tuple(range(16))  # those of Eq. 12
     lora_layers: tuple[str, ...] = ()  # names that the path of a changed layer has one of (lora)
     lora_rank: int = 0

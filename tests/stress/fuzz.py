@@ -320,7 +320,7 @@ def moa_files(folder: Path) -> Case:
     world = copy_world(folder / "world")
     state, unet = load_file(world / "moa.safetensors"), load_part(world, "unet")
     load_moa(unet, world / "moa.safetensors")
-    from moa.install import read_moa
+    from moa import read_moa
     config = read_moa(world / "moa.safetensors")[0]
 
     def case(rng: random.Random) -> Read:
