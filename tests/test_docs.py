@@ -200,10 +200,8 @@ def test_the_scores_are_those_of_the_evaluation():
     table = [line for line in markdown(EVALUATION).splitlines() if line.startswith("|")]
     assert len(table) > 20 and "\n".join(table) in (ROOT / "docs/experiments.md").read_text(encoding="utf-8")
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    for row, name in {"place": "context", "activity": "activity", "the subject's": "identity",
-                      "attributes that": "mixup", "change": "locality", "overlap": "prior_agreement",
-                      "variety": "variety",
-                      "IoU": "router_iou", "personalized": "router_gap"}.items():
+    for row, name in {"place": "context", "activity": "activity", "identity:": "identity",
+                      "identity mix-up": "mixup", "background change": "locality"}.items():
         cells = re.search(rf"^\| {row}.*", text, re.MULTILINE)[0].split("|")
         assert [text.strip() for text in cells[3:5]] == [cell(EVALUATION[name]), cell(FRESH[name])], name
         if f"prior_{name}" in EVALUATION:
