@@ -7,7 +7,7 @@ Each case is a held-out prompt and seed, drawn three times: by the prior alone, 
 and with other subjects of the same nouns. A judge that was trained on rendered pictures only reads
 the pictures. Cases, seeds and subjects are fixed by their number; nothing is picked. Writes
 results.json, results.md, contact sheets of the first and of the worst cases with their routing maps,
-and router.png. What each score means, and what it cannot see, is in docs/benchmark.md.
+and router.png. What each score means, and what it cannot see, is in docs/results.md.
 """
 import argparse
 import hashlib
@@ -377,7 +377,7 @@ def read_batch(judge, images) -> list[Reading]:
                     people[i].cpu().numpy()) for i in range(len(images))]
 
 
-# --- scores: each has its paragraph in docs/benchmark.md ---
+# --- scores: each has its paragraph in docs/results.md ---
 
 
 def context_right(scene: toyworld.Scene, reading: Reading) -> bool:
@@ -645,7 +645,7 @@ def markdown(results: dict) -> str:
         lines.append(f"| {name} | {good} | {' | '.join(cells)} | {value['n']} | {judged} |")
     return "\n".join([*lines, "", "The last column is what the judge reaches on held-out renders: its "
                       "accuracy, the mix-ups that it sees where there are none, the IoU of the people that "
-                      "it finds. Seconds are medians. See docs/benchmark.md.", ""])
+                      "it finds. Seconds are medians. See docs/results.md.", ""])
 
 
 def worst(cases: list[Case]) -> dict[str, list[Case]]:

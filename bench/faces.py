@@ -11,7 +11,7 @@ how well the picture shows its prompt. The command can be given again after a st
 is left alone. Processes of `torchrun` share the pictures, and need one --output for all.
 
 FastComposer seeds once for all pictures; here each has its own, --seed + its number, so that a picture does
-not depend on those before it. Nothing is downloaded. docs/benchmark.md has more.
+not depend on those before it. Nothing is downloaded. docs/results.md has more.
 """
 import argparse
 import json

@@ -17,7 +17,7 @@ With --without-people pictures and captions are enough, as for a style (train.py
 Each person needs a word of their own: "two women" becomes "a woman and a woman", while people without
 a number ("women", "a crowd") cannot be trained on.
 
-DATA gets FastComposer's layout (docs/data.md) and contact_sheet.png, whole or not at all. Broken
+DATA gets FastComposer's layout (docs/train.md) and contact_sheet.png, whole or not at all. Broken
 samples are listed and left out.
 
 Exit status: 0 all samples are good, 1 some are broken, 2 an error (one line on stderr).

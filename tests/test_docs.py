@@ -77,7 +77,7 @@ def test_links_lead_to_headings(page):
             assert anchor in anchors(page.parent / target if target else page), f"{target}#{anchor}"
 
 
-@pytest.mark.parametrize(("file", "before", "after"), edits(ROOT / "docs" / "ablate.md"))
+@pytest.mark.parametrize(("file", "before", "after"), edits(ROOT / "docs" / "edit.md"))
 def test_edits_fit_the_code(file, before, after):
     code = (ROOT / file).read_text(encoding="utf-8")
     assert code.count(before) == 1 and before != after
@@ -87,7 +87,7 @@ def test_edits_fit_the_code(file, before, after):
 def test_each_ablation_has_its_row():
     """And beside it what came out, if anything did."""
     from ablate import ROWS
-    text = (ROOT / "docs" / "ablate.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "edit.md").read_text(encoding="utf-8")
     sections = re.findall(r"^## (\d+)\. .*: (`.*`)\n((?:(?!## ).*\n)*)", text, re.MULTILINE)
     assert [int(number) for number, *_ in sections] == list(range(1, 13))
     for _, names, section in sections:
@@ -97,7 +97,7 @@ def test_each_ablation_has_its_row():
 
 
 def result(name: str) -> str:
-    """A row's scores as docs/ablate.md gives them, mean over its seeds."""
+    """A row's scores as docs/edit.md gives them, mean over its seeds."""
     files = [json.loads(file.read_text()) for file in ROOT.glob(f"docs/ablations/{name}/seed-*/results.json")]
     if not files:
         return "not run yet"
@@ -107,41 +107,43 @@ def result(name: str) -> str:
         f"{mean:.3f}".lstrip("0") for mean in means))
 
 
+ABLATIONS = ROOT / "docs" / "ablations" / "README.md"
+
+
 def test_the_table_of_ablations_is_that_of_the_results(tmp_path):
     from ablate import table
     results = shutil.copytree(ROOT / "docs" / "ablations", tmp_path / "results")
-    assert table(results) in (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
+    assert table(results) in ABLATIONS.read_text(encoding="utf-8")
 
 
-# (row, column) of the differences in the text, in its order.
-FOUND = [("no-encoding", "identity"), ("people-only-no-router-loss", "identity"), ("double", "identity"),
-         ("double", "mixup"), ("one-branch-600", "identity"), ("one-branch", "locality"),
-         ("one-branch-400", "locality"), ("no-object-loss", "identity"),
-         ("no-object-loss", "prior_agreement"), ("every-second", "identity"),
-         ("router-deep", "router_iou"), ("router-64", "router_iou")]
-SUMMED_UP = [("one-branch", "prior_agreement"), ("one-branch-800", "prior_agreement"),
-             ("people-only", "locality"), ("no-encoding", "identity")]
+# How docs/results.md calls an experiment.
+CALLED = {"one finetuned branch": "one-branch", "the same, people enter below t = 800": "one-branch-800",
+          "the same, people enter below t = 600": "one-branch-600", "the people alone count": "people-only",
+          "... and no router loss": "people-only-no-router-loss", "no router loss": "no-router-loss",
+          "no object loss": "no-object-loss", "MoA in cross-attention only": "cross-only",
+          "MoA in the decoder only": "decoder-only", "routers with a hidden layer of 64": "router-64",
+          "twice the training": "double", "no (t, l)": "no-encoding"}
 
 
-def test_differences_in_the_text_are_those_of_the_table():
-    """The summary names no signs where its words do."""
-    page = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
-    head, _, *rows = page.split("The row minus `moa`")[1].split("\n\n")[1].splitlines()
-    columns = [name.strip() for name in head.split("|")]
-    table = {row[1].strip(" `"): dict(zip(columns, [cell.strip(" *") for cell in row], strict=True))
-             for row in (row.split("|") for row in rows)}
-    findings = page.split("What shows after 45,000 pictures")[1].split("![")[0]
-    for text, places in ((findings, FOUND), (page.split("## The shipped weights")[0], SUMMED_UP)):
-        said = re.findall(r"([+-]?)(\.\d{3}) ± (\.\d{3})", text)
-        cells = [table[row][column] for row, column in places]
-        assert [f"{sign or cell[0]}0{less} ± 0{error}" for (sign, less, error), cell
-                in zip(said, cells, strict=True)] == cells
+def test_differences_of_the_results_are_those_of_the_table():
+    def cells(line: str) -> list[str]:
+        return [cell.strip(" *`") for cell in line.strip("|").split("|")]
+
+    page = ABLATIONS.read_text(encoding="utf-8")
+    head, _, *lines = page.split("minus `moa`")[1].split("\n\n")[1].splitlines()
+    table = {cells(line)[0]: dict(zip(cells(head), cells(line), strict=True)) for line in lines}
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    rows = page.split("| | identity | background change |")[1].split("\n\n")[0].splitlines()[2:]
+    for (called, name), row in zip(CALLED.items(), rows, strict=True):
+        label, *differences = cells(row)
+        assert label.startswith(called)
+        assert differences == [table[name][k] for k in ("identity", "locality", "prior_agreement")], label
 
 
 def test_the_claim_that_matters_is_that_of_its_results():
     """The table of 256 cases, from the scores case by case."""
     import numpy as np
-    page = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     cases = {name: {column: np.array(values, float) for column, values in json.loads(
         (ROOT / f"docs/ablations/{name}/seed-1/results_256.json").read_text())["cases"].items()}
         for name in ("moa", "one-branch", "one-branch-800", "one-branch-600")}
@@ -158,29 +160,14 @@ def test_the_claim_that_matters_is_that_of_its_results():
         assert f"| {label} | {' | '.join(cells)} |" in page
 
 
-@pytest.mark.parametrize("table", ["groups", "scenes", "pairs", "covered"])
-def test_generalization_is_that_of_the_results(table):
-    from bench.generalization import markdown
-    results = json.loads((ROOT / "weights/toyworld/training/generalization.json").read_text())
-    page = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
-    head, *rows = markdown(results[table]).splitlines()
-    assert "\n".join([head.split(" | ", 1)[1], *rows]) in page  # the first cell says what is drawn
-
-
-@pytest.mark.parametrize(("name", "seed", "column"), [
-    ("unseen-pairs", 1, 1), ("unseen-pairs", 2, 2), ("moa", 1, 3), ("moa", 2, 4)])
-def test_unseen_pairs_are_those_of_the_results(name, seed, column):
+@pytest.mark.parametrize("scenes", ["known scenes", "new scenes"])
+@pytest.mark.parametrize("people", ["training's people", "new people"])
+def test_generalization_is_that_of_the_results(people, scenes):
     from evaluate import cell
-    results = json.loads((ROOT / f"docs/ablations/{name}/seed-{seed}/generalization.json").read_text())
-    page = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
-    table = page.split("| | never seen together, seed 1 |")[1].split("|---|\n")[1].split("\n\n")[0]
-    rows = [line.strip("| ").split(" | ") for line in table.splitlines()]
-    groups = results["groups"]
-    scores = [groups["training's people, known scenes"]["identity"],
-              groups["new people, known scenes"]["identity"],
-              groups["new people with a pair of `unseen-pairs`"]["identity"],
-              *(pair["both right"] for pair in results["pairs"].values())]
-    assert [row[column] for row in rows] == [cell(score) for score in scores]
+    results = json.loads((ROOT / "weights/toyworld/training/generalization.json").read_text())["groups"]
+    group = f"{people}, {scenes}"
+    cells = [cell(results[group][score]) for score in ("identity", "activity", "prior's activity")]
+    assert f"| {' | '.join([group, *cells])} |" in (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
 
 
 EVALUATION, FRESH = (json.loads((ROOT / f"weights/toyworld/training/{name}.json").read_text())
@@ -195,23 +182,31 @@ def test_the_evaluation_is_that_of_the_shipped_weights(evaluation, first):
     assert evaluation["cases"]["number"] == list(range(first, first + 256))
 
 
-def test_the_scores_are_those_of_the_evaluation():
-    from evaluate import cell, markdown
-    table = [line for line in markdown(EVALUATION).splitlines() if line.startswith("|")]
-    assert len(table) > 20 and "\n".join(table) in (ROOT / "docs/experiments.md").read_text(encoding="utf-8")
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    for row, name in {"place": "context", "activity": "activity", "identity:": "identity",
-                      "identity mix-up": "mixup", "background change": "locality"}.items():
-        cells = re.search(rf"^\| {row}.*", text, re.MULTILINE)[0].split("|")
+@pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
+def test_the_scores_are_those_of_the_evaluation(page):
+    from evaluate import cell
+    text = (ROOT / page).read_text(encoding="utf-8")
+    rows = {"place right": "context", "activity right": "activity", "identity:": "identity",
+            "identity mix-up:": "mixup", "background change /": "locality"}
+    if page != "README.md":
+        rows |= {"agreement with": "prior_agreement", "variety": "variety", "IoU of": "router_iou"}
+    for row, name in rows.items():
+        cells = re.search(rf"^\| {row}.*\(.*", text, re.MULTILINE)[0].split("|")
         assert [text.strip() for text in cells[3:5]] == [cell(EVALUATION[name]), cell(FRESH[name])], name
         if f"prior_{name}" in EVALUATION:
             assert cells[2].split()[0] == f"{EVALUATION[f'prior_{name}']['mean']:.3f}", name
 
 
+def test_every_score_is_explained():
+    text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    scores = {name for name, value in EVALUATION.items() if isinstance(value, dict) and "n" in value}
+    assert len(scores) > 15 and all(f"`{name}`" in text for name in scores - {"prior_context"})
+
+
 def test_activities_are_those_of_both_evaluations():
     """The table of the activities that fail, of 512 cases."""
     from evaluate import cast
-    page = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     named, right = ("waving", "standing", "shaking hands"), {}
     for each in (EVALUATION, FRESH):
         cases = each["cases"]
@@ -222,7 +217,7 @@ def test_activities_are_those_of_both_evaluations():
         prior, moa = zip(*right[activity], strict=True)
         alone = [sum(a > b for a, b in zip(*pair, strict=True)) for pair in ((prior, moa), (moa, prior))]
         shares = [f"{sum(values) / len(values):.2f}".removeprefix("0") for values in (prior, moa)]
-        assert f"| {activity} | {len(moa)} | {' | '.join(shares)} | {alone[0]} | {alone[1]} | " in page
+        assert f"| {activity} | {len(moa)} | {' | '.join(shares)} | {alone[0]} | {alone[1]} |" in page
 
 
 def test_requirements_are_there():

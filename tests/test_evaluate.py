@@ -329,7 +329,7 @@ def test_the_table_shows_every_score(case):
 
 
 def test_every_score_has_its_paragraph():
-    text = (Path(evaluate.__file__).parent / "docs" / "benchmark.md").read_text(encoding="utf-8")
+    text = (Path(evaluate.__file__).parent / "docs" / "results.md").read_text(encoding="utf-8")
     starts = re.findall(r"^((?:`\w+`, )*`\w+`): ", text, re.MULTILINE)
     assert {name for start in starts for name in re.findall(r"\w+", start)} >= evaluate.SCORES.keys()
 
@@ -534,5 +534,5 @@ def test_a_folder_without_a_judge_gets_the_shipped_one(weights, monkeypatch):
 def test_help_needs_no_torch():
     command = [sys.executable, "-X", "importtime", evaluate.__file__, "--help"]
     shown = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "docs/benchmark.md" in shown.stdout
+    assert "docs/results.md" in shown.stdout
     assert not re.search(r"\| +torch$", shown.stderr, re.M)
