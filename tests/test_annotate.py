@@ -1,0 +1,171 @@
+"""From three photographs to a picture, by small random models of the real classes."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import (
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    Blip2Processor,
+    BlipImageProcessor,
+    Mask2FormerConfig,
+    Mask2FormerForUniversalSegmentation,
+    Mask2FormerImageProcessor,
+    OPTConfig,
+    PreTrainedTokenizerFast,
+    SwinConfig,
+)
+
+from data import annotate, build
+
+ROOT = Path(__file__).parents[1]
+WORDS = ["<s>", "<pad>", "</s>", "<image>", "a", "man", "woman", "dog"]
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory) -> list[str]:
+    """Flags: a BLIP-2 that says "man" again and again, and a Mask2Former that sees people only."""
+    folder = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    words = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="a"))
+    words.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", pad_token="<pad>",
+                                        eos_token="</s>", additional_special_tokens=["<image>"])
+    small = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    captioner = Blip2ForConditionalGeneration(Blip2Config(
+        vision_config=dict(small, image_size=32, patch_size=16),
+        qformer_config=dict(small, vocab_size=len(WORDS), encoder_hidden_size=16),
+        text_config=OPTConfig(vocab_size=len(WORDS), hidden_size=16, word_embed_proj_dim=16, ffn_dim=16,
+                              num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=64,
+                              bos_token_id=0, pad_token_id=1, eos_token_id=2).to_dict(),
+        num_query_tokens=2, image_token_index=3))
+    decoder = captioner.language_model.model.decoder
+    with torch.no_grad():  # the last hidden state is always this, and nearest to "man"
+        decoder.final_layer_norm.weight.zero_()
+        decoder.final_layer_norm.bias.copy_(torch.ones(16))
+        decoder.embed_tokens.weight[WORDS.index("man")] = 1.0
+    captioner.save_pretrained(folder / "blip2")
+    Blip2Processor(BlipImageProcessor(size={"height": 32, "width": 32}), tokenizer,
+                   num_query_tokens=2).save_pretrained(folder / "blip2")
+    segmenter = Mask2FormerForUniversalSegmentation(Mask2FormerConfig(
+        backbone_config=SwinConfig(image_size=64, patch_size=4, embed_dim=8, depths=[1] * 4,
+                                   num_heads=[1] * 4, window_size=4,
+                                   out_features=[f"stage{i}" for i in range(1, 5)]),
+        feature_size=32, mask_feature_size=32, hidden_dim=32, encoder_feedforward_dim=16, encoder_layers=1,
+        decoder_layers=2, num_attention_heads=2, dim_feedforward=16, num_queries=5,
+        id2label={0: "person", 1: "dog"}, label2id={"person": 0, "dog": 1}))
+    with torch.no_grad():
+        segmenter.class_predictor.bias.copy_(torch.tensor([20.0, 0.0, 0.0]))
+    segmenter.save_pretrained(folder / "mask2former")
+    Mask2FormerImageProcessor(size={"height": 64, "width": 64}, num_labels=2,
+                              ignore_index=255).save_pretrained(folder / "mask2former")
+    return ["--captioner", str(folder / "blip2"), "--segmenter", str(folder / "mask2former"),
+            "--threshold", "0.2", "--device", "cpu"]
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    (tmp_path / "photos").mkdir()
+    for name, size in (("zoe", (200, 120)), ("leo", (120, 200)), ("mia", (160, 160))):
+        picture = Image.open(ROOT / "examples" / f"{name}.png").convert("RGB").resize(size)
+        picture.save(tmp_path / "photos" / f"{name}.jpg")
+    return tmp_path / "photos"
+
+
+def run(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as end:
+        annotate.main([str(argument) for argument in arguments])
+    return end.value.code
+
+
+def test_from_photographs_to_a_picture(photos, models, tmp_path):
+    (photos / "mia.txt").write_text("a girl in a garden\n")
+    assert run(photos, *models, "--max-people", 2) == 0
+    assert (photos / "mia.txt").read_text() == "a girl in a garden\n"
+    assert (photos / "zoe.txt").read_text().split()[:2] == ["man", "man"]
+    mask = np.array(Image.open(photos / "leo_mask.png"))
+    assert mask.shape == (200, 120) and set(np.unique(mask)) <= {0, 1, 2} and mask.any()
+    if (mask == 2).any():
+        assert (mask == 1).sum() >= (mask == 2).sum()
+    assert np.array(Image.open(photos / "mia_mask.png")).max() == 1  # the caption has one word for a person
+    assert Image.open(tmp_path / "annotations.png").width > 400
+
+    def command(*words: object) -> None:
+        done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    command("-m", "data.build", photos, "--output", tmp_path / "data")
+    command("-m", "data.build", "--check", tmp_path / "data")
+    command("train.py", "moa", "--weights", "weights/toyworld", "--data", tmp_path / "data", "--steps", 2,
+            "--batch-size", 2, "--log-every", 1, "--output", tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["step"] == 2
+    command("sample.py", "--weights", tmp_path / "run", "--subject", photos / "zoe.jpg", "--steps", 2,
+            "--prompt", "a woman on the beach", "--output", tmp_path / "picture.png")
+
+
+def test_it_goes_on_where_it_was_stopped(photos, models, monkeypatch):
+    asked = []
+    monkeypatch.setattr(annotate, "masks", lambda todo, args: asked.append(todo) or iter(()))
+    assert run(photos, *models) == 0
+    monkeypatch.undo()
+    before = {path: path.stat().st_mtime_ns for path in photos.glob("*.txt")}
+    assert run(photos, *models) == 0 and len(before) == 3
+    assert {path: path.stat().st_mtime_ns for path in photos.glob("*.txt")} == before
+    assert len(list(photos.glob("*_mask.png"))) == 3
+    monkeypatch.setattr(annotate, "load", None)  # nothing is left to do
+    assert run(photos, *models) == 0
+
+
+def test_processes_share_the_pictures(photos, models, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert run(photos, *models) == 0
+    assert [path.name for path in photos.glob("*.txt")] == ["mia.txt"]
+
+
+def test_what_cannot_be_built_is_named_with_its_reason(photos, models, capsys):
+    (photos / "zoe.txt").write_text("a bowl of fruit")
+    (photos / "leo.jpg").write_bytes(b"nothing")
+    assert run(photos, *models, "--min-share", 1.1) == 1
+    out = capsys.readouterr().out
+    assert "zoe.jpg: its caption names nobody: 'a bowl of fruit'" in out
+    assert "leo.jpg" in out and "mia.jpg: the largest person covers" in out
+    assert not list(photos.glob("*_mask.png"))
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    (["{photos}/zoe.jpg"], "is not a folder"),
+    (["{photos}/empty"], "holds no picture"),
+    (["{photos}", "--captioner", "{photos}"], "photos"),
+])
+def test_mistakes_are_one_line(photos, models, arguments, said, capsys):
+    (photos / "empty").mkdir()
+    (photos / "empty" / "film.mp4").write_bytes(b"film")
+    assert run(*(argument.format(photos=photos) for argument in arguments)) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and said in error
+
+
+def test_without_transformers_it_says_what_to_install(photos, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert run(photos) == 2
+    assert "pip install -r requirements-data.txt" in capsys.readouterr().err
+
+
+def test_masks_of_people_who_wrote_them_fit_the_builder(photos, models):
+    """A mask of another size is the builder's to refuse, by name."""
+    assert run(photos, *models) == 0
+    Image.new("L", (3, 3), 1).save(photos / "zoe_mask.png")
+    done = subprocess.run([sys.executable, "-m", "data.build", photos, "--output", photos.parent / "data"],
+                          cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "zoe_mask.png" in done.stdout and "3 x 3" in done.stdout
+    assert build.find_pictures(photos)[0] == sorted(photos.glob("*.jpg"))
