@@ -39,10 +39,10 @@ def models(tmp_path_factory) -> list[str]:
     words.pre_tokenizer = Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", pad_token="<pad>",
                                         eos_token="</s>", additional_special_tokens=["<image>"])
-    small = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     captioner = Blip2ForConditionalGeneration(Blip2Config(
-        vision_config=dict(small, image_size=32, patch_size=16),
-        qformer_config=dict(small, vocab_size=len(WORDS), encoder_hidden_size=16),
+        vision_config=small | {"image_size": 32, "patch_size": 16},
+        qformer_config=small | {"vocab_size": len(WORDS), "encoder_hidden_size": 16},
         text_config=OPTConfig(vocab_size=len(WORDS), hidden_size=16, word_embed_proj_dim=16, ffn_dim=16,
                               num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=64,
                               bos_token_id=0, pad_token_id=1, eos_token_id=2).to_dict(),
