@@ -5,7 +5,7 @@
     python train.py prior --output runs/prior --weights runs/clip
     python train.py moa   --output runs/moa   --weights runs/prior
     python train.py controlnet --output runs/controlnet --weights runs/prior
-    python train.py judge --output runs/judge
+    python train.py classifier --output runs/classifier
     python train.py lora  --output runs/lora  --weights runs/prior
 
     torchrun --nproc-per-node 4 train.py moa --output runs/moa --weights runs/prior
@@ -16,7 +16,7 @@ rounding. On a CPU, one process per core is faster than one process with as many
 that dies ends the others; with `torchrun --max-restarts N` they start again and go on by themselves.
 The output folder holds config.json, metrics.jsonl, checkpoints/ (named by their step), samples/, where
 TensorBoard is installed tensorboard/, lock, which lets no second process write there, and the weights,
-those of --weights too, so each run's folder is the next one's --weights; of judge and lora only their
+those of --weights too, so each run's folder is the next one's --weights; of classifier and lora only their
 own file.
 
 Exit status, of a process without `torchrun`: 0 trained, or saved and stopped by SIGTERM as on a machine
@@ -43,14 +43,14 @@ from errors import one_line
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["vae", "clip", "prior", "moa", "controlnet", "lora", "judge"],
+    parser.add_argument("stage", choices=["vae", "clip", "prior", "moa", "controlnet", "lora", "classifier"],
                         help="what is trained; --preset sd15 has moa and lora")
     parser.add_argument("--output", required=True, type=Path, metavar="FOLDER",
                         help="folder of the run: a new one, or with --resume that of an earlier run")
     parser.add_argument("--preset", default="toyworld", choices=["toyworld", "sd15"],
                         help="sizes and hyperparameters (default toyworld)")
     parser.add_argument("--weights", type=Path, metavar="FOLDER",
-                        help="folder with the models that the stage builds on (all but vae and judge)")
+                        help="folder with the models that the stage builds on (all but vae and classifier)")
     parser.add_argument("--moa", type=Path, metavar="FILE",
                         help="MoA file to go on from (stage moa; default: from the base model)")
     parser.add_argument("--data", type=Path, metavar="FOLDER",

@@ -7,11 +7,14 @@ With gradient clipping, the optimizer and the moving average, bf16, on a GPU. Pr
 each batch size and their ratio, in rounds of one step each, and writes graph.json.
 """
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
-from bench.measure import compare, pick, positive, report
-from command import fail
-from evaluate import SHIPPED
+import torch
+
+import command
+from bench.measure import ROOT, compare, pick, positive, report
+from training import STAGES, RecordedStep, Stage, make_config
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -31,30 +34,24 @@ def main(argv: list[str] | None = None) -> None:
     args.device, args.dtype = "auto", "bf16"
     device, _ = pick(args)
     if device.type != "cuda":
-        fail(f"a CUDA graph is for a CUDA GPU, this is {device}")
-    try:
-        rows = measure(args, device)
-    except (OSError, ValueError) as error:
-        fail(error)
-    report("graph", rows, args, device)
+        command.fail(f"a CUDA graph is for a CUDA GPU, this is {device}")
+    report("graph", measure(args, device), args, device)
 
 
-def measure(args: argparse.Namespace, device) -> list[dict]:
+def measure(args: argparse.Namespace, device: torch.device) -> list[dict]:
     """Both sides for each batch size."""
-    from training import STAGES, RecordedStep, make_config
     rows = []
     for size in args.batch_sizes:
         config = make_config("toyworld", "moa", batch_size=size, samples=args.samples)
-        stage = STAGES["moa"](config, 0, device, SHIPPED, None)
+        stage = STAGES["moa"](config, 0, device, ROOT / "weights" / "toyworld", None)
         stage.prepare()
         sides = {"eager": steps(stage, stage.backward), "graph": steps(stage, RecordedStep(stage))}
         rows += compare(sides, [("eager", "eager"), ("graph", "eager")], args.repeats, device, pictures=size)
     return rows
 
 
-def steps(stage, backward):
+def steps(stage: Stage, backward: Callable) -> Callable[[], None]:
     """A function that makes the next step each time it is called."""
-    import torch
     parameters = [p for p in stage.module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True)
     averages, done = [p.detach().clone() for p in parameters], 0

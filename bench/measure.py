@@ -6,6 +6,7 @@ median of these ratios and their quartiles. On one CPU thread the clock is the p
 which other programs change little; on more threads it is the wall clock, on a GPU events.
 """
 import argparse
+import copy
 import ctypes
 import gc
 import json
@@ -16,7 +17,16 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+import torch
+import torch.nn as nn
+
+from allocator import reuse_memory
+from models.load import PARTS, write_json
+from pipeline import pick_device
+from training import SMALL
 
 ROOT = Path(__file__).resolve().parents[1]
 Sides = dict[str, Callable[[], object]]
@@ -45,39 +55,23 @@ def positive(text: str) -> int:
     return value
 
 
-def pick(args: argparse.Namespace, keep_memory: bool = True):
-    """The device and the dtype that the flags name. Leaves with one line if there is no such device.
-
-    keep_memory: as the commands do, for all sides; else as Python does by itself.
-    """
-    import torch
-
-    from allocator import reuse_memory
-    from pipeline import pick_device
-    if keep_memory:
-        reuse_memory()
-    try:
-        device = pick_device(args.device)
-        if device.type == "cuda":
-            torch.cuda.set_device(device)  # whose events `seconds` reads
-    except ValueError as error:
-        print("error:", error, file=sys.stderr)
-        sys.exit(2)
+def pick(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
+    """The device and the dtype that the flags name. Freed memory stays, as in all commands. Raises ValueError
+    if there is no such device."""
+    reuse_memory()
+    device = pick_device(args.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # whose events `seconds` reads
     return device, {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.dtype]
 
 
 def sizes(name: str) -> dict:
     """Part of a base model -> its sizes."""
-    from models.load import PARTS
-    from training import SMALL
     return {part: SMALL[part] if name == "small" else config() for part, (_, config) in PARTS.items()}
 
 
-def twin(module):
+def twin(module: nn.Module) -> nn.Module:
     """A copy whose parameters share the memory of the module's, until one of them is changed as a whole."""
-    import copy
-
-    import torch.nn as nn
     shared = {id(p): nn.Parameter(p.data, requires_grad=p.requires_grad) for p in module.parameters()}
     return copy.deepcopy(module, shared)
 
@@ -85,16 +79,14 @@ def twin(module):
 # --- time ---
 
 
-def clock(device) -> str:
+def clock(device: torch.device) -> str:
     """Which clock `seconds` reads."""
-    import torch
     return "GPU events" if device.type == "cuda" else (
         "processor time" if torch.get_num_threads() == 1 else "wall clock")
 
 
-def seconds(function: Callable[[], object], device) -> float:
+def seconds(function: Callable[[], object], device: torch.device) -> float:
     """What one call takes."""
-    import torch
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -108,10 +100,10 @@ def seconds(function: Callable[[], object], device) -> float:
     return now() - started
 
 
-def in_turns(sides: Sides, repeats: int, device, warm_up: Sides | None = None) -> dict[str, list[float]]:
+def in_turns(sides: Sides, repeats: int, device: torch.device,
+             warm_up: Sides | None = None) -> dict[str, list[float]]:
     """Seconds of each side, round by round, after a round to warm up, of `warm_up` where it is given.
     Rounds begin with another side each."""
-    import torch
     names, taken = list(sides), {name: [] for name in sides}
     with torch.no_grad():
         for function in (warm_up or sides).values():
@@ -129,9 +121,9 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "low": low, "high": high}
 
 
-def compare(sides: Sides, pairs: Sequence[tuple[str, str]], repeats: int, device,
+def compare(sides: Sides, pairs: Sequence[tuple[str, str]], repeats: int, device: torch.device,
             warm_up: Sides | None = None, **labels) -> list[dict]:
-    """A row for each pair (side, against) of sides: the ratio of their times, and the side's seconds."""
+    """A line for each pair (side, against) of sides: the ratio of their times, and the side's seconds."""
     taken = in_turns(sides, repeats, device, warm_up)
     return [{**labels, "side": side, "against": against, "seconds": statistics.median(taken[side]),
              "ratio": spread([a / b for a, b in zip(taken[side], taken[against], strict=True)])}
@@ -141,9 +133,8 @@ def compare(sides: Sides, pairs: Sequence[tuple[str, str]], repeats: int, device
 # --- memory ---
 
 
-def reset_peak(device) -> None:
+def reset_peak(device: torch.device) -> None:
     """Forget what loading took."""
-    import torch
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -152,29 +143,26 @@ def reset_peak(device) -> None:
         Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak of the resident set starts anew
 
 
-def peak_memory(device) -> float:
+def peak_memory(device: torch.device) -> float:
     """GB since `reset_peak`."""
-    import torch
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024 / 1e9
 
 
-def in_child(script: str, arguments: Sequence[str]) -> dict:
+def in_child(module: str, arguments: Sequence[str]) -> dict:
     """Run a benchmark in a process of its own; its last line is JSON. Raises CalledProcessError."""
-    done = subprocess.run([sys.executable, script, *arguments], check=True, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run([sys.executable, "-m", module, *arguments], check=True, stdout=subprocess.PIPE,
+                          text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 # --- what is written ---
 
 
-def machine(device) -> dict[str, str | int]:
+def machine(device: torch.device) -> dict[str, str | int]:
     """What the numbers depend on."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    import torch
     processor = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
                       if line.startswith("model name")), "unknown")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor
@@ -200,9 +188,8 @@ def table(rows: list[dict]) -> str:
                               for row in rows])
 
 
-def report(name: str, rows: list[dict], args: argparse.Namespace, device) -> None:
+def report(name: str, rows: list[dict], args: argparse.Namespace, device: torch.device) -> None:
     """Print the rows and write them to NAME.json in --output, with the machine and the flags."""
-    from models.load import write_json
     found = machine(device)
     args.output.mkdir(parents=True, exist_ok=True)
     flags = {k: v for k, v in vars(args).items() if k != "output"}

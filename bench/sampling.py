@@ -17,9 +17,18 @@ import sys
 from copy import deepcopy
 from functools import partial
 
+import torch
+from diffusers import StableDiffusionPipeline, UniPCMultistepScheduler
+from diffusers.models.attention_processor import AttnProcessor2_0
+
 from bench.measure import (compare, in_child, make_parser, peak_memory, pick, positive, report, reset_peak,
                            sizes, twin)
 from bench.unet import square, with_moa
+from models import Models
+from models.clip_text import Tokenizer
+from moa import force_routing, sparse_routing
+from pipeline import Pipeline, Subject
+from tests.parity_full import pair
 
 SIDES = {"ours": ["diffusers"], "ours with MoA": ["ours", "diffusers with MoA"], "diffusers": [],
          "diffusers with MoA": ["diffusers"]}
@@ -47,10 +56,9 @@ def main(argv: list[str] | None = None) -> None:
         return
     if args.memory:
         arguments = sys.argv[1:] if argv is None else argv
-        rows = [{"pixels": args.pixels, "side": side, **in_child(__file__, [*arguments, "--side", side])}
-                for side in against]
-        peaks = {row["side"]: row["gb"] for row in rows}
-        rows = [{**row, "of ours": row["gb"] / peaks["ours"]} for row in rows]
+        peaks = {side: in_child("bench.sampling", [*arguments, "--side", side])["gb"] for side in against}
+        rows = [{"pixels": args.pixels, "side": side, "gb": gb, "of ours": gb / peaks["ours"]}
+                for side, gb in peaks.items()]
         report("sampling_memory", rows, args, device)
         return
     sides = make_sides(args, list(against))
@@ -76,7 +84,6 @@ def memory(args: argparse.Namespace, device) -> dict[str, float]:
 def make_sides(args: argparse.Namespace, names: list[str]) -> dict:
     """Side -> what draws a picture in so many steps, all with the same weights in the same memory."""
     device, dtype = pick(args)
-    from tests.parity_full import pair
     parts = {part: [model.to(device, dtype) for model in pair(part, cfg)]
              for part, cfg in sizes(args.size).items() if part != "image_encoder"}
     makers = {"ours": ours, "ours with MoA": ours_with_moa, "diffusers": theirs,
@@ -90,10 +97,7 @@ def make_sides(args: argparse.Namespace, names: list[str]) -> dict:
     return sides
 
 
-def our_pipeline(args, parts: dict, unet, prompt=None):
-    from models import Models
-    from models.clip_text import Tokenizer
-    from pipeline import Pipeline
+def our_pipeline(args, parts: dict, unet, prompt=None) -> Pipeline:
     text_encoder = parts["text_encoder"][0]
     tokenize = Tokenizer(text_encoder.cfg)
     return Pipeline(Models(unet, parts["vae"][0], text_encoder, tokenize, None, {"image_size": args.pixels}),
@@ -106,10 +110,6 @@ def ours(args, parts: dict, device, dtype):
 
 
 def ours_with_moa(args, parts: dict, device, dtype, threshold: float | None = None):
-    import torch
-
-    from moa import force_routing
-    from pipeline import Subject
     unet, prompt = with_moa(parts["unet"][0])
     pipeline = our_pipeline(args, parts, unet, prompt)
     feature = torch.randn(prompt.cfg.image_dim, device=device, dtype=dtype)
@@ -119,7 +119,6 @@ def ours_with_moa(args, parts: dict, device, dtype, threshold: float | None = No
         return pipeline.generate([PROMPT], [0], people, steps=steps, guidance_scale=SCALE)
 
     def draw_sparsely(steps):
-        from moa import sparse_routing
         with force_routing(unet, square(args.share)), sparse_routing(unet, threshold):
             return draw(steps)
 
@@ -128,10 +127,6 @@ def ours_with_moa(args, parts: dict, device, dtype, threshold: float | None = No
 
 def theirs(args, parts: dict, device, dtype, unet=None, context=None):
     """diffusers' own pipeline, given the tokens; `context` is what the naive experts attend to."""
-    import torch
-    from diffusers import StableDiffusionPipeline, UniPCMultistepScheduler
-
-    from models.clip_text import Tokenizer
     vae, text_encoder = parts["vae"][1], parts["text_encoder"][1]
     scheduler = UniPCMultistepScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
                                         steps_offset=1)
@@ -150,9 +145,6 @@ def theirs(args, parts: dict, device, dtype, unet=None, context=None):
 
 
 def theirs_with_moa(args, parts: dict, device, dtype):
-    import torch
-    from diffusers.models.attention_processor import AttnProcessor2_0
-
     class TwoExperts(torch.nn.Module):
         """A processor: the attention as it is and a copy of it, mixed by a linear router."""
 

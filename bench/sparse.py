@@ -9,16 +9,17 @@ where nearly all of the cost is; and the PSNR to the picture without, mean and l
 of a threshold are `python evaluate.py --sparse WEIGHT`'s, its price bench/unet.py's.
 """
 import argparse
-import sys
 from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 import command
 import evaluate
 from bench.measure import positive
+from models.load import write_json
+from moa import record_routing
+from moa.routing import DENSE_FROM
+from toyworld.benchmark import case_scenes, references_of, subjects_of
 
 THRESHOLDS = (0.01, 0.02, 0.03, 0.05, 0.1, 0.15, 0.2, 0.3)
 
@@ -42,16 +43,13 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from models.load import write_json
-    from moa import record_routing
-    from moa.routing import DENSE_FROM
     args.output.mkdir(parents=True, exist_ok=True)
-    args.moa = args.judge = args.guidance_scale = args.prior_above = None
+    args.moa = args.classifier = args.guidance_scale = args.prior_above = None
     evaluate.fill_in(args)
-    evaluate.moa_timesteps(args.steps, args.prior_above, f"--steps {args.steps} leave")
+    evaluate.moa_timesteps(args.steps, args.prior_above)  # refuses what leaves none
     pipeline, _, files = evaluate.load(args)
-    scenes = [evaluate.cast(number)[0] for number in range(args.count)]
-    people = [evaluate.subjects_of(pipeline, scene, evaluate.references_of(scene, number, 0))
+    scenes = [case_scenes(number)[0] for number in range(args.count)]
+    people = [subjects_of(pipeline, scene, references_of(scene, number, 0))
               for number, scene in enumerate(scenes)]
     shares: list[tuple[int, float]] = []  # pixels of a layer's map, share of them that is computed
 

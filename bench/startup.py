@@ -17,9 +17,11 @@ import time
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from bench.measure import ROOT, positive, report, spread
 
-FOLDERS = ("", "apps", "weights", "bench", "data")
+FOLDERS = ("", "weights", "apps", "bench", "data")
 PICTURE = ["sample.py", "--prompt", "a woman standing on the beach", "--seed", "0", "--output"]
 PICTURES = {"a picture": PICTURE,
             "a picture with a person": [PICTURE[0], "--subject", "examples/zoe.png", *PICTURE[1:]]}
@@ -31,8 +33,8 @@ def starts() -> dict[str, list[str]]:
     for path in [path for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.py"))]:
         if 'if __name__ == "__main__":' in path.read_text(encoding="utf-8"):
             name = str(path.relative_to(ROOT))
-            module = ["-m", name[:-3].replace("/", ".")]
-            found[f"{name} --help"] = [*(module if path.parent.name == "data" else [name]), "--help"]
+            script = path.parent in (ROOT, ROOT / "weights")
+            found[f"{name} --help"] = [*([name] if script else ["-m", name[:-3].replace("/", ".")]), "--help"]
     return found
 
 
@@ -50,7 +52,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    import torch
     cores = sorted(os.sched_getaffinity(0))[:args.cores]
     rows = []
     with tempfile.TemporaryDirectory() as folder:

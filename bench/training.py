@@ -22,7 +22,16 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import toyworld
+from allocator import reuse_memory
+from bench.fastcomposer import FastComposerStage
 from bench.measure import in_child, machine, peak_memory, positive, reset_peak, seconds, table
+from models.load import PARTS, save_part, write_json
+from pipeline import pick_device
+from training import SMALL, STAGES, make_config
 
 # Row -> (keep encoded samples, changes of the preset); None: FastComposer's step, with its optimizer or not.
 ROWS = {
@@ -59,12 +68,10 @@ def main(argv: list[str] | None = None) -> None:
         os.chdir(args.output)  # .cache is made there; this process ends with the row
         print(json.dumps(measure(args)))
         return
-    from models.load import write_json
-    from pipeline import pick_device
     arguments, rows = sys.argv[1:] if argv is None else argv, []
     for row in args.rows:
         print(row, "...", file=sys.stderr)
-        rows.append({"step": row, **in_child(__file__, [*arguments, "--here", "--rows", row])})
+        rows.append({"step": row, **in_child("bench.training", [*arguments, "--here", "--rows", row])})
     found = machine(pick_device(args.device))
     write_json({"machine": found, "batch_size": args.batch_size, "rows": rows}, args.output / "training.json")
     print(table([{k: v for k, v in row.items() if k != "spread"} for row in rows]))
@@ -73,11 +80,6 @@ def main(argv: list[str] | None = None) -> None:
 
 def make_inputs(folder: Path, size: str) -> None:
     """Base weights with random values and eight pictures, unless they are there."""
-    import torch
-
-    import toyworld
-    from models.load import PARTS, save_part, write_json
-    from training import SMALL
     weights = folder / size
     if not (weights / "done").exists():
         torch.manual_seed(0)
@@ -92,19 +94,12 @@ def make_inputs(folder: Path, size: str) -> None:
 
 def measure(args: argparse.Namespace) -> dict:
     """One row."""
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-
-    from allocator import reuse_memory
-    from pipeline import pick_device
-    from training import STAGES, make_config
     reuse_memory()
     cached, changes = ROWS[args.rows[0]]
     device = pick_device(args.device)
     common = {"steps": args.steps + 1, "batch_size": args.batch_size, "samples": 8}
     inputs, optimized = (0, device, Path(args.size), Path("data"), None), True
     if cached is None:
-        from bench.fastcomposer import FastComposerStage
         stage, optimized = FastComposerStage(make_config("sd15", "moa", **common), *inputs), changes
     else:
         config = make_config("sd15", "moa", **common, **changes)

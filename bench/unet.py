@@ -18,7 +18,13 @@ import argparse
 from collections.abc import Iterator
 from functools import partial
 
+import torch
+from torch import Tensor, nn
+
 from bench.measure import compare, make_parser, pick, positive, report, sizes, twin
+from moa import (ExpertContext, MultimodalPrompt, PromptConfig, add_moa, force_routing, moa_layers,
+                 sparse_routing)
+from tests.parity_full import pair, random
 
 QUESTIONS = ["base", "moa", "subjects", "layers"]
 VARIANTS = ["channels_last", "compiled"]
@@ -40,7 +46,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     device, dtype = pick(args)
-    from tests.parity_full import pair
     cfg = sizes(args.size)["unet"]
     ours, theirs = (unet.to(device, dtype) for unet in pair("unet", cfg))
     rows = []
@@ -53,7 +58,6 @@ def main(argv: list[str] | None = None) -> None:
 
 def inputs(args: argparse.Namespace, cfg, device, dtype) -> Iterator[tuple[tuple, dict]]:
     """x, t, context of each picture size and batch, and what to call them."""
-    from tests.parity_full import random
     for pixels in args.pixels:
         for batch in args.batches:
             x, text = random(batch, cfg.latent_channels, pixels // 8, pixels // 8), random(batch, 77,
@@ -69,7 +73,6 @@ def against_all(sides: dict, reference: str) -> list[tuple[str, str]]:
 
 def base(args, ours, theirs, device, dtype) -> Iterator[tuple]:
     """Ours and diffusers', plain and in each variant."""
-    import torch
     models = {"diffusers": theirs, "ours": ours}
     for name, unet in list(models.items()):
         if "channels_last" in args.variants:
@@ -81,11 +84,8 @@ def base(args, ours, theirs, device, dtype) -> Iterator[tuple]:
         yield sides, against_all(sides, "diffusers"), labels
 
 
-def with_moa(ours):
+def with_moa(ours: nn.Module) -> tuple[nn.Module, MultimodalPrompt]:
     """Our UNet with personalized experts and routers that are random, and a random prompt module."""
-    import torch
-
-    from moa import MultimodalPrompt, PromptConfig, add_moa, moa_layers
     unet = add_moa(twin(ours))
     with torch.no_grad():
         for _, _, layer in moa_layers(unet):
@@ -99,20 +99,16 @@ def with_moa(ours):
     return unet.eval(), prompt.eval().to(parameter.device, parameter.dtype)
 
 
-def context_of(prompt, text, t, people: int = 1):
-    """The `ExpertContext` of a prompt (B, M, C) with so many people."""
-    import torch
-
-    from moa import ExpertContext
+def context_of(prompt: MultimodalPrompt, text: Tensor, t: Tensor, people: int = 1) -> ExpertContext:
+    """The tokens of a prompt (B, M, C) with so many people."""
     features = torch.randn(len(text), people, prompt.cfg.image_dim, dtype=text.dtype, device=text.device)
     positions = torch.arange(2, 2 + people, device=text.device).expand(len(text), -1)
     present = torch.ones_like(positions, dtype=torch.bool)
     return ExpertContext(text, prompt(text, features, positions, present, t))
 
 
-def square(share: float, side: int = 64):
+def square(share: float, side: int = 64) -> Tensor:
     """(side, side) map of the prior's weight: a half on a square of this share, else 1."""
-    import torch
     weights, length = torch.ones(side, side), round(side * share ** 0.5)
     start = (side - length) // 2
     weights[start:start + length, start:start + length] = 0.5
@@ -121,14 +117,12 @@ def square(share: float, side: int = 64):
 
 def moa(args, ours, theirs, device, dtype) -> Iterator[tuple]:
     """Our base, dense MoA and sparse MoA."""
-    from moa import force_routing
     unet, prompt = with_moa(ours)
     people = square(args.share)
     for (x, t, text), labels in inputs(args, ours.cfg, device, dtype):
         context = context_of(prompt, text, t)
 
         def sparse(threshold, x=x, t=t, context=context):
-            from moa import sparse_routing
             with force_routing(unet, people), sparse_routing(unet, threshold):
                 return unet(x, t, context)
 
@@ -150,7 +144,6 @@ def subjects(args, ours, theirs, device, dtype) -> Iterator[tuple]:
 
 def layers(args, ours, theirs, device, dtype) -> Iterator[tuple]:
     """MoA in the first transformer blocks only: in the others the prior is alone."""
-    from moa import moa_layers
     unet, prompt = with_moa(ours)
     partly = {}
     for count in BLOCKS:

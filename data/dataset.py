@@ -63,7 +63,7 @@ def scene_sample(seed: int, split: str) -> Sample:
 
 
 def scene_labels(scene: toyworld.Scene) -> dict:
-    """What a judge has to read back from the picture of a scene, as class indices."""
+    """What a classifier has to read back from the picture of a scene, as class indices."""
     attributes = []
     for subject in scene.subjects:
         labels = toyworld.attribute_labels(subject.identity)

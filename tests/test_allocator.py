@@ -50,7 +50,7 @@ def test_all_commands_do_it(monkeypatch):
 
     for module in (command, evaluate, train):
         monkeypatch.setattr(module, "reuse_memory", called)
-    monkeypatch.setattr(sys, "argv", ["train.py", "judge", "--output", "nowhere"])
+    monkeypatch.setattr(sys, "argv", ["train.py", "classifier", "--output", "nowhere"])
     for run in (lambda: command.execute(print, None), lambda: evaluate.main(["--output", "nowhere"]),
                 train.main):
         with pytest.raises(RuntimeError, match="called"):

@@ -76,7 +76,7 @@ def test_training(tmp_path):
     data = ["--preset", "sd15", "--data", "world"]
     said = on_gpu(
         tmp_path, stage("vae", None), stage("clip", "vae"), stage("prior", "clip"), stage("moa", "prior"),
-        stage("controlnet", "prior"), stage("lora", "prior"), stage("judge", None),
+        stage("controlnet", "prior"), stage("lora", "prior"), stage("classifier", None),
         stage("moa", "prior", *data, "--accumulate", 2, output="streamed"),
         stage("moa", "prior", *data, "--cache", "cache", "--checkpoint-every", 1, output="cached"),
         stage("moa", "prior", *data, "--cache", "cache", "--resume", output="cached"))

@@ -100,7 +100,7 @@ def place(tmp_path_factory):
 
 
 CODE = "v1-2-gabcdef-dirty"
-STEPS = {"vae": 6, "clip": 3, "prior": 6, "moa": 6, "controlnet": 6, "lora": 6, "judge": 3}
+STEPS = {"vae": 6, "clip": 3, "prior": 6, "moa": 6, "controlnet": 6, "lora": 6, "classifier": 3}
 PREVIOUS = {"clip": "vae", "prior": "clip", "moa": "prior", "controlnet": "prior", "lora": "prior"}
 
 
@@ -209,7 +209,7 @@ def test_each_folder_is_the_next_stage_s_weights(runs):
     assert held["prior"] == set(PARTS)
     assert held["moa"] == set(PARTS) | {"moa", "subjects"}
     assert held["controlnet"] == set(PARTS) | {"controlnet"}
-    assert held["judge"] == {"judge"}
+    assert held["classifier"] == {"classifier"}
     assert held["lora"] == {"lora"}
     for stage, before in PREVIOUS.items():
         for part in held[before] if stage != "lora" else ():
@@ -716,7 +716,7 @@ def test_folders_that_cannot_be_trained_on(folder, runs, tmp_path, capsys):
     world = tmp_path / "world"
     shutil.copytree(folder, world)
     options = ["--steps", 1, "--output", tmp_path / "run", "--data", world]
-    assert_refused(capsys, world, "judge", *options, match="cannot use --data")
+    assert_refused(capsys, world, "classifier", *options, match="cannot use --data")
     assert_refused(capsys, world, "clip", *options, match="cannot use --data")
     for path in world.rglob("*.json"):
         path.write_text(json.dumps({**json.loads(path.read_text()), "segments": []}))

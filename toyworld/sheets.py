@@ -6,9 +6,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
-from images import LINE, beside, heading, labelled, stack, write
+from images import LINE, beside, heading, labelled, paint, stack, write
 from models.load import write_whole
-from images import paint
 
 TILE = 60  # pixels of one layer's routing map
 FULL = 0.5  # of the range of colours: a change of this much is shown as the strongest
@@ -16,18 +15,18 @@ COLUMNS = (("subjects", "who is to be in the picture"), ("prior alone", "the bas
            ("with them", "the same prompt and seed with the subjects"),
            ("others", "other subjects of the same words"), ("with the others", "once more with these"),
            ("change", "from 'with them' to 'with the others', dark: none, yellow: half of the range or more; "
-                      "white: the people that the judge sees in either"),
+                      "white: the people that the classifier sees in either"),
            ("routing", "mean weight of the personalized expert in 'with them', its own lowest dark, its "
-                       "highest yellow; white: the people that the judge sees"))
+                       "highest yellow; white: the people that the classifier sees"))
 LAYERS = ("Weight of the personalized expert with the subjects, mean over the timesteps at which MoA draws: "
           "dark 0, yellow 1. Upper row: self-attention, lower row: cross-attention, l: transformer block in "
           "forward order. Left: the picture, and the mean of all maps on a scale of its own; white: the "
-          "people that the judge sees.")
+          "people that the classifier sees.")
 
 
 def case_sheet(entries: list[tuple]) -> Image.Image:
     """Cases in two columns. entries: (case, references (people, S, S, 3) of its first and of its second
-    casting, its description by `evaluate.describe`)."""
+    subjects, its description by `evaluate.summary`)."""
     blocks = [stack([text_lines(description, 7 * 136), labelled(tiles(*entry), len(COLUMNS))])
               for *entry, description in entries]
     columns = [stack(blocks[k::2]) for k in range(min(2, len(blocks)))]
@@ -72,7 +71,7 @@ def text_lines(description: dict, width: int) -> Image.Image:
     local = "-" if description["locality"] is None else f"{description['locality']:.2f}"
     wrong = [", ".join(names).replace("_", " ") or "nothing" for names in description["wrong"]]
     lines = [f"case {description['case']}: {description['prompt']}",
-             f"identity {description['identity']:.2f},  locality {local},  "
+             f"identity {description['identity']:.2f},  background change {local},  "
              f"router IoU {description['router_iou']:.2f}",
              "read wrong: " + (wrong[0] if len(wrong) == 1 else f"left {wrong[0]};  right {wrong[1]}")]
     image = Image.new("RGB", (width, LINE * len(lines) + 8), "white")
@@ -119,7 +118,7 @@ def plot_router(router: dict, path: Path) -> None:
         Figure = None
     if Figure is None or not cases:
         path.unlink(missing_ok=True)
-        why = "the judge sees no people in any picture" if Figure else (
+        why = "the classifier sees no people in any picture" if Figure else (
             "matplotlib is not installed (requirements-dev.txt names it)")
         print(f"{path.name} was not drawn: {why}", file=sys.stderr)
         return

@@ -2,7 +2,7 @@
 from training.clip import CLIPStage
 from training.controlnet import ControlNetStage
 from training.graph import RecordedStep, check_graph
-from training.judge import JudgeStage
+from training.judge import ClassifierStage
 from training.lora import LoRAStage
 from training.moa import MoAStage
 from training.presets import PRESETS, SMALL, StageError, TrainConfig, check_preset, make_config
@@ -15,4 +15,4 @@ __all__ = ["PRESETS", "SMALL", "STAGES", "RecordedStep", "Stage", "StageError", 
 
 STAGES: dict[str, type[Stage]] = {
     "vae": VAEStage, "clip": CLIPStage, "prior": PriorStage, "moa": MoAStage,
-    "controlnet": ControlNetStage, "lora": LoRAStage, "judge": JudgeStage}
+    "controlnet": ControlNetStage, "lora": LoRAStage, "classifier": ClassifierStage}

@@ -1,4 +1,4 @@
-"""The judge of the small world: it reads its pictures (`toyworld/judge.py`)."""
+"""The classifier of the small world: it reads its pictures (`toyworld/classifier.py`)."""
 from pathlib import Path
 
 import numpy as np
@@ -8,20 +8,20 @@ from torch import Tensor
 
 import toyworld
 from data.dataset import Cache, batch_indices
-from toyworld.judge import Judge
+from toyworld.classifier import Classifier
 from models.load import save_tensors, write_json
 from images import to_picture
 from training.stage import Stage, step_generator
 
 
-class JudgeStage(Stage):
-    """Reads attributes, activity, place and masks off rendered pictures (`toyworld/judge.py`)."""
+class ClassifierStage(Stage):
+    """Reads attributes, activity, place and masks off rendered pictures (`toyworld/classifier.py`)."""
 
     reads = ()
     shareable = False  # means over the attributes that are visible, of which samples have unequal numbers
 
     def setup(self) -> None:
-        self.module = Judge().to(memory_format=torch.channels_last)
+        self.module = Classifier().to(memory_format=torch.channels_last)
         self.scenes = self.rendered("scenes", self.config.samples)
         self.test = self.rendered("scenes", 2000, "test")
         self.labels = {id(c): {name: torch.as_tensor(c.labels(name))
@@ -77,4 +77,4 @@ class JudgeStage(Stage):
         print("\nheld-out renders: " + ", ".join(f"{k} {v:.3f}" for k, v in scores.items()))
 
     def export(self, folder: Path) -> None:
-        save_tensors(self.module.state_dict(), folder / "judge.safetensors", torch.float16)
+        save_tensors(self.module.state_dict(), folder / "classifier.safetensors", torch.float16)

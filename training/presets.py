@@ -63,7 +63,7 @@ TOYWORLD = {
                        router_layers=(0, 1, 2, 3, 10, 11, 12, 13, 14, 15)),
     # Half of the prompts empty, as in the paper, so that the skeleton has to tell what is to be seen.
     "controlnet": TrainConfig(steps=3000, batch_size=36, lr=1e-3, ema=0.995, null_probability=0.5),
-    "judge": TrainConfig(steps=4500, batch_size=32, lr=2e-3, ema=0.998, bf16=True),
+    "classifier": TrainConfig(steps=4500, batch_size=32, lr=2e-3, ema=0.998, bf16=True),
     # Attention only, so that --lora-scope attn is all of it; ("attentions",) is all of a transformer block.
     "lora": TrainConfig(steps=260, batch_size=16, lr=3e-3, samples=2000, ema=0.99,
                         lora_layers=("attn1", "attn2"), lora_rank=8, lora_alpha=8.0),

@@ -70,7 +70,7 @@ def start(folder: Path, name: str, steps: int, *options: str, torchrun: tuple = 
     place.mkdir(exist_ok=True)
     several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", PROCESSES, *torchrun]
     data = ["--data", folder / "world"] if stage == "moa" else ["--samples", 24]
-    weights = [] if stage in ("vae", "judge") else ["--weights", folder / "base"]
+    weights = [] if stage in ("vae", "classifier") else ["--weights", folder / "base"]
     command = [sys.executable, *(several if stage == "moa" else []), program, stage, *weights, *data,
                "--steps", steps, "--batch-size", 4, "--log-every", 1, "--checkpoint-every", 3, "--keep", KEEP,
                "--device", "cpu", "--output", place / "run", *options]

@@ -1,8 +1,9 @@
-"""A judge for the small world: reads people, their attributes, the activity and the place off a picture.
+"""A classifier for the small world: people, their attributes, the activity and the place of a picture.
 
-Trained on rendered pictures only (`train.py judge`), so it owes nothing to the models that it judges.
+Trained on rendered pictures only (`train.py classifier`), so it owes nothing to the models that it scores.
 People are read from left to right, as the captions name them.
 """
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -11,11 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import toyworld
-from data.dataset import MAX_SUBJECTS
+from models.load import check_exact, read_tensors
+
+MAX_PEOPLE = 2  # P, of a scene
 
 
-class Verdict(NamedTuple):
-    """Logits of one forward pass."""
+class Logits(NamedTuple):
+    """Of one forward pass."""
 
     people: Tensor  # (B, 1 + P, 32, 32): background, left person, right person
     attributes: dict[str, Tensor]  # (B, P, classes) by attribute
@@ -40,7 +43,7 @@ class Block(nn.Module):
         return x + self.body(x)
 
 
-class Judge(nn.Module):
+class Classifier(nn.Module):
     """A small convolutional network with a mask head and pooled read-out heads."""
 
     def __init__(self):
@@ -52,7 +55,7 @@ class Judge(nn.Module):
         self.coarse_to_fine = nn.Conv2d(128, 48, 1)
         self.middle_to_fine = nn.Conv2d(96, 48, 1)
         self.merge = Block(48, 48, 1)
-        self.people = nn.Conv2d(48, 1 + MAX_SUBJECTS, 1)
+        self.people = nn.Conv2d(48, 1 + MAX_PEOPLE, 1)
         # Features at three heights of a person: hair, shirt and trousers can share a colour.
         self.person = nn.Sequential(nn.Linear(3 * 48 + 128, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU())
         self.attributes = nn.ModuleDict(
@@ -61,10 +64,10 @@ class Judge(nn.Module):
         self.activity = nn.Linear(256, len(toyworld.ACTIVITIES))
         self.context = nn.Linear(256, len(toyworld.CONTEXTS))
         self.style = nn.Linear(256, len(toyworld.STYLES))
-        self.count = nn.Linear(256, MAX_SUBJECTS)
+        self.count = nn.Linear(256, MAX_PEOPLE)
 
-    def forward(self, image: Tensor, masks: Tensor | None = None) -> Verdict:
-        """(B, 3, 128, 128) in [-1, 1] -> Verdict.
+    def forward(self, image: Tensor, masks: Tensor | None = None) -> Logits:
+        """(B, 3, 128, 128) in [-1, 1] -> Logits.
 
         `masks` (B, P, 32, 32), the true ones, may replace the predicted ones in training.
         """
@@ -79,8 +82,8 @@ class Judge(nn.Module):
         around = F.interpolate(coarse, size)
         person = self.person(torch.cat([person_features(merged, masks), pool(around, masks)], -1))
         scene = self.scene(torch.cat([coarse.mean((2, 3)), coarse.amax((2, 3))], -1))
-        return Verdict(people, {name: head(person) for name, head in self.attributes.items()},
-                       self.activity(scene), self.context(scene), self.style(scene), self.count(scene))
+        return Logits(people, {name: head(person) for name, head in self.attributes.items()},
+                      self.activity(scene), self.context(scene), self.style(scene), self.count(scene))
 
 
 def pool(features: Tensor, masks: Tensor) -> Tensor:
@@ -96,3 +99,12 @@ def person_features(features: Tensor, masks: Tensor) -> Tensor:
     parts = [pool(features, masks * ((position >= low) & (position < high))[..., None])
              for low, high in ((-1.0, 0.5), (0.5, 0.8), (0.8, 2.0))]
     return torch.cat(parts, -1)
+
+
+def load_classifier(path: Path, device: torch.device | str = "cpu") -> Classifier:
+    """The classifier in a file of `train.py classifier`. Raises WeightsError."""
+    classifier = Classifier()
+    state = {name: tensor.float() for name, tensor in read_tensors(path).items()}
+    check_exact(state, classifier.state_dict(), path)
+    classifier.load_state_dict(state)
+    return classifier.eval().to(device)
