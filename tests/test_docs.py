@@ -84,26 +84,26 @@ def test_edits_fit_the_code(file, before, after):
     ast.parse(code.replace(before, after))
 
 
-def test_each_ablation_has_its_row():
+def test_each_ablation_is_an_experiment():
     """And beside it what came out, if anything did."""
-    from ablate import ROWS
+    from ablate import EXPERIMENTS
     text = (ROOT / "docs" / "edit.md").read_text(encoding="utf-8")
     sections = re.findall(r"^## (\d+)\. .*: (`.*`)\n((?:(?!## ).*\n)*)", text, re.MULTILINE)
     assert [int(number) for number, *_ in sections] == list(range(1, 13))
     for _, names, section in sections:
         for name in re.findall("`(.*?)`", names):
-            assert name in ROWS and result(name) in section, f"{name}: {result(name)}"
+            assert name in EXPERIMENTS and result(name) in section, f"{name}: {result(name)}"
     assert result("moa") in text
 
 
 def result(name: str) -> str:
-    """A row's scores as docs/edit.md gives them, mean over its seeds."""
+    """An experiment's scores as docs/edit.md gives them, mean over its seeds."""
     files = [json.loads(file.read_text()) for file in ROOT.glob(f"docs/ablations/{name}/seed-*/results.json")]
     if not files:
         return "not run yet"
     means = [sum(scores[column]["mean"] for scores in files) / len(files)
              for column in ("identity", "locality", "prior_agreement")]
-    return "identity {}, locality {}, agreement with the prior {}".format(*(
+    return "identity {}, background change {}, agreement with the prior {}".format(*(
         f"{mean:.3f}".lstrip("0") for mean in means))
 
 
@@ -137,7 +137,8 @@ def test_differences_of_the_results_are_those_of_the_table():
     for (called, name), row in zip(CALLED.items(), rows, strict=True):
         label, *differences = cells(row)
         assert label.startswith(called)
-        assert differences == [table[name][k] for k in ("identity", "locality", "prior_agreement")], label
+        columns = ("identity", "background change", "prior_agreement")
+        assert differences == [table[name][column] for column in columns], label
 
 
 def test_the_claim_that_matters_is_that_of_its_results():
@@ -178,7 +179,8 @@ EVALUATION, FRESH = (json.loads((ROOT / f"weights/toyworld/training/{name}.json"
 def test_the_evaluation_is_that_of_the_shipped_weights(evaluation, first):
     from evaluate import checksum
     sums = evaluation["run"]["sha256"]
-    assert {name: checksum(ROOT / "weights/toyworld" / f"{name}.safetensors") for name in sums} == sums
+    files = {name: {"judge": "classifier"}.get(name, name) + ".safetensors" for name in sums}
+    assert {name: checksum(ROOT / "weights/toyworld" / file) for name, file in files.items()} == sums
     assert evaluation["cases"]["number"] == list(range(first, first + 256))
 
 
@@ -205,13 +207,13 @@ def test_every_score_is_explained():
 
 def test_activities_are_those_of_both_evaluations():
     """The table of the activities that fail, of 512 cases."""
-    from evaluate import cast
+    from toyworld.benchmark import case_scenes
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     named, right = ("waving", "standing", "shaking hands"), {}
     for each in (EVALUATION, FRESH):
         cases = each["cases"]
         for number, *both in zip(cases["number"], cases["prior_activity"], cases["activity"], strict=True):
-            activity = cast(number)[0].activity
+            activity = case_scenes(number)[0].activity
             right.setdefault(activity if activity in named else "the ten others", []).append(both)
     for activity in (*named, "the ten others"):
         prior, moa = zip(*right[activity], strict=True)
