@@ -31,7 +31,7 @@ TEXT_NAMES = {"embeddings.token_embedding.": "token_embedding.", "final_layer_no
 
 
 @dataclass
-class Judges:
+class Networks:
     """What looks at the pictures."""
 
     detect: Callable[[Image.Image], Tensor | None]  # faces (N, 3, 160, 160), the largest first
@@ -73,19 +73,19 @@ def match_greedily(similarity: Tensor) -> list[float]:
     return found
 
 
-def prompt_score(judges: Judges, picture: Image.Image, prompt: str) -> float:
+def prompt_score(networks: Networks, picture: Image.Image, prompt: str) -> float:
     """PC of a picture: the cosine of CLIP's embeddings, in -1..1."""
-    return float(judges.see(picture) @ judges.read(prompt))
+    return float(networks.see(picture) @ networks.read(prompt))
 
 
-# --- the judges ---
+# --- the networks ---
 
 
-def load_judges(facenet: Path, clip: Path, device: torch.device) -> Judges:
+def load_networks(facenet: Path, clip: Path, device: torch.device) -> Networks:
     """MTCNN, FaceNet and CLIP. Nothing is downloaded. Raises ValueError, saying what to do."""
     detect, embed = load_faces(facenet, device)
     see, read, as_paper = load_clip(clip, device)
-    return Judges(detect, embed, see, read, {"facenet": checksum(facenet), **{
+    return Networks(detect, embed, see, read, {"facenet": checksum(facenet), **{
         f"clip/{file.name}": checksum(file) for file in clip_files(clip)}}, as_paper)
 
 

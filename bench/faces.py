@@ -20,10 +20,22 @@ from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
 import command
 import sample
+from bench.face_scores import Networks, identity_score, load_networks, prompt_score
 from bench.table3 import IMAGES, MULTI, SINGLE, SUBJECTS, TABLE3
+from evaluate import checksum, device_name
+from images import read_picture, read_settings, to_images
+from models.load import write_json, write_whole
+from pipeline import pick_device
 from subjects import PEOPLE, bind_subjects
+from train import git_describe
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -47,35 +59,27 @@ def main(argv: list[str] | None = None) -> None:
     command.execute(run, parse_args(argv))
 
 
+@torch.no_grad()
 def run(args: argparse.Namespace) -> None:
     """Check everything, draw this process's pictures, score them; the first process writes the table."""
     changed = changed_settings(args)  # before what they leave open is filled in
     check(args)
-    people = read_subjects(args.subjects)
-    cases = plan(args, people)
-    import torch
-
-    from evaluate import device_name
-    from bench.face_scores import load_judges
-    from pipeline import pick_device
-    from train import git_describe
+    cases = plan(args, read_subjects(args.subjects))
     device = pick_device(args.device)
-    judges = load_judges(args.facenet, args.clip, device)
-    with torch.no_grad():
-        references = read_references(judges, {person for case in cases for person in case.people})
+    networks = load_networks(args.facenet, args.clip, device)
+    references = read_references(networks, {person for case in cases for person in case.people})
     pipeline = sample.load(args, people=True)
-    weights = claim(args)
+    files = claim(args, networks)
     mine = sample.own_share(cases)
     sample.draw_lines(args, pipeline, {case.picture: to_line(case) for case in mine})
     del pipeline
-    with torch.no_grad():
-        score(mine, judges, references)
+    score(mine, networks, references)
     if cases[0] in mine:  # this is the first process
         source = {"code": git_describe(), "torch": torch.__version__, "device": device_name(device),
-                  "sha256": weights | judges.files}
-        if not judges.as_paper:
+                  "sha256": files}
+        if not networks.as_paper:
             changed.append("another CLIP")
-        write_results(args, cases, gather(args, cases, judges), source, changed)
+        write_results(args, cases, gather(args, cases), source, changed)
 
 
 # What may differ and the pictures' scores still be compared with Table 3.
@@ -100,10 +104,6 @@ def check(args: argparse.Namespace) -> None:
             raise ValueError(f"{flag} is missing: give {what}")
         if not path.exists():
             raise ValueError(f"{flag} {path} does not exist: give {what}")
-    for name, lowest in (("subjects", 2 if args.multi else 1), ("prompts", 1), ("images", 1)):
-        value = getattr(args, f"max_{name}")
-        if value is not None and value < lowest:
-            raise ValueError(f"--max-{name} must be at least {lowest}, not {value}")
     command.check_writable("--output", args.output / "results.json")
 
 
@@ -141,16 +141,14 @@ def read_subjects(folder: Path) -> list[Person | None]:
     table = folder / "subjects.json"
     nouns = command.read_json(table) if table.exists() else SUBJECTS
     there = sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
-    if not isinstance(nouns, dict) or not nouns or not all(noun in PEOPLE for noun in nouns.values()):
+    if not isinstance(nouns, dict) or not all(noun in PEOPLE for noun in nouns.values()):
         raise ValueError(f'{table} must say what to call each person, as {{"anna": "woman"}}, with one of '
                          f"the words {', '.join(PEOPLE)}")
-    if not there:
-        raise ValueError(f"--subjects {folder} is empty: put a folder with a photo in it for each person")
     for name in there:
         if name not in nouns:
             raise ValueError(f"{folder / name} is not a known subject: write what to call each person, "
                              f'as {{"{name}": "woman"}}, to {table}')
-    if table.exists() and (missing := sorted(nouns.keys() - set(there))):
+    if missing := [name for name in sorted(nouns) if table.exists() and name not in there]:
         raise ValueError(f"{table} names {missing[0]}, but there is no folder {folder / missing[0]}")
     return [Person(name, nouns[name], first_photo(folder / name)) if name in there else None
             for name in sorted(nouns)]
@@ -184,7 +182,8 @@ def plan(args: argparse.Namespace, people: list[Person | None]) -> list[Case]:
                                       args.output / "pictures" / f"{name}.png",
                                       args.output / "scores" / f"{name}.json"))
     if not cases:
-        raise ValueError(f"--subjects {args.subjects} has {len(wanted)} person: --multi needs two")
+        raise ValueError(f"--subjects {args.subjects} has {len(wanted)} people: "
+                         "put a folder with a photo in it for each person, --multi needs two")
     return cases
 
 
@@ -194,35 +193,31 @@ def to_line(case: Case) -> sample.Line:
         f"{k}={person.photo}" for k, person in enumerate(case.people, 1)])
 
 
-def read_references(judges, people: set[Person]) -> dict[Person, object]:
+def read_references(networks: Networks, people: set[Person]) -> dict[Person, Tensor]:
     """The embedding (E,) of the face in each person's photo. Raises ValueError naming a photo without."""
-    from images import read_picture, to_images
     found = {}
     for person in sorted(people, key=lambda person: person.name):
-        found[person] = judges.reference(to_images(read_picture(person.photo)[None] * 2 - 1)[0])
+        found[person] = networks.reference(to_images(read_picture(person.photo)[None] * 2 - 1)[0])
         if found[person] is None:
             raise ValueError(f"{person.photo}: no face is found in it, and there is nothing to compare with: "
                              "give another photo")
     return found
 
 
-def claim(args: argparse.Namespace) -> dict[str, str]:
-    """Note in --output which weights its pictures are drawn with: their checksums, by name.
+def claim(args: argparse.Namespace, networks: Networks) -> dict[str, str]:
+    """Note in --output which weights its pictures are drawn and scored with: their checksums, by name.
 
-    Raises ValueError if pictures by others lie there, which their own settings would not tell.
+    Raises ValueError if what lies there is by others.
     """
-    from evaluate import checksum
-    from models.load import write_json
     parts = {part: args.weights / f"{part}.safetensors" for part in
              ("unet", "vae", "text_encoder", "image_encoder")}
     files = {name: checksum(file) for name, file in {**parts, "moa": args.moa}.items()
-             if file and file.is_file()}
+             if file and file.is_file()} | networks.files
     note, mine = args.output / "run.json", {"protocol": "multi" if args.multi else "single", **files}
-    if note.exists() and (args.output / "pictures").exists():
-        found = command.read_json(note)
-        if wrong := [name for name in {**mine, **found} if mine.get(name) != found.get(name)]:
-            raise ValueError(f"--output {args.output} has pictures of another run, with another "
-                             f"{' and '.join(wrong)}: give another folder")
+    found = command.read_json(note) if note.exists() else mine
+    if wrong := [name for name in {**mine, **found} if mine.get(name) != found.get(name)]:
+        raise ValueError(f"--output {args.output} has pictures of another run, with another "
+                         f"{' and '.join(wrong)}: give another folder")
     args.output.mkdir(parents=True, exist_ok=True)
     write_json(mine, note)
     return files
@@ -231,55 +226,38 @@ def claim(args: argparse.Namespace) -> dict[str, str]:
 # --- scoring ---
 
 
-def fingerprint(case: Case, judges) -> dict:
-    """What the scores of a picture depend on."""
-    from evaluate import checksum
-    return {"picture": checksum(case.picture) if case.picture.exists() else None, **judges.files,
-            "photos": [checksum(person.photo) for person in case.people]}
-
-
-def read_score(case: Case, origin: dict[str, str]) -> dict | None:
-    """The scores that are kept of a picture, None if they are of another one or by other judges."""
-    try:
-        kept = json.loads(case.scores.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return kept if isinstance(kept, dict) and kept.get("of") == origin else None
-
-
-def score(cases: list[Case], judges, references: dict) -> None:
+def score(cases: list[Case], networks: Networks, references: dict[Person, Tensor]) -> None:
     """Score the pictures that have no scores yet; each picture's are written as soon as they are there."""
-    import torch
-    from PIL import Image
-    from tqdm import tqdm
-
-    from bench.face_scores import identity_score, prompt_score
-    from models.load import write_json
     for case in tqdm(cases, "scoring", unit="picture", disable=None):
-        origin = fingerprint(case, judges)
-        if read_score(case, origin):
+        if read_score(case):
             continue
         with Image.open(case.picture) as image:
             picture = image.convert("RGB")
-        faces = judges.detect(picture)
+        faces = networks.detect(picture)
         known = torch.stack([references[person] for person in case.people])
         case.scores.parent.mkdir(exist_ok=True)
-        write_json({"ip": identity_score(faces, known, judges.embed),
-                    "pc": prompt_score(judges, picture, case.prompt),
-                    "faces": 0 if faces is None else len(faces), "of": origin}, case.scores)
+        write_json({"ip": identity_score(faces, known, networks.embed),
+                    "pc": prompt_score(networks, picture, case.prompt),
+                    "faces": 0 if faces is None else len(faces), "of": checksum(case.picture)}, case.scores)
 
 
-def gather(args: argparse.Namespace, cases: list[Case], judges) -> list[dict]:
+def read_score(case: Case) -> dict | None:
+    """The scores that are kept of a picture, None if there are none, or of an older one."""
+    if not case.picture.exists() or not case.scores.exists():
+        return None
+    kept = json.loads(case.scores.read_text(encoding="utf-8"))
+    return kept if kept["of"] == checksum(case.picture) else None
+
+
+def gather(args: argparse.Namespace, cases: list[Case]) -> list[dict]:
     """The scores of all pictures; waits for those of the other processes, whose end would end this one."""
-    from images import read_settings
     scores = []
     for case in cases:
         line = to_line(case)
         line.places = [] if args.prior_only else bind_subjects(line.prompt, line.subject)
         settings = sample.line_settings(args, line)
         # An older picture, and its score, may lie there until the process that it belongs to comes to it.
-        while (read_settings(case.picture) != settings
-               or not (found := read_score(case, fingerprint(case, judges)))):
+        while read_settings(case.picture) != settings or not (found := read_score(case)):
             time.sleep(1)
         scores.append(found)
     return scores
@@ -291,7 +269,6 @@ def gather(args: argparse.Namespace, cases: list[Case], judges) -> list[dict]:
 def write_results(args: argparse.Namespace, cases: list[Case], scores: list[dict], source: dict,
                   changed: list[str]) -> None:
     """results.json, results.md and the table on stdout. changed: what is not as in the protocol."""
-    from models.load import write_json, write_whole
     kinds = {kind: [s for case, s in zip(cases, scores, strict=True) if case.kind == kind]
              for kind in dict.fromkeys(case.kind for case in cases)}
     people = {person.name: person.noun for case in cases for person in case.people}
@@ -313,7 +290,6 @@ def write_results(args: argparse.Namespace, cases: list[Case], scores: list[dict
 
 def summary(scores: list[dict]) -> dict:
     """Means and standard deviations over pictures, and the share of them without a face."""
-    import numpy as np
     ip, pc, faces = (np.array([s[name] for s in scores], float) for name in ("ip", "pc", "faces"))
     return {"ip": ip.mean(), "ip_std": ip.std(), "pc": pc.mean(), "pc_std": pc.std(),
             "no_face": (faces == 0).mean(), "n": len(scores)}

@@ -12,11 +12,12 @@ Exit status: 0 every bug was caught, 1 one was not.
 import argparse
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 # What is wrong -> file, text that is there once, what takes its place, the test that should notice.
@@ -51,7 +52,7 @@ MUTANTS = {
         "    layer = 15 - layer\n        yield layer, \"self\", block.attn1",
         "moa::test_record_routing_has_all_layers_in_forward_order"),
     "the experts' weights swapped": (
-        "moa/mixture.py", "r[..., :1] * self.prior", "r[..., 1:] * self.prior",
+        "moa/mixture.py", "r[..., :1] * out", "r[..., 1:] * out",
         "moa::test_forced_away_from_the_prior_it_is_all_personalized"),
     "the router loss on the people": (
         "moa/loss.py", "((1 - mask) * (1 - routing)) ** 2", "(mask * (1 - routing)) ** 2",
@@ -61,7 +62,7 @@ MUTANTS = {
     "the object loss over absent subjects": (
         "moa/loss.py", "(balance.mean(1) * present)", "balance.mean(1)", "moa::test_object_loss_by_hand"),
     "the router loss over all layers": (
-        "training/moa.py", "if key.layer in self.config.router_layers and", "if",
+        "training/moa.py", "if key.layer in self.config.router_layers]", "]",
         "health::test_the_losses_see_their_layers_only"),
     "guidance from the wrong half": (
         "samplers/guidance.py", "uncond, cond = eps", "cond, uncond = eps",
@@ -87,18 +88,46 @@ def catch(root: Path, file: str, old: str, new: str, test: str) -> bool:
     path, (module, name) = root / file, test.split("::")
     text = path.read_text(encoding="utf-8")
     if text.count(old) != 1:
-        raise SystemExit(f"error: {old!r} is {text.count(old)} times in {file}: mend MUTANTS")
+        sys.exit(f"error: {old!r} is {text.count(old)} times in {file}: mend MUTANTS")
     path.write_text(text.replace(old, new), encoding="utf-8")
+    child = os.fork()
+    if not child:
+        run_test(root, f"tests/test_{module}.py::{name}")
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    path.write_text(text, encoding="utf-8")
+    if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+        sys.exit(f"error: the tests could not be run: {(root / 'log').read_text()[-2000:]}")
+    return status == pytest.ExitCode.TESTS_FAILED
+
+
+def run_test(root: Path, test: str) -> None:
+    """Run a test in this process, and end it."""
+    os.chdir(root)
+    sys.path.insert(0, str(root))
+    log = os.open("log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    status = 1000
     try:
-        done = subprocess.run([sys.executable, "-m", "pytest", "-n0", "-x", "-q", "-p", "no:cacheprovider",
-                               f"tests/test_{module}.py::{name}"], cwd=root,
-                              capture_output=True, text=True, timeout=1800, check=False,
-                              env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"})
+        status = pytest.main(["-n0", "-x", "-q", "-p", "no:cacheprovider", test])
     finally:
-        path.write_text(text, encoding="utf-8")
-    if done.returncode not in (0, 1) or "error" in done.stdout.splitlines()[-1]:
-        raise SystemExit(f"error: the tests could not be run: {done.stdout[-2000:]}{done.stderr[-1000:]}")
-    return done.returncode == 1
+        sys.stdout.flush()
+        os._exit(status)
+
+
+def import_libraries() -> None:
+    """What takes seconds to import, once for all tests; nothing of the tree, which each has its own copy of."""
+    before = {*sys.modules}
+    sys.path.insert(0, str(ROOT))
+    from models.open_clip_import import mend_torchvision
+    mend_torchvision()
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextModel
+    assert AutoencoderKL and UNet2DConditionModel and CLIPTextModel  # they are imported when they are named
+    sys.path.remove(str(ROOT))
+    for name in {*sys.modules} - before:
+        if name.split(".")[0] == "models":
+            del sys.modules[name]
 
 
 def main() -> None:
@@ -106,10 +135,16 @@ def main() -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", type=int, metavar="N", help="this bug alone, counted from 1")
     args = parser.parse_args()
+    sys.dont_write_bytecode = True  # of a file that has another text a moment later
+    import_libraries()
     survived = 0
     print("bug | caught by | seconds", "---|---|---", sep="\n", flush=True)
     with tempfile.TemporaryDirectory(prefix="mutants-") as temporary:
         root = copy_tree(Path(temporary) / "copy")
+        # A change that is no bug passes, so that a bug which no test notices would as well.
+        file, old, _, test = MUTANTS["the object loss of the other sign"]
+        if catch(root, file, old, f"({old})", test):
+            sys.exit(f"error: {test} fails without a bug: {(root / 'log').read_text()[-2000:]}")
         for number, (name, change) in enumerate(MUTANTS.items(), 1):
             if args.only in (None, number):
                 begin, caught = time.monotonic(), catch(root, *change)
