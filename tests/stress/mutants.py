@@ -116,7 +116,7 @@ def run_test(root: Path, test: str) -> None:
 
 
 def import_libraries() -> None:
-    """What takes seconds to import, once for all tests; nothing of the tree, which each has its own copy of."""
+    """What takes seconds to import, once for all tests; nothing of the tree, whose copy each imports."""
     before = {*sys.modules}
     sys.path.insert(0, str(ROOT))
     from models.open_clip_import import mend_torchvision
