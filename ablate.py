@@ -302,6 +302,7 @@ def run_alone(output: Path, job: tuple[str, int]) -> bool:
 
 COLUMNS = ("identity", "mixup", "context", "activity", "locality", "prior_agreement", "router_iou", "variety")
 COMPARED = ("identity", "mixup", "activity", "locality", "prior_agreement", "router_iou")
+ENOUGH = 10  # degrees of freedom of the seeds' deviation: with fewer it is too uncertain to print in bold
 Results = dict[str, dict[int, dict]]  # experiment -> seed -> results.json
 
 
@@ -383,9 +384,9 @@ def shared_seeds(found: Results, name: str) -> tuple[list[int], list[int]]:
 
 
 def difference(found: Results, name: str, column: str) -> str:
-    """An experiment's score minus the method's with two standard errors, bold where it is more than these;
-    empty without scores case by case. Seeds of which only means are left count as well; the error over the
-    cases is that of the others."""
+    """An experiment's score minus the method's with two standard errors, bold where it is more than these and
+    enough seeds say what another one changes; empty without scores case by case. Seeds of which only means
+    are left count as well; the error over the cases is that of the others."""
     own, method = found[name], found.get(METHOD, {})
     paired, means = shared_seeds(found, name)
     means = [seed for seed in means if own[seed][column]["n"] and method[seed][column]["n"]]
@@ -397,10 +398,10 @@ def difference(found: Results, name: str, column: str) -> str:
     seeds = len(paired) + len(means)
     less = (len(paired) * np.mean(values)
             + sum(own[seed][column]["mean"] - method[seed][column]["mean"] for seed in means)) / seeds
-    deviation, _ = spread_of_seeds(found, column)
+    deviation, freedom = spread_of_seeds(found, column)
     error = np.sqrt(np.var(values, ddof=1) / len(values) + 2 * deviation ** 2 / seeds)
     text = f"{less:+.3f} ± {2 * error:.3f}"
-    return f"**{text}**" if abs(less) > 2 * error else text
+    return f"**{text}**" if abs(less) > 2 * error and freedom >= ENOUGH else text
 
 
 def spread_of_seeds(found: Results, column: str) -> tuple[float, int]:
