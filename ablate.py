@@ -27,7 +27,8 @@ from pathlib import Path
 from threading import Event
 from types import CodeType, FunctionType
 
-from command import fail, read_json
+from models.errors import fail
+from sample import read_json
 
 ROOT = Path(__file__).resolve().parent
 SEEDS = (0, 1, 2)

@@ -21,10 +21,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFilter
 
-from allocator import reuse_memory
-from command import read_json
+from pipeline import reuse_memory
+from sample import read_json
 import toyworld
-from errors import one_line
+from models.errors import one_line
 
 SHIPPED = Path(__file__).resolve().parent / "weights" / "toyworld"
 BATCH = 16
@@ -179,8 +179,8 @@ def check(args: argparse.Namespace) -> list[int]:
 def moa_timesteps(steps: int, prior_above: int, blamed: str, sampler: str = "unipc") -> list[int]:
     """The timesteps at which MoA draws, falling. Raises ValueError, which begins with the flag that is to
     blame, where there are none."""
-    from samplers import SCHEDULES
-    below = [t for t in SCHEDULES[sampler](steps) if t < prior_above]
+    from samplers import SAMPLERS, timesteps_of
+    below = [t for t in timesteps_of(SAMPLERS[sampler], steps) if t < prior_above]
     if not below:
         raise ValueError(f"{blamed} nothing to MoA: none of the {steps} steps' timesteps lies below "
                          f"{prior_above}")

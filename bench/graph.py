@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 from bench.measure import compare, pick, positive, report
-from command import fail
+from models.errors import fail
 from evaluate import SHIPPED
 
 

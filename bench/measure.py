@@ -52,7 +52,7 @@ def pick(args: argparse.Namespace, keep_memory: bool = True):
     """
     import torch
 
-    from allocator import reuse_memory
+    from pipeline import reuse_memory
     from pipeline import pick_device
     if keep_memory:
         reuse_memory()

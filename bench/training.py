@@ -95,7 +95,7 @@ def measure(args: argparse.Namespace) -> dict:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from allocator import reuse_memory
+    from pipeline import reuse_memory
     from pipeline import pick_device
     from training import STAGES, make_config
     reuse_memory()
