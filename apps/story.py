@@ -16,8 +16,8 @@ from pathlib import Path
 
 from apps import plan_sheet, save_sheet
 from images import captioned, labelled, portrait, stack
-from sample import (Parser, add_flags, check, check_keys, execute, generate_images, keep_inputs, load_pipeline,
-                    naming, read_json, settings_of)
+from sample import (Parser, add_flags, check, check_keys, execute, generate_images, keep_inputs,
+                    load_pipeline, naming, read_json, settings_of)
 from subjects import BoundSubject, read_photos
 
 COLUMNS = 5
