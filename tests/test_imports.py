@@ -12,7 +12,7 @@ FOLDERS = {"models", "moa", "samplers", "training", "toyworld", "data", "weights
 ROOMS = FOLDERS | {script.stem for script in ROOT.glob("*.py")}
 # What a script does without where it is not installed.
 OPTIONAL = {"toyworld/sheets.py": {"matplotlib"},
-            "ablate.py": {"matplotlib"}, "bench/steps.py": {"matplotlib"},
+            "ablate.py": {"matplotlib"},
             "apps/demo.py": {"gradio"}, "bench/face_scores.py": {"facenet_pytorch"},
             # What the benchmarks compare with, as the tests do.
             "bench/sampling.py": {"diffusers"}, "bench/fastcomposer.py": {"diffusers"}}

@@ -633,7 +633,7 @@ def shards(folder: Path) -> Case:
 
 @family("files of prompts", *COMMAND)
 def prompts(folder: Path) -> Case:
-    lines = [{"prompt": "a woman and a man shaking hands", "subjects": ["woman=a.png,b.png@600", "2=b.png"],
+    lines = [{"prompt": "a woman and a man shaking hands", "subjects": ["woman=a.png,b.png", "2=b.png"],
               "seed": 7}, {"prompt": "a man"}, {"prompt": "a boy", "subjects": []}]
 
     def read(path: Path) -> None:
@@ -663,7 +663,7 @@ def stories(folder: Path) -> Case:
 FLAGS = {"--seed": "7", "--steps": "5", "--guidance-scale": "4", "--width": "64", "--height": "64",
          "--num": "3",
          "--clip-skip": "2", "--prior-above": "600", "--strength": "0.5", "--control-scale": "1",
-         "--control-start": "0", "--prompt": "a woman and a man", "--subject": "woman=a.png,b.png@600",
+         "--control-start": "0", "--prompt": "a woman and a man", "--subject": "woman=a.png,b.png",
          "--lora": "x.safetensors:0.5:1", "--output": "out/x.png", "--device": "cpu", "--dtype": "fp16",
          "--sampler": "ddim", "--negative-prompt": "blurry"}
 ODD = ("", " ", "-1", "0", "1e9", "1000000000", "9" * 400, "9" * 5000, "nan", "inf", "-inf", "1e400", "0x10",
