@@ -29,7 +29,7 @@ import torch
 import torch.nn as nn
 from tqdm import tqdm
 
-import command
+from models.errors import fail
 import evaluate
 import moa.checkpoint
 import moa.loss
@@ -236,7 +236,7 @@ def run(name: str, seed: int, output: Path) -> None:
     with experiment.edit(), full_precision() if torch.cuda.is_available() else nullcontext():
         if not (trained / "moa.safetensors").exists():
             if experiment.trained_by:
-                command.fail(f"{trained} has no weights: run the experiment {experiment.trained_by} first")
+                fail(f"{trained} has no weights: run the experiment {experiment.trained_by} first")
             with preset(experiment.config):
                 train_moa(trained, seed)
         flags = [word for key, value in experiment.evaluation.items() for word in (f"--{key}", str(value))]
@@ -312,7 +312,7 @@ def table(output: Path) -> str:
     tradeoff.png."""
     found = {name: seeds for name in EXPERIMENTS if (seeds := results_of(output, name))}
     if not found:
-        command.fail(f"there is no result in {output}: run an experiment first")
+        fail(f"there is no result in {output}: run an experiment first")
     everyone = [result for seeds in found.values() for result in seeds.values()]
     lines = [header(COLUMNS)]
     if prior := next((result for result in everyone if "prior_identity" in result), None):

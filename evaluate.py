@@ -19,11 +19,11 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-import command
+import sample
 import toyworld
 from models.load import read_config, write_json, write_whole
 from pipeline import Pipeline, pick_device
-from samplers import SCHEDULES
+from samplers import SAMPLERS, timesteps_of
 from toyworld.benchmark import (BATCH, NAMES, SCORES, START, Case, attribute_hits, background_change,
                                 classifier_scores, draw_cases, identity, references_of, router_arrays,
                                 router_iou, scores, variety)
@@ -62,7 +62,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    command.execute(run, parse_args(argv))
+    sample.execute(run, parse_args(argv))
 
 
 @torch.no_grad()
@@ -113,7 +113,7 @@ def fill_in(args: argparse.Namespace) -> None:
 
 def moa_timesteps(steps: int, prior_above: int) -> list[int]:
     """The timesteps at which MoA draws, falling. Raises ValueError where there are none."""
-    below = [t for t in SCHEDULES["unipc"](steps) if t < prior_above]
+    below = [t for t in timesteps_of(SAMPLERS["unipc"], steps) if t < prior_above]
     if not below:
         raise ValueError(f"nothing is left to MoA: none of the timesteps of {steps} steps lies below "
                          f"{prior_above}; give more --steps, or another --prior-above")

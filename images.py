@@ -1,11 +1,9 @@
 """Pictures in and out, beside and below each other: reading, saving, grids, labels, routing maps."""
 import json
 import math
-import re
-import unicodedata
 import warnings
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -15,23 +13,24 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from moa import record_routing, record_subject_attention
 from moa.loss import mean_routing
 from moa import grid
 from models.load import write_whole
+from models.unet import UNet
+from samplers import LABELS
 
 # Formats that Pillow decodes itself; for some others it starts programs.
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
-ANIMATIONS = {".gif": "GIF", ".png": "PNG"}
+FRAME = 125  # ms that a frame of an animation is shown
 MIN_SIDE = 16
 MAX_ASPECT = 10  # a sliver would be scaled up to gigabytes
-MOST_COLOURS = 20  # of a mask; one with soft edges has hundreds
 # XMP that says what IPTC's vocabulary has for pictures made by a trained model; others look for it.
 GENERATED = """<x:xmpmeta xmlns:x="adobe:ns:meta/">
 <rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
 <rdf:Description rdf:about="" xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/">
 <Iptc4xmpExt:DigitalSourceType>http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia\
 </Iptc4xmpExt:DigitalSourceType></rdf:Description></rdf:RDF></x:xmpmeta>"""
-CUT_GROUND, CUT_SIDE = 0.85, 1.1  # around a person cut from a picture: grey, and the square's side
 
 
 def read_picture(path: str | Path) -> Tensor:
@@ -46,8 +45,6 @@ def read_picture(path: str | Path) -> Tensor:
         raise ValueError(f"{path} does not exist{start}: give a picture file")
     if not path.is_file():
         raise ValueError(f"{path} is not a file: give a picture file")
-    if path.stat().st_size == 0:
-        raise ValueError(f"{path} is empty: give a picture file")
     try:
         rgb = decode(path)
     except Exception as error:  # decoders of broken files raise nearly anything
@@ -115,30 +112,18 @@ def save_png(image: Image.Image, path: Path, settings: dict) -> None:
     """Write a PNG, whole or not at all, whose metadata say how it was made: `parameters` as the
     field's tools read it, and `moa`, all settings as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    info = png_info(settings)
-    write_whole(path, lambda temporary: image.save(temporary, format="PNG", pnginfo=info))
+    write_whole(path, lambda temporary: image.save(temporary, format="PNG", pnginfo=png_info(settings)))
 
 
-def save_animation(frames: list[Image.Image], path: Path, settings: dict, fps: float = 8) -> None:
-    """Write frames of one size as a .gif (256 colours, times in 1/100 s) or an animated .png (exact),
-    endless, whole or not at all. The settings are kept as `save_png` does, in a .gif as its comment.
-
-    fps: frames per second, in 1..50. Equal frames after each other become one that stays longer.
-    Raises ValueError for another ending, for fps out of range, and unless there are two frames.
-    """
-    if path.suffix.lower() not in ANIMATIONS:
-        raise ValueError(f"{path}: an animation is saved as {' or '.join(ANIMATIONS)}, not as "
-                         f"{path.suffix or 'a file without an ending'}")
-    if not 1 <= fps <= 50:
-        raise ValueError(f"an animation has 1..50 frames per second, not {fps}")
-    if len(frames) < 2:
-        raise ValueError(f"{path}: an animation needs 2 frames or more, not {len(frames)}")
-    kept = ({"comment": json.dumps(settings).encode()} if path.suffix.lower() == ".gif"
-            else {"pnginfo": png_info(settings)})
+def save_animation(frames: list[Image.Image], path: Path, settings: dict) -> None:
+    """Write two frames or more of one size as an endless .gif (256 colours) or animated .png (exact), whole
+    or not at all. The settings are kept as `save_png` does, in a .gif as its comment."""
+    gif = path.suffix.lower() == ".gif"
+    kept = {"comment": json.dumps(settings).encode()} if gif else {"pnginfo": png_info(settings)}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, lambda temporary: frames[0].save(
-        temporary, format=ANIMATIONS[path.suffix.lower()], save_all=True, append_images=frames[1:],
-        duration=1000 / fps, loop=0, **kept))
+        temporary, format="GIF" if gif else "PNG", save_all=True, append_images=frames[1:], duration=FRAME,
+        loop=0, **kept))
 
 
 def png_info(settings: dict) -> PngInfo:
@@ -165,11 +150,10 @@ def parameters_text(settings: dict) -> str:
     lines = [settings["prompt"]]
     if settings["negative_prompt"]:
         lines.append(f"Negative prompt: {settings['negative_prompt']}")
-    pairs = {"Steps": settings["steps"], "Sampler": {"unipc": "UniPC", "ddim": "DDIM"}[settings["sampler"]],
+    pairs = {"Steps": settings["steps"], "Sampler": LABELS.get(settings["sampler"], settings["sampler"]),
              "CFG scale": settings["guidance_scale"], "Seed": settings["seed"],
              "Size": f"{settings['width']}x{settings['height']}", "Model": quoted(settings["weights"]),
              **({"Clip skip": settings["clip_skip"]} if settings["clip_skip"] > 1 else {}),
-             **({"VAE": quoted(settings["vae"])} if settings["vae"] else {}),
              **({"LoRA": quoted(", ".join(settings["loras"]))} if settings["loras"] else {}),
              **{f"ControlNet {i}": quoted(
                  f"Model: {control['controlnet']}, Weight: {control['scale']}, Guidance Start: "
@@ -188,53 +172,6 @@ def fit(picture: Tensor, size: tuple[int, int]) -> Tensor:
     -> (1, 3, height, width) in [-1, 1]."""
     image = to_images(picture[None] * 2 - 1)[0]
     return to_picture(np.array(ImageOps.fit(image, size[::-1]))[None])
-
-
-def read_masks(path: Path, picture: Tensor) -> list[Tensor]:
-    """The people of a picture (3, H, W), each (H, W) bool, from a picture of the same size in which each has
-    a colour of their own and the rest is black. Raises ValueError."""
-    red, green, blue = (read_picture(path) * 255).round().long()
-    if red.shape != picture.shape[1:]:
-        sizes = [f"{width} x {height}" for height, width in (red.shape, picture.shape[1:])]
-        raise ValueError(f"{path} has {sizes[0]} pixels, the picture {sizes[1]}: they must be alike")
-    colours = (red << 16) + (green << 8) + blue
-    people = [colours == colour for colour in colours.unique() if colour]
-    if not 1 <= len(people) <= MOST_COLOURS:
-        raise ValueError(f"{path} has {len(people)} colours besides black: give each person one, in a file "
-                         "without blur and losses such as a PNG")
-    return people
-
-
-def box_mask(box: str, picture: Tensor) -> Tensor:
-    """(H, W) bool, true in "x0,y0,x1,y1" of a picture (3, H, W), behind its corners x1, y1 no more.
-
-    Raises ValueError.
-    """
-    height, width = picture.shape[1:]
-    numbers = re.fullmatch(r"(\d{1,9}),(\d{1,9}),(\d{1,9}),(\d{1,9})", box)
-    if not numbers:
-        raise ValueError(f"--box {box}: give four whole numbers x0,y0,x1,y1")
-    x0, y0, x1, y1 = map(int, numbers.groups())
-    if not (x0 < x1 <= width and y0 < y1 <= height):
-        raise ValueError(f"--box {box} must be an area inside the picture's {width} x {height} pixels")
-    mask = torch.zeros(height, width, dtype=torch.bool)
-    mask[y0:y1, x0:x1] = True
-    return mask
-
-
-def cut_person(picture: Tensor, mask: Tensor) -> Tensor:
-    """A person of a picture as a photo of their own: on light grey, whole, in the middle of a square.
-
-    picture: (3, H, W) in [0, 1]. mask: (H, W) bool, not empty. Returns (3, S, S) in [0, 1].
-    """
-    rows, columns = mask.any(1).nonzero().flatten(), mask.any(0).nonzero().flatten()
-    box = slice(None), slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
-    person = torch.where(mask, picture, CUT_GROUND)[box]
-    side = math.ceil(max(person.shape[1:]) * CUT_SIDE)
-    square = torch.full((3, side, side), CUT_GROUND)
-    top, left = ((side - length) // 2 for length in person.shape[1:])
-    square[:, top:top + person.shape[1], left:left + person.shape[2]] = person
-    return square
 
 
 def psnr(pictures: Tensor, others: Tensor) -> float:
@@ -256,33 +193,16 @@ def thumbnail(image: Image.Image) -> Image.Image:
     return small
 
 
-@cache
-def letter(character: str) -> str:
-    """The character where Pillow's own font has it, which is little more than ASCII; of other Latin
-    letters what they are without their marks; else a question mark."""
-    if bytes(FONT.getmask(character)) != bytes(FONT.getmask("\uffff")):
-        return character
-    latin = re.match(r"LATIN (CAPITAL|SMALL) LETTER (AE|OE|[A-Z])\b", unicodedata.name(character, ""))
-    if not latin:
-        return "?"
-    return latin[2] if latin[1] == "CAPITAL" else latin[2].lower()
-
-
-def printable(text: str) -> str:
-    """Text in characters that the font has; `letter` says what becomes of others."""
-    return "".join(map(letter, unicodedata.normalize("NFC", text)))
-
-
 def write(canvas: ImageDraw.ImageDraw, x: int, y: int, text: str, width: int) -> None:
     """One line of text, cut where it would leave `width`."""
-    text = shown = printable(" ".join(text.split()))
+    text = shown = " ".join(text.split())
     while FONT.getlength(shown) > width and text:
         text = text[:-1]
         shown = text + "…"
     canvas.text((x, y), shown, "black", FONT)
 
 
-def labelled(tiles: list[tuple[Image.Image, str]], columns: int, gap: int = 8) -> Image.Image:
+def labelled(tiles: Sequence[tuple[Image.Image, str]], columns: int, gap: int = 8) -> Image.Image:
     """Pictures in rows of `columns` on white, each with a line of text below it."""
     width = max(THUMBNAIL, *(image.width for image, _ in tiles)) + gap
     height = max(image.height for image, _ in tiles) + LINE + gap
@@ -295,20 +215,17 @@ def labelled(tiles: list[tuple[Image.Image, str]], columns: int, gap: int = 8) -
     return sheet
 
 
-def captioned(tiles: list[tuple[Image.Image, str]], columns: int = 5) -> Image.Image:
-    """Pictures in rows of `columns`, each with the whole of its text below it."""
-    tiles = [(stack([image, heading(text, max(THUMBNAIL, image.width), margin=0)]), "")
-             for image, text in tiles]
-    return labelled(tiles, columns)
+def captioned(image: Image.Image, text: str) -> tuple[Image.Image, str]:
+    """A tile for `labelled`, with the whole of its text below the picture."""
+    return stack([image, heading(text, max(THUMBNAIL, image.width), margin=0)]), ""
 
 
-def strip(title: str, tiles: list[tuple[Image.Image, str]]) -> Image.Image:
-    """Pictures in one row, each with its label, below a title."""
-    row = labelled(tiles, len(tiles))
-    return stack([heading(title, row.width), row])
+def page(title: str, *parts: Image.Image) -> Image.Image:
+    """Pictures below each other, and over them a title."""
+    return stack([heading(title, max(part.width for part in parts)), *parts])
 
 
-def stack(parts: list[Image.Image]) -> Image.Image:
+def stack(parts: Sequence[Image.Image]) -> Image.Image:
     """Pictures below each other on white."""
     sheet = Image.new("RGB", (max(p.width for p in parts), sum(p.height for p in parts)), "white")
     y = 0
@@ -318,7 +235,7 @@ def stack(parts: list[Image.Image]) -> Image.Image:
     return sheet
 
 
-def beside(parts: list[Image.Image]) -> Image.Image:
+def beside(parts: Sequence[Image.Image]) -> Image.Image:
     """Pictures beside each other on white."""
     sheet = Image.new("RGB", (sum(p.width for p in parts), max(p.height for p in parts)), "white")
     x = 0
@@ -331,7 +248,7 @@ def beside(parts: list[Image.Image]) -> Image.Image:
 def heading(text: str, width: int, margin: int = 8) -> Image.Image:
     """Text in as many lines as it needs."""
     lines = []
-    for word in printable(text).split():
+    for word in text.split():
         if lines and FONT.getlength(f"{lines[-1]} {word}") <= width - 2 * margin:
             lines[-1] += f" {word}"
         else:
@@ -342,7 +259,7 @@ def heading(text: str, width: int, margin: int = 8) -> Image.Image:
     return image
 
 
-def portrait(photos: list[Tensor], size: tuple[int, int]) -> Image.Image:
+def portrait(photos: Sequence[Tensor], size: tuple[int, int]) -> Image.Image:
     """Photos (3, H, W) in [0, 1] beside each other on white, in a picture of this (width, height)."""
     tile = Image.new("RGB", size, "white")
     for k, photo in enumerate(photos):
@@ -350,26 +267,6 @@ def portrait(photos: list[Tensor], size: tuple[int, int]) -> Image.Image:
         small = ImageOps.contain(to_images(photo[None] * 2 - 1)[0], (max(1, right - left), size[1]))
         tile.paste(small, ((left + right - small.width) // 2, (size[1] - small.height) // 2))
     return tile
-
-
-def casting_sheet(text: str, rows: list[tuple[list[list[Tensor]], str, list[Image.Image]]],
-                  columns: list[str]) -> Image.Image:
-    """The text, then a row per casting: its photos, a list per person, over its name; its pictures, over
-    the names of the columns."""
-    tiles = []
-    for people, name, pictures in rows:
-        photos = [photo for several in people for photo in several]
-        tiles += [(portrait(photos, pictures[0].size), name), *zip(pictures, columns, strict=True)]
-    body = labelled(tiles, 1 + len(columns))
-    return stack([heading(text, body.width), body])
-
-
-def contact_sheet(prompt: str, people: list[tuple[Image.Image, str]],
-                  pictures: list[tuple[Image.Image, str]], columns: int | None = None) -> Image.Image:
-    """The prompt, a row of subjects, then all pictures, each with its label, in about a square."""
-    rows = labelled(pictures, columns or min(8, max(4, math.ceil(math.sqrt(len(pictures))))))
-    parts = [rows] if not people else [labelled(people, len(people)), rows]
-    return stack([heading(prompt, max(part.width for part in parts)), *parts])
 
 
 # --- routing maps ---
@@ -409,12 +306,25 @@ class RoutingSheet:
                 maps |= {(layer, name): each[None, :, s] for s, name in enumerate(self.names)}
             self.columns.append((t, maps))
 
+    @contextmanager
+    def recording(self, unet: UNet, positions: Tensor | None = None, first: int = 0) -> Iterator[Callable]:
+        """Inside, the UNet's routers are watched. Yields what `Pipeline.generate` is to call after each
+        step. positions: (B, S) the named subjects' tokens, B as large as the UNet's batch. first: which
+        sample of the batch counts."""
+        attention_maps = nullcontext({}) if positions is None else record_subject_attention(unet, positions)
+        with record_routing(unet) as routing, attention_maps as attention:
+            def watch(step: int, steps: int, t: int, x0: Tensor) -> None:
+                self.add(step, t, routing, x0[first:], attention)
+                routing.clear()
+                attention.clear()
+            yield watch
+
     def draw(self, picture: Image.Image, people: list[tuple[Image.Image, str]]) -> Image.Image:
         """The sheet, with the picture, the mean of all maps and the subjects on its left."""
         means = [(image, f"{title}: {colours}") for title, (image, colours) in
                  [("mean", self.mean(picture.size)),
                   *((f"to {name}", self.mean(picture.size, name)) for name in self.names)]]
-        side = captioned([(picture, "the picture"), *means, *people], 1)
+        side = labelled([captioned(*tile) for tile in [(picture, "the picture"), *means, *people]], 1)
         panels = [self.panel(kind) for kind in ("self", "cross", *self.names)]
         body = beside([side, stack([beside(panels[k:k + 2]) for k in range(0, len(panels), 2)])])
         return stack([self.legend(body.width), body])

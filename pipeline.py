@@ -1,28 +1,52 @@
-"""From prompts and subjects to pictures: what sample.py, train.py, evaluate.py and the apps share."""
+"""From prompts and subjects to pictures: what sample.py, train.py, evaluate.py and the apps share.
+
+    pipeline = Pipeline.load("weights/toyworld", "weights/toyworld/moa.safetensors")
+    pipeline("a woman on the beach", subjects={"woman": "examples/zoe.png"}, seed=0).save("zoe.png")
+"""
+import ctypes
 import os
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from itertools import count
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 import torch.nn as nn
+from PIL import Image
 from torch import Tensor
 
+from images import to_images
 from moa import (ExpertContext, MultimodalPrompt, base_modules, belongs_to_encoder, force_routing, load_moa,
                  scale_personalized, sparse_routing)
 from models import Models, load_models
-from models.controlnet import ControlNet, add_residuals, guess_ramp
-from models.load import load_part
+from models.clip_text import Tokenizer
+from models.controlnet import ControlNet, add_residuals
+from models.load import load_part, read_tensors
+from samplers import NUM_TIMESTEPS, SAMPLERS, guided, timesteps_of
+from subjects import PEOPLE, BoundSubject, bind_subjects, read_photos
 from weights.lora import LoRASetting, MergedLoRAs
-from samplers import NUM_TIMESTEPS, SAMPLERS, SCHEDULES, guided
 
 DECODED = 64 * 64  # latent pixels that are decoded at a time
 PRIOR_ABOVE = 800  # MoA was trained below this timestep; from it on the prior draws alone
+HEAP = ((-4, 0), (-1, -1), (-2, 1 << 28))  # of glibc's malloc.h: M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+
+
+def reuse_memory() -> None:
+    """Keep what is freed for the next call of the network, in place of giving it back to the system.
+
+    By default glibc maps every large tensor anew, and the system fills each of its pages with zeros when it
+    is touched: up to a quarter of the time of a UNet call on a CPU (see docs/performance.md). Does nothing
+    where the C library is another one, and nothing to a GPU's memory.
+    """
+    try:
+        set_option = ctypes.CDLL(None).mallopt
+    except (AttributeError, TypeError, OSError):  # not Linux, or another C library
+        return
+    for option, value in HEAP:
+        set_option(option, value)
 
 
 def pick_device(name: str) -> torch.device:
@@ -60,7 +84,6 @@ class Control:
     scale: float = 1.0
     start: float = 0.0  # shares of the sampler's steps
     end: float = 1.0
-    guess_mode: bool = False  # steer only where the prompt is given, and the finer features less
 
     def acts(self, step: int, steps: int) -> bool:
         """Whether it acts in step 0, 1, ... of `steps`."""
@@ -71,13 +94,10 @@ class Control:
 
         text: (N, M, C) the plain text, with MoA too: subject tokens are unknown to a ControlNet.
         """
-        net = self.net
-        rows = prompted if self.guess_mode or net.cfg.global_pool else len(x)
-        found = net(x[-rows:], t[-rows:], text[-rows:], self.hint_for(x, rows))
-        ramp = guess_ramp(len(found)) if self.guess_mode and not net.cfg.global_pool else [1.0] * len(found)
+        rows = prompted if self.net.cfg.global_pool else len(x)
+        found = self.net(x[-rows:], t[-rows:], text[-rows:], self.hint_for(x, rows))
         unsteered = (0,) * 6 + (len(x) - rows, 0)  # zeros in front, for the samples without the prompt
-        return [F.pad(residual * (self.scale * factor), unsteered)
-                for residual, factor in zip(found, ramp, strict=True)]
+        return [F.pad(residual * self.scale, unsteered) for residual in found]
 
     def hint_for(self, x: Tensor, rows: int) -> Tensor:
         """The hint, as large as what the latents x will be, for `rows` samples."""
@@ -87,16 +107,14 @@ class Control:
         return hint.repeat(1 if len(hint) == 1 else rows // len(hint), 1, 1, 1).to(x.dtype)
 
 
-def steering(controls: Sequence[Control], text: Tensor, prompted: int, steps: int
+def steering(controls: Sequence[Control], text: Tensor, prompted: int, timesteps: Sequence[int]
              ) -> Callable[[Tensor, Tensor], list[Tensor]]:
-    """What ControlNets add to the UNet at x, t: the sum of those that act, [] of none. It counts its
-    calls, since samplers call the network once a step. text, prompted: as in `Control.residuals`."""
-    calls = count()
-
+    """What ControlNets add to the UNet at x, t: the sum of those that act, [] of none. text, prompted: as in
+    `Control.residuals`. timesteps: the sampler's, falling; how many lie above t says which step it is."""
     def steer(x: Tensor, t: Tensor) -> list[Tensor]:
-        step = next(calls)
+        step = sum(passed > int(t[0]) for passed in timesteps)
         return add_residuals(control.residuals(x, t, text, prompted)
-                             for control in controls if control.acts(step, steps))
+                             for control in controls if control.acts(step, len(timesteps)))
 
     return steer
 
@@ -124,9 +142,10 @@ class Pipeline:
     models: Models
     prompt: MultimodalPrompt | None = None
     merged: MergedLoRAs | None = None
+    trained_on: dict[str, Tensor] | None = None  # where the image features of the training's people lie
 
     @classmethod
-    def load(cls, weights: str | Path, moa: str | Path | None = None, device="cpu",
+    def load(cls, weights: str | Path, moa: str | Path | None = None, device: str | torch.device = "cpu",
              dtype: torch.dtype = torch.float32) -> "Pipeline":
         """Load a weights folder and, if given, a MoA file. Raises WeightsError and ValueError."""
         models = load_models(weights, device, dtype)
@@ -134,6 +153,8 @@ class Pipeline:
             models.vae = load_part(weights, "vae", device)
         if moa is None:
             return cls(models)
+        path = Path(weights) / "subjects.safetensors"
+        trained_on = read_tensors(path) if path.exists() else None
         prompt = load_moa(models.unet, moa)
         if belongs_to_encoder(moa) and Path(moa).resolve().parent != Path(weights).resolve():
             raise ValueError(f"{moa} was trained together with its image encoder, which lies beside it: give "
@@ -144,7 +165,16 @@ class Pipeline:
         if sizes != wanted:
             raise ValueError(f"{moa} was trained with other models than those in {weights}: its text tokens, "
                              f"image features and layers are {wanted}, here they are {sizes}")
-        return cls(models, prompt)
+        return cls(models, prompt, trained_on=trained_on)
+
+    def __call__(self, prompt: str, subjects: Mapping[str, str | Path] | None = None, seed: int = 0,
+                 **options) -> Image.Image:
+        """One picture. subjects: word of the prompt -> photo of who stands for it. options: of `generate`,
+        in place of the weights' own. Raises ValueError."""
+        bound = bind_subjects(prompt, [f"{word}={file}" for word, file in (subjects or {}).items()])
+        people = self.make_subjects(prompt, bound, self.encode_photos(bound, read_photos(bound)))
+        options = {**self.models.config.get("sampling", {}), **options}
+        return to_images(self.generate([prompt], [seed], [people], **options))[0]
 
     def set_loras(self, loras: Sequence[LoRASetting], scope: str = "attn") -> None:
         """Draw with these LoRAs from now on, in place of earlier ones; with none as before.
@@ -181,6 +211,37 @@ class Pipeline:
         left, top = (side - width) // 2, (side - height) // 2
         images = F.pad(images, (left, side - width - left, top, side - height - top))
         return encoder(encoder.preprocess(images).to(self.device, self.dtype))
+
+    def encode_photos(self, subjects: Sequence[BoundSubject], photos: Sequence[Sequence[Tensor]]
+                      ) -> list[Tensor]:
+        """The image feature (F,) of each subject, of several photos (3, H, W) their mean. Warns of each that
+        is like nobody whom the weights were trained on."""
+        means = []
+        for subject, several in zip(subjects, photos, strict=True):
+            features = [self.encode_subjects(photo[None])[0] for photo in several]
+            for feature, file in zip(features, subject.files, strict=True):
+                self.warn_if_foreign(feature, file)
+            means.append(sum(features) / len(features))
+        return means
+
+    def warn_if_foreign(self, feature: Tensor, file: str) -> None:
+        """Say so when a subject's image feature (F,) lies far from those that the weights were trained on."""
+        if (known := self.trained_on) is None or not squared_distance(
+                feature[None].cpu(), known["mean"], known["precision"]) > known["limit"]:
+            return
+        advice = ("; they know a small cartoon world only, for photos use Stable Diffusion 1.5's"
+                  if self.models.config.get("world") == "toyworld" else "")
+        warnings.warn(f"{file} looks like nobody that these weights were trained on, the picture will "
+                      f"hardly resemble it{advice}", stacklevel=2)
+
+    def make_subjects(self, prompt: str, subjects: Sequence[BoundSubject], features: Sequence[Tensor]
+                      ) -> list[Subject]:
+        """The subjects of a prompt for `generate`, with the image feature (F,) of each.
+
+        Raises ValueError for a word that is not known or that lies behind the last token.
+        """
+        return [Subject(find_token(self.models.tokenize, prompt, subject), feature)
+                for subject, feature in zip(subjects, features, strict=True)]
 
     def encode_text(self, prompts: list[str], clip_skip: int = 1) -> Tensor:
         """(B,) prompts -> (B, 77, C), from the text encoder's last layer but `clip_skip` - 1.
@@ -262,12 +323,13 @@ class Pipeline:
         for control in controls:
             self.check_controlnet(control.net)
         states, people = text, list(subjects or [[]] * len(text))
+        timesteps = timesteps_of(SAMPLERS[sampler], steps)
         if not prior_only:
-            warn_if_absent(people, SCHEDULES[sampler](steps), prior_above)
+            warn_if_absent(people, timesteps, prior_above)
         if guidance_scale != 1:
             states = torch.cat([null.expand_as(text), text])
             people = [None if found is None else [] for found in people] + people
-        steer = steering(controls, states, len(text), steps)
+        steer = steering(controls, states, len(text), timesteps)
         denoise = self.denoiser(states, people, prior_only, prior_above, strength, sparse, steer)
         if guidance_scale != 1:
             denoise = guided(denoise, guidance_scale)
@@ -289,8 +351,8 @@ class Pipeline:
                 between the two branches, in the background as well.
             size: (height, width) in pixels, multiples of the VAE's cell; None is config.json's.
             clip_skip: the text encoder's layer that is used, counted from the last, 1.
-            sampling: of `sample`: steps (20), guidance_scale (5.0), sampler ("unipc" or "ddim"),
-                controls, whose effects are added up; progress, called after each step as
+            sampling: of `sample`: steps (20), guidance_scale (5.0), sampler (a name in `SAMPLERS`,
+                "unipc"), controls, whose effects are added up; progress, called after each step as
                 (step, steps, t, predicted clean latents); prior_only, to draw with the base model;
                 prior_above (800), the timesteps from which on it draws anyway; strength (1.0), a factor
                 of the personalized experts' weight; sparse (0.0), weights of theirs that are no larger
@@ -348,6 +410,20 @@ class Pipeline:
         size = max(1, DECODED // latents[0, 0].numel())
         pictures = torch.cat([vae.decode(part).float().cpu() for part in latents.split(size)])
         return pictures.masked_fill(pictures.isinf(), float("nan")).clamp(-1, 1)
+
+
+def find_token(tokenize: Tokenizer, prompt: str, subject: BoundSubject) -> int:
+    """Index of the token that a subject is fused into. Raises ValueError if there is none."""
+    word, end, files = subject
+    if tokenize.unknown_words(word):
+        known = [person for person in PEOPLE if not tokenize.unknown_words(person)]
+        raise ValueError(f"subject {files[0]}: these weights do not know the word {word!r}; the people "
+                         f"they know: {', '.join(known)}")
+    before = tokenize.encode(prompt[:end])
+    if len(before) > tokenize.length - 2 or before[-1:] != tokenize.encode(word)[-1:]:
+        raise ValueError(f"subject {files[0]}: its word {word!r} lies beyond the {tokenize.length} tokens "
+                         "of the prompt: make the prompt shorter")
+    return len(before)
 
 
 def slerp(a: Tensor, b: Tensor, amount: float) -> Tensor:

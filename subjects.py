@@ -1,23 +1,29 @@
-"""Who is put into a picture: from `--subject` and a prompt to the tokens and features of people."""
+"""Who is put into a picture: which word of the prompt each subject stands for, and the photos of each."""
+import math
 import re
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
+from images import read_picture
+
 # Words that a subject may stand for when it is given without WORD=.
 PEOPLE = ("man", "woman", "boy", "girl", "person", "kid", "child", "baby", "guy", "lady", "gentleman",
           "father", "mother", "dad", "mom", "son", "daughter", "grandfather", "grandmother", "friend")
-SUBJECT = "[WORD=]FILE[,FILE...][@T]"
+SUBJECT = "[WORD=]FILE[,FILE...]"
+MOST_COLOURS = 20  # of a mask; one with soft edges has hundreds
+CUT_GROUND, CUT_SIDE = 0.85, 1.1  # around a person cut from a picture: grey, and the square's side
 
 
-class Place(NamedTuple):
-    """Where a subject stands in the prompt."""
+class BoundSubject(NamedTuple):
+    """A subject and the word of the prompt that it stands for."""
 
     word: str
     end: int  # index of the character behind the word
     files: list[str]  # pictures of one person
-    start: int | None = None  # the timestep below which the person is there
 
     def __str__(self) -> str:
         """As a flag would say it, files by name only."""
@@ -26,73 +32,43 @@ class Place(NamedTuple):
     @property
     def name(self) -> str:
         """Without the word."""
-        names = ",".join(Path(file).name for file in self.files)
-        return names + (f"@{self.start}" if self.start is not None else "")
+        return ",".join(Path(file).name for file in self.files)
 
 
-def bind_subjects(prompt: str, arguments: Sequence[str]) -> list[Place]:
+def bind_subjects(prompt: str, arguments: Sequence[str]) -> list[BoundSubject]:
     """Which word of the prompt each subject stands for.
 
     WORD=FILE takes the next free occurrence of WORD, N=FILE the N-th word for a person; a bare FILE the
     next free word for a person. Raises ValueError when there is none.
     """
     parsed = [split_subject(argument) for argument in arguments]
-    bound: dict[int, Place] = {}
-    for i, (word, files, start) in sorted(enumerate(parsed), key=lambda item: item[1][0] is None):
-        taken = {place.end for place in bound.values()}
+    bound: dict[int, BoundSubject] = {}
+    for i, (word, files) in sorted(enumerate(parsed), key=lambda item: item[1][0] is None):
+        taken = {subject.end for subject in bound.values()}
         free = [match for match in candidates(prompt, word) if match.end() not in taken]
         if not free:
-            raise ValueError(no_place(prompt, word, arguments[i]))
-        bound[i] = Place(free[0][0].lower(), free[0].end(), files, start)
+            raise ValueError(no_word(prompt, word, arguments[i]))
+        bound[i] = BoundSubject(free[0][0].lower(), free[0].end(), files)
     return [bound[i] for i in range(len(parsed))]
 
 
-def bind_castings(prompt: str, rows: Sequence[str], keep: Sequence[str] = ()) -> list[list[Place]]:
-    """The castings of one prompt: each row's people, `SUBJECT+SUBJECT...`, and those kept in all, in the
-    order of their words.
-
-    Raises ValueError as `bind_subjects` does.
-    """
-    return [sorted(bind_subjects(prompt, [*keep, *split_casting(row)]), key=lambda place: place.end)
+def bind_rows(prompt: str, rows: Sequence[str], keep: Sequence[str] = ()) -> list[list[BoundSubject]]:
+    """The subjects of one prompt row by row: each row's, `SUBJECT+SUBJECT...`, and those kept in all, in
+    the order of their words. Raises ValueError as `bind_subjects` does."""
+    return [sorted(bind_subjects(prompt, [*keep, *row.split("+")]), key=lambda subject: subject.end)
             for row in rows]
 
 
-def split_casting(argument: str) -> list[str]:
-    """The people of `SUBJECT+SUBJECT...`. A + in a file's name is told by its existing."""
-    parts, people = argument.split("+"), []
-    while parts:
-        count = next((k for k in range(len(parts), 1, -1) if is_subject("+".join(parts[:k]))), 1)
-        people.append("+".join(parts[:count]))
-        parts = parts[count:]
-    if len(people) > 1 and not all(people):
-        raise ValueError(f"subject {argument}: a photo is missing before or behind the +")
-    return people
-
-
-def is_subject(argument: str) -> bool:
-    """Whether this is one person, whose photos are there, even where their names have a +."""
-    word, files, _ = split_subject(argument)
-    return "+" not in (word or "") and all(Path(file).exists() for file in files)
-
-
-def split_subject(argument: str) -> tuple[str | None, list[str], int | None]:
-    """[WORD=]FILE[,FILE...][@T] -> word or None, files, T or None. A path that has one of these marks
-    itself is told by existing, or by a / before the =. Raises ValueError."""
+def split_subject(argument: str) -> tuple[str | None, list[str]]:
+    """[WORD=]FILE[,FILE...] -> word or None, files. A path that has one of these marks itself is told by
+    existing, or by a / before the =. Raises ValueError."""
     word, equals, rest = argument.partition("=")
     if not equals or "/" in word or Path(argument).exists():
-        word, rest = None, argument
-    elif not word.strip():
-        raise ValueError(f"subject {argument}: the word before = is empty")
-    start = None
-    timed = re.fullmatch(r"(.+)@(\d+)", rest)
-    if timed and not Path(rest).exists():
-        rest, start = timed[1], int(timed[2])
-        if not 0 < start <= 1000:
-            raise ValueError(f"subject {argument}: the timestep behind @ must be in 1..1000, not {start}")
+        word, rest = "", argument
     files = [rest] if Path(rest).exists() else [file.strip() for file in rest.split(",")]
     if not all(files):
         raise ValueError(f"subject {argument!r}: the name of a file is empty")
-    return word.strip().lower() if word else None, files, start
+    return word.strip().lower() or None, files
 
 
 def candidates(prompt: str, word: str | None) -> list[re.Match]:
@@ -102,41 +78,44 @@ def candidates(prompt: str, word: str | None) -> list[re.Match]:
     return find_words(prompt, [word] if word else PEOPLE)
 
 
-def find_words(prompt: str, words) -> list[re.Match]:
+def find_words(prompt: str, words: Sequence[str]) -> list[re.Match]:
     """The whole words of a prompt that are among `words`, in order."""
     pattern = rf"(?<!\w)(?:{'|'.join(map(re.escape, words))})(?!\w)"
     return list(re.finditer(pattern, prompt, re.IGNORECASE))
 
 
-def no_place(prompt: str, word: str | None, argument: str) -> str:
-    """Why a subject has no word, and what to do."""
+def no_word(prompt: str, word: str | None, argument: str) -> str:
+    """Why there is no word for a subject, and what to do."""
+    people = len(find_words(prompt, PEOPLE))
     if word and word.isdecimal():
-        return (f"--subject {argument}: the prompt has {len(find_words(prompt, PEOPLE))} words for people, "
-                f"each for one subject, and no free one of number {word}: {prompt!r}")
+        return (f"subject {argument}: the prompt has {people} words for people, each for one subject, and no "
+                f"free one of number {word}: {prompt!r}")
     if word and find_words(prompt, [word]):
         return f"subject {argument}: every {word!r} in the prompt has a subject already: {prompt!r}"
     if word:
         return f"subject {argument}: there is no {word!r} in the prompt: {prompt!r}"
-    if find_words(prompt, PEOPLE):
+    if people:
         return (f"subject {argument}: more subjects than words for people in the prompt: {prompt!r}. "
                 f"Add a word, or say WORD={argument}")
     return (f"subject {argument}: nobody in the prompt to stand for: {prompt!r}. Write one of "
             f"{', '.join(PEOPLE[:6])}, ..., or say WORD={argument} with a word of the prompt")
 
 
-def read_photos(places: Sequence[Place]) -> list[list]:
+def read_photos(subjects: Sequence[BoundSubject]) -> list[list[Tensor]]:
     """The pictures of each subject, (3, H, W) in [0, 1]. Raises ValueError naming the file."""
-    from images import read_picture
-    return [[read_picture(file) for file in place.files] for place in places]
+    return [[read_picture(file) for file in subject.files] for subject in subjects]
 
 
-def cut_people(picture, keep: Sequence[int], mask: Path | None, boxes: Sequence[str]) -> list[list]:
+# --- people cut from a picture ---
+
+
+def cut_people(picture: Tensor, keep: Sequence[int], mask: Path | None, boxes: Sequence[str]
+               ) -> list[list[Tensor]]:
     """Photos, as `read_photos` gives them, of the people of a picture (3, H, W) who are to be kept.
 
-    keep: their numbers, from 1. mask, boxes: where people are, see `images.read_masks` and `box_mask`. The
-    N-th from the left is the N-th person; of as many as are kept, all are. Raises ValueError.
+    keep: their numbers, from 1. mask, boxes: where people are, see `read_masks` and `box_mask`. The N-th
+    from the left is the N-th person; of as many as are kept, all are. Raises ValueError.
     """
-    from images import box_mask, cut_person, read_masks
     if bool(keep) != bool(mask or boxes):
         raise ValueError("--keep and --mask or --box go together: who stays, and where people are")
     found = [box_mask(box, picture) for box in boxes] + (read_masks(mask, picture) if mask else [])
@@ -148,73 +127,45 @@ def cut_people(picture, keep: Sequence[int], mask: Path | None, boxes: Sequence[
     return [[cut_person(picture, people[number])] for number in keep]
 
 
-def encode_person(pipeline, weights: Path, files: Sequence[str], photos: Sequence):
-    """The image feature (F,) of a person, for several pictures their mean; a warning for each that is
-    not of the weights' world."""
-    features = [pipeline.encode_subjects(photo[None])[0] for photo in photos]
-    for feature, file in zip(features, files, strict=True):
-        warn_if_foreign(weights, pipeline.models.config, feature, file)
-    return sum(features) / len(features)
+def read_masks(path: Path, picture: Tensor) -> list[Tensor]:
+    """The people of a picture (3, H, W), each (H, W) bool, from a picture of the same size in which each has
+    a colour of their own and the rest is black. Raises ValueError."""
+    red, green, blue = (read_picture(path) * 255).round().long()
+    if red.shape != picture.shape[1:]:
+        sizes = [f"{width} x {height}" for height, width in (red.shape, picture.shape[1:])]
+        raise ValueError(f"{path} has {sizes[0]} pixels, the picture {sizes[1]}: they must be alike")
+    colours = (red << 16) + (green << 8) + blue
+    people = [colours == colour for colour in colours.unique() if colour]
+    if not 1 <= len(people) <= MOST_COLOURS:
+        raise ValueError(f"{path} has {len(people)} colours besides black: give each person one, in a file "
+                         "without blur and losses such as a PNG")
+    return people
 
 
-def make_subjects(pipeline, prompt: str, places: Sequence[Place], features: Sequence) -> list:
-    """The people of a prompt, with the features (F,) of each, for `Pipeline.generate`.
+def box_mask(box: str, picture: Tensor) -> Tensor:
+    """(H, W) bool, true in "x0,y0,x1,y1" of a picture (3, H, W), but not at x1 and y1. Raises ValueError."""
+    height, width = picture.shape[1:]
+    numbers = re.fullmatch(r"(\d{1,9}),(\d{1,9}),(\d{1,9}),(\d{1,9})", box)
+    if not numbers:
+        raise ValueError(f"--box {box}: give four whole numbers x0,y0,x1,y1")
+    x0, y0, x1, y1 = map(int, numbers.groups())
+    if not (x0 < x1 <= width and y0 < y1 <= height):
+        raise ValueError(f"--box {box} must be an area inside the picture's {width} x {height} pixels")
+    mask = torch.zeros(height, width, dtype=torch.bool)
+    mask[y0:y1, x0:x1] = True
+    return mask
 
-    Raises ValueError for a word that is not known or that lies behind the last token.
+
+def cut_person(picture: Tensor, mask: Tensor) -> Tensor:
+    """A person of a picture as a photo of their own: on light grey, whole, in the middle of a square.
+
+    picture: (3, H, W) in [0, 1]. mask: (H, W) bool, not empty. Returns (3, S, S) in [0, 1].
     """
-    from pipeline import Subject
-    return [Subject(find_token(pipeline.models.tokenize, prompt, place), feature,
-                    **({} if place.start is None else {"start": place.start}))
-            for place, feature in zip(places, features, strict=True)]
-
-
-def cast(pipeline, weights: Path, prompt: str, castings: Sequence[Sequence[Place]],
-         photos: Sequence[Sequence[list]]) -> list[list]:
-    """The people of each casting of a prompt, for `Pipeline.generate`; who is in several of them is
-    encoded once. photos: as `read_photos` gives them. Raises ValueError as `make_subjects` does."""
-    features = {}
-    for places, pictures in zip(castings, photos, strict=True):
-        for place, several in zip(places, pictures, strict=True):
-            if tuple(place.files) not in features:
-                features[tuple(place.files)] = encode_person(pipeline, weights, place.files, several)
-    return [make_subjects(pipeline, prompt, places, [features[tuple(place.files)] for place in places])
-            for places in castings]
-
-
-def find_token(tokenize, prompt: str, place: Place) -> int:
-    """Index of the token that a subject is fused into. Raises ValueError if there is none."""
-    word, end, files, _ = place
-    if tokenize.unknown_words(word):
-        known = [person for person in PEOPLE if not tokenize.unknown_words(person)]
-        raise ValueError(f"subject {files[0]}: these weights do not know the word {word!r}; the people "
-                         f"they know: {', '.join(known)}")
-    before = tokenize.encode(prompt[:end])
-    if len(before) > tokenize.length - 2 or before[-1:] != tokenize.encode(word)[-1:]:
-        raise ValueError(f"subject {files[0]}: its word {word!r} lies beyond the {tokenize.length} tokens "
-                         "of the prompt: make the prompt shorter")
-    return len(before)
-
-
-def warn_if_foreign(weights: Path, config: dict, feature, file: str) -> None:
-    """Say so when a subject's image feature lies far from those that the weights were trained on.
-
-    A weights folder may tell where these lie, in `subjects.safetensors`. Raises ValueError if it cannot
-    be used.
-    """
-    from models import WeightsError
-    from models.load import read_tensors
-    from pipeline import squared_distance
-    path = weights / "subjects.safetensors"
-    if not path.exists():
-        return
-    try:
-        world = read_tensors(path)
-        distance = squared_distance(feature[None].cpu(), world["mean"], world["precision"])
-        foreign = bool(distance > world["limit"])
-    except (WeightsError, KeyError, RuntimeError) as error:
-        raise ValueError(f"{path} does not fit these weights: {error}") from error
-    if foreign:
-        advice = ("; they know a small cartoon world only, for photos use Stable Diffusion 1.5's"
-                  if config.get("world") == "toyworld" else "")
-        warnings.warn(f"{file} looks like nobody that these weights were trained on, the picture will "
-                      f"hardly resemble it{advice}", stacklevel=2)
+    rows, columns = mask.any(1).nonzero().flatten(), mask.any(0).nonzero().flatten()
+    box = slice(None), slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+    person = torch.where(mask, picture, CUT_GROUND)[box]
+    side = math.ceil(max(person.shape[1:]) * CUT_SIDE)
+    square = torch.full((3, side, side), CUT_GROUND)
+    top, left = ((side - length) // 2 for length in person.shape[1:])
+    square[:, top:top + person.shape[1], left:left + person.shape[2]] = person
+    return square

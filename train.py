@@ -36,8 +36,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
-from allocator import reuse_memory
-from errors import one_line
+from pipeline import reuse_memory
+from models.errors import one_line
 
 
 def parse_args() -> argparse.Namespace:

@@ -13,7 +13,6 @@ import json
 import os
 import random
 import re
-import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -24,10 +23,19 @@ from pathlib import Path
 from queue import SimpleQueue
 from threading import Event
 
+from numpy.random import default_rng
+from PIL import Image
+from torch import Tensor
+
+import toyworld
+from apps import generate_rows
+from images import RoutingSheet, read_picture, save_png, to_images
+from pipeline import Subject, interpolate
+from sample import (BATCH_PIXELS, Parser, add_flags, check, execute, generate_images, load_pipeline,
+                    settings_of)
+from subjects import PEOPLE, BoundSubject, bind_rows, find_words, read_photos
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-import command
-from subjects import PEOPLE, bind_castings, cast, find_words, read_photos
 
 PREVIEWS = 5  # pictures shown while one is sampled
 FRAMES = 5  # of a morph
@@ -56,25 +64,23 @@ CSS = """
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = command.Parser(__doc__)
+    parser = Parser(__doc__)
     add = parser.add_argument_group("page").add_argument
     add("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1, this machine only)")
     add("--port", type=int, default=7860, help="default 7860; 0: the first free one from there on")
-    command.add_flags(parser, seed=0)
+    add_flags(parser, seed=0)
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
-    command.execute(run, parse_args(argv))
+    execute(run, parse_args(argv))
 
 
 def run(args: argparse.Namespace) -> None:
-    command.check(args)
-    if (args.width or 0) * (args.height or 0) > command.BATCH_PIXELS // 2:
+    check(args)
+    if (args.width or 0) * (args.height or 0) > BATCH_PIXELS // 2:
         raise ValueError(f"--width and --height: the page draws two pictures at a time, of at most "
-                         f"{command.BATCH_PIXELS // 2} pixels each")
-    if not 0 <= args.port <= 65535:
-        raise ValueError(f"--port must be in 0..65535, not {args.port}")
+                         f"{BATCH_PIXELS // 2} pixels each")
     with tempfile.TemporaryDirectory(prefix="moa-demo-") as folder:
         # Read when gradio is imported: it reports to nobody, and visitors can ask for what lies in its
         # folder. Its own fonts would come from Google.
@@ -100,12 +106,12 @@ class Studio:
     forced and recorded routing are states of the model that they share."""
 
     def __init__(self, args: argparse.Namespace, folder: Path):
-        self.pipeline = command.load_pipeline(args)
+        self.pipeline = load_pipeline(args)
         self.args, self.folder, self.numbers = args, folder, count()
         self.small_world = self.pipeline.models.config.get("world") == "toyworld"
         self.pool = ThreadPoolExecutor(1)
 
-    def place(self, name: str) -> Path:
+    def new_file(self, name: str) -> Path:
         """A file of about this name in a folder of its own."""
         folder = self.folder / f"{next(self.numbers)}"
         folder.mkdir()
@@ -113,19 +119,15 @@ class Studio:
 
     def portrait(self, *looks: str) -> str:
         """A picture file of the person with these looks, whose name tells them."""
-        from PIL import Image
-
-        import toyworld
         person = toyworld.Identity(*looks, width=1.0, height=1.0)
-        file = self.place(toyworld.identity_key(person))
+        file = self.new_file(toyworld.identity_key(person))
         Image.fromarray(toyworld.render_reference(person, 0)).save(file)
         return str(file)
 
     def photo(self, upload: str) -> str:
         """Any picture file as a PNG. Raises ValueError."""
-        from images import read_picture, to_images
         image, = to_images(read_picture(upload)[None] * 2 - 1)
-        file = self.place(Path(upload).stem)
+        file = self.new_file(Path(upload).stem)
         image.save(file)
         return str(file)
 
@@ -135,54 +137,51 @@ class Studio:
             raise ValueError(f"nobody in the prompt to stand for: write one of {', '.join(PEOPLE[:6])}, ...")
         args = argparse.Namespace(**{**vars(self.args), "prompt": prompt, "seed": int(seed or 0),
                                      "steps": int(steps), "strength": float(strength)})
-        command.check(args)
+        check(args)
         return args
 
-    def people(self, args: argparse.Namespace, rows: list[list[str]]) -> tuple[list, list]:
-        """Where each row's people stand in the prompt, and the people themselves. Raises ValueError."""
-        castings = bind_castings(args.prompt, ["+".join(row) for row in rows])
-        photos = [read_photos(places) for places in castings]
-        return castings, cast(self.pipeline, args.weights, args.prompt, castings, photos)
+    def people(self, args: argparse.Namespace, rows: list[list[str]]
+               ) -> tuple[list[list[BoundSubject]], list[list[Subject]]]:
+        """Whom each row's photos stand for in the prompt, and the people themselves. Raises ValueError."""
+        bound = bind_rows(args.prompt, ["+".join(row) for row in rows])
+        pipeline = self.pipeline
+        return bound, [pipeline.make_subjects(args.prompt, row, pipeline.encode_photos(row, read_photos(row)))
+                       for row in bound]
 
     def draw(self, show: Callable, args: argparse.Namespace, photos: list[str]) -> dict:
         """The prior's picture, the one with the people, and what the routers did meanwhile."""
-        from moa import record_routing
-        from images import save_png, to_images
-        from images import RoutingSheet
-        (places,), (people,) = self.people(args, [photos])
+        (subjects,), (people,) = self.people(args, [photos])
         sheet = RoutingSheet(args.steps)
-        with record_routing(self.pipeline.models.unet) as routing:
-            def watch(step, steps, t, x0):
-                sheet.add(step, t, routing, x0[1:])
-                routing.clear()
+        with sheet.recording(self.pipeline.models.unet, first=1) as record:
+            def watch(step: int, steps: int, t: int, x0: Tensor) -> None:
+                record(step, steps, t, x0)
                 seen = step < steps and step % max(1, round(steps / PREVIEWS)) == 0
                 show({"done": step / steps,
                       **({"pictures": list(map(args.checker, to_images(self.pipeline.decode(x0))))}
                          if seen else {})})
-            pictures = list(command.draw(args, self.pipeline, [args.prompt] * 2, [args.seed] * 2,
-                                         [None, people], watch))
-        file = self.place(f"seed-{args.seed}")
-        save_png(pictures[1], file, {"prompt": args.prompt, **command.describe(args, places)})
+            pictures = list(generate_images(args, self.pipeline, [args.prompt] * 2, [args.seed] * 2,
+                                            [None, people], watch))
+        file = self.new_file(f"seed-{args.seed}")
+        save_png(pictures[1], file, settings_of(args, subjects))
         return {"pictures": pictures, "sheet": sheet, "file": str(file)}
 
     def swap(self, show: Callable, args: argparse.Namespace, photos: list[str]) -> dict:
         """One after the other in the place of the first person, under their names."""
-        (first, *_), = bind_castings(args.prompt, photos[:1])
+        (first, *_), = bind_rows(args.prompt, photos[:1])
         others = OTHERS.get(first.word, sum(OTHERS.values(), ())) if self.small_world else ()
         in_turn = [*photos, *(str(ROOT / "examples" / f"{name}.png") for name in others)]
         _, people = self.people(args, [[one, *photos[1:]] for one in in_turn])
-        rows = command.draw_rows(args, self.pipeline, [None, *people], [args.seed], counting(show))
+        rows = generate_rows(args, self.pipeline, [None, *people], [args.seed], counting(show))
         names = ["base", "first", *["second"] * len(photos[1:]), *others]
         return {"strip": [(row[0], name) for row, name in zip(rows, names, strict=True)]}
 
     def morph(self, show: Callable, args: argparse.Namespace, photos: list[str]) -> dict:
         """From the first person to the second, all in the first one's place."""
-        from pipeline import interpolate
         _, (first, last) = self.people(args, [[photo] for photo in photos])
         people = [[replace(first[0], feature=feature)]
                   for feature in interpolate(first[0].feature, last[0].feature, FRAMES)]
-        return {"frames": list(command.draw(args, self.pipeline, [args.prompt] * FRAMES, [args.seed] * FRAMES,
-                                            people, counting(show)))}
+        return {"frames": list(generate_images(args, self.pipeline, [args.prompt] * FRAMES,
+                                               [args.seed] * FRAMES, people, counting(show)))}
 
     def live(self, work: Callable[..., dict], photos: list[str], *values) -> Iterator[dict]:
         """Yield what `work(show, args, photos)` shows and, at last, returns. It works in the drawing thread
@@ -221,13 +220,12 @@ class Studio:
 
 
 def counting(show: Callable) -> Callable:
-    """For `command.draw`: says how far it is."""
+    """For `generate_images`: says how far it is."""
     return lambda step, steps, t, x0: show({"done": step / steps})
 
 
 def heat_map(drawn: dict | None, kind: str, layer: int, step: int) -> tuple:
     """The picture below the weight of the personalized expert, and what there is to see."""
-    from PIL import Image
     if not drawn:
         return None, FIRST_DRAW
     sheet, picture = drawn["sheet"], drawn["pictures"][1]
@@ -388,9 +386,6 @@ def person(gr, studio: Studio, title: str, looks: tuple[str, ...]) -> tuple:
 
 def design(gr, studio: Studio, title: str, looks: tuple[str, ...], file, image, chance) -> None:
     """Menus for the looks of a person of the small world, for the components of `person`."""
-    from numpy.random import default_rng
-
-    import toyworld
     attributes = {"noun": toyworld.NOUNS, **toyworld.ATTRIBUTES}
     with gr.Accordion(title, open=False), gr.Row():
         menus = [gr.Dropdown(list(values), value=look, filterable=False, min_width=110,

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from torch.nn import Linear
 
-import command
 from models.clip_image import CLIPImageConfig, CLIPImageEncoder
 from models.clip_text import CLIPTextConfig, CLIPTextEncoder, Tokenizer
 from models.load import Models
@@ -24,17 +23,18 @@ from models.unet import UNet, UNetConfig
 from models.vae import AutoencoderKL, VAEConfig
 from moa import MixtureOfAttention, MultimodalPrompt, PromptConfig, add_moa, record_routing
 from pipeline import Pipeline
-from subjects import SUBJECT, bind_subjects, make_subjects, read_photos
+from sample import SHIPPED, Parser, execute
+from subjects import SUBJECT, BoundSubject, bind_subjects, read_photos
 
-EXAMPLE = command.SHIPPED.parents[1] / "examples" / "zoe.png"
+EXAMPLE = SHIPPED.parents[1] / "examples" / "zoe.png"
 T = 500  # the timestep of --explain; MoA draws at those below 800
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = command.Parser(__doc__)
+    parser = Parser(__doc__)
     parser.prog = "python -m apps.describe"
     models = parser.add_mutually_exclusive_group().add_argument
-    models("--weights", type=Path, default=command.SHIPPED, metavar="FOLDER", help="default: the small world")
+    models("--weights", type=Path, default=SHIPPED, metavar="FOLDER", help="default: the small world")
     models("--preset", choices=["sd15"], help="sizes as in train.py, without any weights")
     add = parser.add_argument
     add("--moa", type=Path, metavar="FILE", help="default: moa.safetensors in the weights folder")
@@ -49,34 +49,32 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    command.execute(run, parse_args(argv))
+    execute(run, parse_args(argv))
 
 
 def run(args: argparse.Namespace) -> None:
-    places = []
-    if args.explain is not None:
-        command.check_prompt("--prompt", args.prompt)
-        places = bind_subjects(args.prompt, args.subject or [str(EXAMPLE)])
-    if args.preset and args.moa:
-        raise ValueError("--preset has no weights: leave out --moa, or give --weights in its place")
-    if args.untrained and args.moa:
-        raise ValueError("--untrained has no MoA file: leave out --moa, or --untrained")
-    photos = read_photos(places)
-    pipeline = sd15() if args.preset else load(args.weights, args.moa, args.untrained)
-    lines = tree(pipeline) if args.explain is None else explain(
-        pipeline, args.explain, args.prompt, places, photos)
+    if args.moa and (args.preset or args.untrained):
+        raise ValueError("--preset and --untrained take no MoA file: leave out --moa")
+    if args.explain is None:
+        lines = tree(load(args))
+    else:
+        subjects = bind_subjects(args.prompt, args.subject or [str(EXAMPLE)])
+        photos = read_photos(subjects)
+        lines = explain(load(args), args.explain, args.prompt, subjects, photos)
     print(*lines, sep="\n")
 
 
-def load(weights: Path, moa: Path | None, untrained: bool = False) -> Pipeline:
+def load(args: argparse.Namespace) -> Pipeline:
     """The pipeline, with MoA as training starts it where there is no MoA file, or it is not wanted. Raises
     ValueError."""
-    file = moa or weights / "moa.safetensors"
-    if moa and not moa.is_file():
-        raise ValueError(f"--moa {moa} is not a file: give one that train.py moa has written")
-    pipeline = Pipeline.load(weights, file if file.is_file() and not untrained else None)
+    if args.preset:
+        return sd15()
+    file = args.moa or args.weights / "moa.safetensors"
+    if args.moa and not file.is_file():
+        raise ValueError(f"--moa {file} is not a file: give one that train.py moa has written")
+    pipeline = Pipeline.load(args.weights, file if file.is_file() and not args.untrained else None)
     if pipeline.models.image_encoder is None:
-        raise ValueError(f"--weights {weights} has no image_encoder.safetensors, which subjects need")
+        raise ValueError(f"--weights {args.weights} has no image_encoder.safetensors, which subjects need")
     return pipeline if pipeline.prompt else start(pipeline.models)
 
 
@@ -179,13 +177,13 @@ def experts(mixture: MixtureOfAttention) -> str:
 # --- --explain ---
 
 
-def explain(pipeline: Pipeline, layer: int, prompt: str, places: list, photos: list) -> Iterator[str]:
+def explain(pipeline: Pipeline, layer: int, prompt: str, subjects: list[BoundSubject],
+            photos: list[list[Tensor]]) -> Iterator[str]:
     """What goes into the two MoA layers of a transformer block, and what comes out."""
     unet, block = pipeline.models.unet, pick_block(pipeline.models.unet, layer)
     side = latent_size(pipeline) * pipeline.models.vae.cfg.factor
-    features = [sum(pipeline.encode_subjects(photo[None])[0] for photo in several) / len(several)
-                for several in photos]
-    people = make_subjects(pipeline, prompt, places, features)
+    features = pipeline.encode_photos(subjects, photos)
+    people = pipeline.make_subjects(prompt, subjects, features)
     with torch.no_grad(), record_routing(unet) as routing:
         text = pipeline.encode_text([prompt])
         seen = watch({"m": pipeline.prompt.norm_m, "pe": pipeline.prompt.norm_pe, "mlp": pipeline.prompt.mlp,
@@ -194,8 +192,8 @@ def explain(pipeline: Pipeline, layer: int, prompt: str, places: list, photos: l
         context = pipeline.context_at(text, [people])(t)
         unet(pipeline.noise([0], (side, side)), t, context)
     yield f'prompt   "{prompt}", t = {T}, {square(side)} pixels, seed 0'
-    yield from (f"subject  {place} in token {one.position} of 77"
-                for place, one in zip(places, people, strict=True))
+    yield from (f"subject  {subject} in token {one.position} of 77"
+                for subject, one in zip(subjects, people, strict=True))
     yield "\nmultimodal prompt, for all transformer blocks at once"
     yield line("T, text states", text.shape, "", "CLIPTextEncoder")
     yield line("f, an image feature per subject", (1, len(people), len(features[0])), "sec. 3.2.1",

@@ -12,16 +12,20 @@ to cover --width x --height and cut around its middle. There is no seed: the noi
 import argparse
 from pathlib import Path
 
-# A script has only its own folder on the path.
-import command
-from subjects import (SUBJECT, bind_subjects, cut_people, encode_person, make_subjects,
-                      read_photos)
+from tqdm import tqdm
+
+from apps import plan_sheet, save_sheet, strip
+from images import fit, psnr, read_picture, to_images
+from samplers import invert_ddim, sample_ddim
+from sample import (Parser, add_flags, check, execute, keep_inputs, load_pipeline, sampling_options,
+                    settings_of)
+from subjects import SUBJECT, bind_subjects, cut_people, read_photos
 
 ITERATIONS = {"fixed-point": 3, "negative-prompt": 0}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = command.Parser(__doc__)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--image", type=Path, required=True, metavar="FILE", help="the picture to be edited")
     add("--source-prompt", required=True, metavar="TEXT", help="what it shows")
@@ -41,39 +45,32 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="1 keeps most of the picture (default); a stronger swap: --inversion negative-prompt and 2 to 4")
     add("--output", type=Path, default=Path("edit.png"), metavar="PATH",
         help="a .png for the strip, or a folder for the strip and its pictures (default edit.png)")
-    command.add_flags(parser, without=("--seed", "--sampler", "--guidance-scale"))
+    add_flags(parser, without=("--seed", "--sampler", "--guidance-scale"))
     parser.set_defaults(seed=0, sampler="ddim")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
-    command.execute(run, parse_args(argv))
+    execute(run, parse_args(argv))
 
 
 def run(args: argparse.Namespace) -> None:
     """Find the people, invert the picture, draw it again without and with the new ones, save."""
-    command.check(args)
+    check(args)
     if args.inversion == "negative-prompt":
         if args.negative_prompt:
             raise ValueError("--inversion negative-prompt takes the source prompt for --negative-prompt: "
                              "leave one of them out")
         args.negative_prompt = args.source_prompt
     kept = [f"{number}={args.image}" for number in args.keep]
-    places = bind_subjects(args.source_prompt, [*kept, *args.subject])
-    sheet, files = command.plan_sheet(args.output, 3)
-    command.keep_photos(args, places, [sheet, *files], [args.image, args.mask or args.image])
+    subjects = bind_subjects(args.source_prompt, [*kept, *args.subject])
+    sheet, files = plan_sheet(args.output, 3)
+    keep_inputs(args, subjects, [sheet, *files], [args.image, args.mask or args.image])
 
-    from tqdm import tqdm
-
-    from images import strip
-    from images import fit, psnr, read_picture, to_images
-    from samplers import invert_ddim, sample_ddim
     picture = read_picture(args.image)
-    photos = cut_people(picture, args.keep, args.mask, args.box) + read_photos(places[len(kept):])
-    pipeline = command.load_pipeline(args)
-    features = [encode_person(pipeline, args.weights, place.files, pictures)
-                for place, pictures in zip(places, photos, strict=True)]
-    people = make_subjects(pipeline, args.source_prompt, places, features)
+    photos = cut_people(picture, args.keep, args.mask, args.box) + read_photos(subjects[len(kept):])
+    pipeline = load_pipeline(args)
+    people = pipeline.make_subjects(args.source_prompt, subjects, pipeline.encode_photos(subjects, photos))
     source, null = pipeline.encode_text([args.source_prompt, args.negative_prompt], args.clip_skip).split(1)
     picture = fit(picture, (args.height, args.width))
     latents, prior = pipeline.encode(picture), pipeline.denoiser(source, [[]], prior_only=True)
@@ -82,15 +79,15 @@ def run(args: argparse.Namespace) -> None:
         noise = invert_ddim(prior, latents, iterations=ITERATIONS[args.inversion], **watch)
         untouched = pipeline.decode(sample_ddim(prior, noise, **watch))
         edited = pipeline.decode(pipeline.sample(noise, source, null, [people],
-                                                 **{**command.drawing(args), **watch}))
+                                                 **{**sampling_options(args), **watch}))
 
     print(f"the prior's round trip, PSNR: {psnr(untouched, pipeline.decode(latents)):.2f} dB to what the VAE "
           f"makes of the picture, {psnr(untouched, picture):.2f} dB to the picture itself", flush=True)
-    settings = {"prompt": args.source_prompt, **command.describe(args, places, inversion=args.inversion)}
+    settings = settings_of(args, subjects, prompt=args.source_prompt, inversion=args.inversion)
     images = [to_images(picture)[0], *(args.checker(to_images(one)[0]) for one in (untouched, edited))]
-    labels = ["picture", "round trip", ", ".join(map(str, places[len(kept):]))]
-    command.save_sheet(strip(args.source_prompt, list(zip(images, labels, strict=True))), sheet, settings,
-                       images, files, [{}] * 3)
+    labels = ["picture", "round trip", ", ".join(map(str, subjects[len(kept):]))]
+    tiles = list(zip(images, labels, strict=True))
+    save_sheet(strip(args.source_prompt, tiles), sheet, settings, images, files, [{}] * 3)
 
 
 if __name__ == "__main__":

@@ -14,83 +14,85 @@ import argparse
 import re
 from pathlib import Path
 
-import command
-from subjects import Place, encode_person, make_subjects, read_photos
+from apps import plan_sheet, save_sheet
+from images import captioned, labelled, portrait, stack
+from sample import (Parser, add_flags, check, check_keys, execute, generate_images, keep_inputs,
+                    load_pipeline, naming, read_json, settings_of)
+from subjects import BoundSubject, read_photos
 
-MOST_PEOPLE = 4  # in one picture, as in training
+COLUMNS = 5
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = command.Parser(__doc__)
+    parser = Parser(__doc__)
     parser.add_argument("story", type=Path, help="a JSON file, see above")
     parser.add_argument("--output", type=Path, default=Path("story.png"), metavar="PATH",
         help="a .png for the strip, or a folder for the strip and each picture (default story.png)")
-    command.add_flags(parser)
+    add_flags(parser)
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
-    command.execute(run, parse_args(argv))
+    execute(run, parse_args(argv))
 
 
 def run(args: argparse.Namespace) -> None:
-    command.check(args)
-    characters, scenes = read_story(args.story)
-    prompts, casts, seeds = zip(*scenes, strict=True)
+    check(args)
+    with naming(str(args.story)):
+        characters, scenes = read_story(args.story)
+    prompts, subjects, seeds = zip(*scenes, strict=True)
     everybody = list(characters.values())
-    sheet, files = command.plan_sheet(args.output, len(scenes))
-    command.keep_photos(args, everybody, [sheet, *files])
-    from images import captioned, labelled, portrait, stack
+    sheet, files = plan_sheet(args.output, len(scenes))
+    keep_inputs(args, everybody, [sheet, *files])
     photos = read_photos(everybody)
-    pipeline = command.load_pipeline(args)
-    features = {tuple(person.files): encode_person(pipeline, args.weights, person.files, pictures)
-                for person, pictures in zip(everybody, photos, strict=True)}
-    people = []
-    for k, (prompt, cast) in enumerate(zip(prompts, casts, strict=True)):
-        with command.naming(f"{args.story}, scene {k}"):
-            command.check_words(pipeline, [prompt])
-            people.append(make_subjects(pipeline, prompt, cast, [features[tuple(p.files)] for p in cast]))
+    pipeline = load_pipeline(args)
+    features = dict(zip((tuple(one.files) for one in everybody), pipeline.encode_photos(everybody, photos),
+                        strict=True))
+    people = [pipeline.make_subjects(prompt, found, [features[tuple(one.files)] for one in found])
+              for prompt, found in zip(prompts, subjects, strict=True)]
     seeds = [args.seed + k if seed is None else seed for k, seed in enumerate(seeds)]
     print(f"seed {args.seed}", flush=True)
-    images = list(command.draw(args, pipeline, prompts, seeds, people))
+    images = list(generate_images(args, pipeline, prompts, seeds, people))
 
     portraits = [(portrait(pictures, images[0].size), name)
                  for name, pictures in zip(characters, photos, strict=True)]
-    told = stack([labelled(portraits, 5), captioned(list(zip(images, prompts, strict=True)))])
-    own = [{**command.describe(args, cast), "prompt": prompt, "seed": seed}
-           for prompt, cast, seed in zip(prompts, casts, seeds, strict=True)]
-    command.save_sheet(told, sheet, {"prompt": "\n".join(prompts), **command.describe(args, everybody)},
-                       images, files, own)
+    told = stack([labelled(portraits, COLUMNS),
+                  labelled([captioned(*tile) for tile in zip(images, prompts, strict=True)], COLUMNS)])
+    own = [settings_of(args, found, prompt=prompt, seed=seed)
+           for prompt, found, seed in zip(prompts, subjects, seeds, strict=True)]
+    save_sheet(told, sheet, settings_of(args, everybody, prompt="\n".join(prompts)), images, files, own)
 
 
-def read_story(path: Path) -> tuple[dict[str, Place], list[tuple]]:
-    """The characters by name, and per scene its prompt, the people in it and its seed. Raises ValueError."""
-    story = command.read_json(path, characters=dict, scenes=list)
+def read_story(path: Path) -> tuple[dict[str, BoundSubject], list[tuple]]:
+    """The characters by name, and per scene its prompt, the subjects in it and its seed or None. Raises
+    ValueError."""
+    story = read_json(path)
+    check_keys(story, {"characters": dict, "scenes": list})
     characters, scenes = {}, []
     for name, person in story["characters"].items():
-        command.check_keys(f"{path}, character {name!r}", person, word=str, photos=list)
-        characters[name] = Place(person["word"], 0, [str(path.parent / str(p)) for p in person["photos"]])
+        with naming(f"character {name!r}"):
+            check_keys(person, {"word": str, "photos": list})
+        photos = [str(path.parent / str(photo)) for photo in person["photos"]]
+        characters[name] = BoundSubject(person["word"], 0, photos)
     for k, scene in enumerate(story["scenes"]):
-        with command.naming(f"{path}, scene {k}"):
-            command.check_keys("it", scene, optional=["seed"], prompt=str)
-            command.check_prompt("its prompt", scene["prompt"])
-            command.check_seed(scene.get("seed", 0))
+        with naming(f"scene {k}"):
+            check_keys(scene, {"prompt": str}, {"seed": int})
             scenes.append((*write_prompt(scene["prompt"], characters), scene.get("seed")))
     return characters, scenes
 
 
-def write_prompt(prompt: str, characters: dict[str, Place]) -> tuple[str, list[Place]]:
+def write_prompt(prompt: str, characters: dict[str, BoundSubject]) -> tuple[str, list[BoundSubject]]:
     """A scene's prompt with every {name} replaced by its word, and where these end. Raises ValueError."""
-    written, places = "", []
+    written, subjects = "", []
     for k, part in enumerate(re.split(r"\{(.*?)\}", prompt)):
-        if k % 2 and part not in characters:
+        if k % 2 == 0:
+            written += part
+        elif part in characters:
+            written += characters[part].word
+            subjects.append(characters[part]._replace(end=len(written)))
+        else:
             raise ValueError(f"there is no character {part!r} for {prompt!r}, only {', '.join(characters)}")
-        written += characters[part].word if k % 2 else part
-        if k % 2:
-            places.append(characters[part]._replace(end=len(written)))
-    if len(places) > MOST_PEOPLE:
-        raise ValueError(f"{len(places)} people are too many, a picture takes {MOST_PEOPLE}: {prompt!r}")
-    return written, places
+    return written, subjects
 
 
 if __name__ == "__main__":

@@ -12,7 +12,14 @@ do. Picture k has seed SEED + k. Printed, with and without the subject, in share
 import argparse
 from pathlib import Path
 
-import command
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from apps import generate_rows, load_people
+from images import labelled, page, pairwise_distance, portrait
+from sample import Parser, add_flags, check, check_picture, execute, save, settings_of
 from subjects import SUBJECT, bind_subjects
 
 CELLS = 8
@@ -20,52 +27,44 @@ PAIRS = 4  # of pictures, in a row of the sheet
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = command.Parser(__doc__)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--prompt", required=True, help="what to draw")
     add("--subject", action="append", default=[], metavar=SUBJECT,
         help="photo of a person; repeatable; without any, the prior's pictures alone are shown")
     add("--num", type=int, default=16, metavar="N", help="how many seeds (default 16)")
     add("--output", type=Path, default=Path("variations.png"), metavar="FILE", help="default variations.png")
-    command.add_flags(parser)
+    add_flags(parser)
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
-    command.execute(run, parse_args(argv))
+    execute(run, parse_args(argv))
 
 
 def run(args: argparse.Namespace) -> None:
-    command.check(args)
-    command.check_picture("--output", args.output)
+    check(args)
+    check_picture("--output", args.output)
     if args.num < 2:
         raise ValueError(f"--num must be at least 2, not {args.num}: one picture differs from nothing")
-    places = bind_subjects(args.prompt, args.subject)
-    pipeline, photos, people = command.load_cast(args, [places], [args.output])
-    from images import contact_sheet, portrait
-    from images import save_png
+    subjects = bind_subjects(args.prompt, args.subject)
+    pipeline, (photos,), people = load_people(args, [subjects], [args.output])
     seeds = range(args.seed, args.seed + args.num)
     print(f"seed {args.seed}", flush=True)
-    rows = command.draw_rows(args, pipeline, [None, *people] if places else [None], seeds)
+    rows = generate_rows(args, pipeline, [None, *people] if subjects else [None], seeds)
     print_diversity(rows)
-    names = ["prior", "with"] if places else ["prior"]
     pairs = zip(*rows, strict=True)
     tiles = [(image, f"seed {seed}, {name}") for seed, pair in zip(seeds, pairs, strict=True)
-             for image, name in zip(pair, names, strict=True)]
-    portraits = [(portrait(several, rows[0][0].size), str(place))
-                 for several, place in zip(photos[0], places, strict=True)]
-    settings = {"prompt": args.prompt, **command.describe(args, places, num=args.num)}
-    save_png(contact_sheet(args.prompt, portraits, tiles, PAIRS * len(rows)), args.output, settings)
-    print(args.output)
+             for image, name in zip(pair, ["prior", "with"], strict=False)]
+    portraits = [(portrait(several, rows[0][0].size), str(subject))
+                 for several, subject in zip(photos, subjects, strict=True)]
+    top = [labelled(portraits, len(portraits))] if portraits else []
+    sheet = page(args.prompt, *top, labelled(tiles, PAIRS * len(rows)))
+    save(sheet, args.output, settings_of(args, subjects, num=args.num))
 
 
-def print_diversity(rows: list[list]) -> None:
+def print_diversity(rows: list[list[Image.Image]]) -> None:
     """One line per score: with the subject, the prior's, and how they relate."""
-    import numpy as np
-    import torch
-    import torch.nn.functional as F
-
-    from images import pairwise_distance
     pictures = [torch.from_numpy(np.stack(row)).permute(0, 3, 1, 2).float() / 255 for row in rows]
     cells = [F.adaptive_avg_pool2d(each, CELLS) for each in pictures]
     for name, (prior, *found) in (("pixels", map(pairwise_distance, pictures)),

@@ -26,7 +26,6 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-import command
 import sample
 from bench.face_scores import Networks, identity_score, load_networks, prompt_score
 from bench.table3 import IMAGES, MULTI, SINGLE, SUBJECTS, TABLE3
@@ -39,7 +38,7 @@ from train import git_describe
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = command.Parser(__doc__)
+    parser = sample.Parser(__doc__)
     add = parser.add_argument
     add("--subjects", type=Path, required=True, metavar="FOLDER", help="a folder per person, see above")
     add("--output", type=Path, required=True, metavar="FOLDER", help="for pictures, scores and results")
@@ -51,12 +50,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name, what in (("subjects", "subjects"), ("prompts", "prompts of each kind"),
                        ("images", f"of the {IMAGES} images of a prompt")):
         add(f"--max-{name}", type=int, metavar="N", help=f"to try: the first N {what} only")
-    command.add_flags(parser, seed=42, steps=50, guidance_scale=5.0)
+    sample.add_flags(parser, seed=42, steps=50, guidance_scale=5.0)
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
-    command.execute(run, parse_args(argv))
+    sample.execute(run, parse_args(argv))
 
 
 @torch.no_grad()
@@ -68,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
     device = pick_device(args.device)
     networks = load_networks(args.facenet, args.clip, device)
     references = read_references(networks, {person for case in cases for person in case.people})
-    pipeline = sample.load(args, people=True)
+    pipeline = sample.load_base_or_moa(args, people=True)
     files = claim(args, networks)
     mine = sample.own_share(cases)
     sample.draw_lines(args, pipeline, {case.picture: to_line(case) for case in mine})
@@ -95,7 +94,7 @@ def changed_settings(args: argparse.Namespace) -> list[str]:
 
 def check(args: argparse.Namespace) -> None:
     """Raise ValueError for the first setting that cannot be used."""
-    command.check(args)
+    sample.check(args)
     for flag, path, what in (
             ("--facenet", args.facenet, "facenet-pytorch's vggface2 weights, 20180402-114759-vggface2.pt of "
                                         "github.com/timesler/facenet-pytorch's releases"),
@@ -104,7 +103,7 @@ def check(args: argparse.Namespace) -> None:
             raise ValueError(f"{flag} is missing: give {what}")
         if not path.exists():
             raise ValueError(f"{flag} {path} does not exist: give {what}")
-    command.check_writable("--output", args.output / "results.json")
+    sample.check_writable("--output", args.output / "results.json")
 
 
 # --- who and what ---
@@ -139,7 +138,7 @@ def read_subjects(folder: Path) -> list[Person | None]:
     if not folder.is_dir():
         raise ValueError(f"--subjects {folder} is not a folder: give one with a folder per person")
     table = folder / "subjects.json"
-    nouns = command.read_json(table) if table.exists() else SUBJECTS
+    nouns = sample.read_json(table) if table.exists() else SUBJECTS
     there = sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
     if not isinstance(nouns, dict) or not all(noun in PEOPLE for noun in nouns.values()):
         raise ValueError(f'{table} must say what to call each person, as {{"anna": "woman"}}, with one of '
@@ -214,7 +213,7 @@ def claim(args: argparse.Namespace, networks: Networks) -> dict[str, str]:
     files = {name: checksum(file) for name, file in {**parts, "moa": args.moa}.items()
              if file and file.is_file()} | networks.files
     note, mine = args.output / "run.json", {"protocol": "multi" if args.multi else "single", **files}
-    found = command.read_json(note) if note.exists() else mine
+    found = sample.read_json(note) if note.exists() else mine
     if wrong := [name for name in {**mine, **found} if mine.get(name) != found.get(name)]:
         raise ValueError(f"--output {args.output} has pictures of another run, with another "
                          f"{' and '.join(wrong)}: give another folder")
@@ -254,7 +253,7 @@ def gather(args: argparse.Namespace, cases: list[Case]) -> list[dict]:
     scores = []
     for case in cases:
         line = to_line(case)
-        line.places = [] if args.prior_only else bind_subjects(line.prompt, line.subject)
+        line.subjects = [] if args.prior_only else bind_subjects(line.prompt, line.subject)
         settings = sample.line_settings(args, line)
         # An older picture, and its score, may lie there until the process that it belongs to comes to it.
         while read_settings(case.picture) != settings or not (found := read_score(case)):
@@ -276,7 +275,7 @@ def write_results(args: argparse.Namespace, cases: list[Case], scores: list[dict
         changed = [*changed, "other subjects"]
     results = {
         "protocol": "multi" if args.multi else "single", "changed": changed, "subjects": len(people),
-        "settings": command.describe(args, [], prior_only=args.prior_only), "run": source,
+        "settings": sample.settings_of(args, [], prior_only=args.prior_only), "run": source,
         "scores": {name: summary(found) for name, found in {**kinds, "all": scores}.items()},
         "table3": {name: {"ip": ip, "pc": pc} for name, (ip, pc) in TABLE3.items()},
         "pictures": {case.picture.name: {"prompt": case.prompt, "people": [one.name for one in case.people],

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-import command
+from models.errors import fail
 from bench.measure import ROOT, compare, pick, positive, report
 from training import STAGES, RecordedStep, Stage, make_config
 
@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
     args.device, args.dtype = "auto", "bf16"
     device, _ = pick(args)
     if device.type != "cuda":
-        command.fail(f"a CUDA graph is for a CUDA GPU, this is {device}")
+        fail(f"a CUDA graph is for a CUDA GPU, this is {device}")
     report("graph", measure(args, device), args, device)
 
 

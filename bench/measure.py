@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from allocator import reuse_memory
+from pipeline import reuse_memory
 from models.load import PARTS, write_json
 from pipeline import pick_device
 from training import SMALL

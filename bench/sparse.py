@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-import command
+import sample
 import evaluate
 from bench.measure import positive
 from models.load import write_json
@@ -39,7 +39,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    command.execute(run, parse_args(argv))
+    sample.execute(run, parse_args(argv))
 
 
 def run(args: argparse.Namespace) -> None:

@@ -26,7 +26,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import toyworld
-from allocator import reuse_memory
+from pipeline import reuse_memory
 from bench.fastcomposer import FastComposerStage
 from bench.measure import in_child, machine, peak_memory, positive, reset_peak, seconds, table
 from models.load import PARTS, save_part, write_json

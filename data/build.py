@@ -55,7 +55,7 @@ from data.fastcomposer import (
     square,
 )
 from data.processes import in_processes
-from errors import one_line
+from models.errors import one_line
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 NOUNS = ("man", "woman", "boy", "girl", "person", "kid", "child", "baby", "toddler", "teenager", "adult",

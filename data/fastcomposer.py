@@ -35,7 +35,7 @@ from data import augment
 import toyworld
 from data.dataset import CACHE_ROOT, Sample, pad_subjects
 from data.processes import in_processes
-from errors import one_line
+from models.errors import one_line
 
 SUFFIXES = (".jpg", ".npy", ".json")
 REFERENCE_SIZE = 224  # what CLIP's image encoder sees; references of smaller pictures are smaller

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from command import check_picture, fail
+from models.errors import fail
+from sample import check_picture
 
 PANELS = {
     "masked": "masked loss",

@@ -19,6 +19,7 @@ SPACINGS = ("leading", "linspace", "trailing")
 
 Denoise = Callable[[Tensor, Tensor], Tensor]  # (x (B, ...), t (B,) int64) -> eps (B, ...)
 Progress = Callable[[int, int, int, Tensor], object]  # (step 1..total, total, t, x0 (B, ...))
+Sampler = Callable[..., Tensor]  # (denoise, x (B, ...), steps, ..., progress) -> x (B, ...)
 
 
 class NoiseLevel(NamedTuple):
@@ -99,6 +100,18 @@ def timesteps(steps: int, spacing: str, end_node: bool = False) -> list[int]:
             f"{steps} {spacing} timesteps would repeat or leave 0..{NUM_TIMESTEPS - 1}, take fewer"
         )
     return grid
+
+
+def timesteps_of(sampler: Sampler, steps: int) -> list[int]:
+    """The timesteps at which a sampler calls the network, each once, falling: it is run on one number."""
+    seen = set()
+
+    def note(x: Tensor, t: Tensor) -> Tensor:
+        seen.add(int(t[0]))
+        return torch.zeros_like(x)
+
+    sampler(note, torch.zeros(1, 1), steps=steps)
+    return sorted(seen, reverse=True)
 
 
 def predict_eps(denoise: Denoise, x: Tensor, t: int, dtype: torch.dtype) -> Tensor:

@@ -11,15 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
-import command
 import sample
 from apps import routing, swap, traverse, variations
 from models.unet import UNet
 from moa import record_routing, record_subject_attention
-from images import labelled
-from images import pairwise_distance, read_picture
+from images import labelled, pairwise_distance, read_picture
 from pipeline import Pipeline, Subject
-from subjects import bind_castings, split_casting
+from subjects import bind_rows
 
 ROOT = Path(sample.__file__).parent
 APPS = {"swap": swap, "routing": routing, "variations": variations, "traverse": traverse}
@@ -100,24 +98,15 @@ def differ(a: np.ndarray, b: np.ndarray) -> bool:
     return np.abs(a - b).max() >= 4
 
 
-# Castings
+# Rows of people
 
 
-def test_castings_of_several_people(place):
-    for name in ("a+b.png", "c.png+d.png"):
-        shutil.copy("ada.png", name)
-    assert split_casting("ada.png+man=bob.png") == ["ada.png", "man=bob.png"]
-    assert split_casting("a+b.png") == ["a+b.png"]
-    assert split_casting("woman=a+b.png+bob.png@600") == ["woman=a+b.png", "bob.png@600"]
-    assert split_casting("c.png+d.png+ada.png") == ["c.png+d.png", "ada.png"]
-    assert split_casting("new.png+old.png") == ["new.png", "old.png"]  # neither is there
-    (kept, swapped), = bind_castings(PAIR, ["ada.png"], ["woman=bob.png"])
+def test_rows_of_several_people():
+    (kept, swapped), = bind_rows(PAIR, ["ada.png"], ["woman=bob.png"])
     assert (kept.word, kept.files, swapped.word, swapped.files) == ("woman", ["bob.png"], "man", ["ada.png"])
-    casting, = bind_castings(PAIR, ["ada.png"], ["man=bob.png"])
-    assert [place.word for place in casting] == ["woman", "man"]  # as in the prompt
-    for wrong in ("ada.png+", "+ada.png", "ada.png++bob.png"):
-        with pytest.raises(ValueError, match="missing before or behind"):
-            split_casting(wrong)
+    first, second = bind_rows(PAIR, ["ada.png+bob.png", "man=ada.png+woman=bob.png"])
+    assert [one.word for one in first] == [one.word for one in second] == ["woman", "man"]  # as in the prompt
+    assert [one.name for one in second] == ["bob.png", "ada.png"]
 
 
 # swap.py
@@ -134,14 +123,13 @@ def test_swap_shows_the_pictures_of_sample(app, drawn):
     assert differ(tile(sheet, 1, 1), tile(sheet, 2, 1))
     assert (tile(sheet, 0, 0) == 255).all() and tile(sheet, 1, 0).std() > 1
     found, alone = settings("new/x.png"), settings("sampled.png")
-    assert found.pop("castings") == [["woman=ada.png"], ["woman=bob.png"]] and found.pop("seeds") == [3, 8]
-    assert found.pop("files") != alone.pop("files")  # of all photos
+    assert found.pop("rows") == [["woman=ada.png"], ["woman=bob.png"]] and found.pop("seeds") == [3, 8]
     assert found == {**{k: v for k, v in alone.items() if k != "prior_only"}, "seed": 3,
                      "subjects": ["woman=ada.png", "woman=bob.png"]}
     assert os.listdir("new") == ["x.png"]
 
 
-def test_swap_draws_common_steps_once_and_equal_castings_once(app, monkeypatch):
+def test_swap_draws_common_steps_once_and_equal_rows_once(app, monkeypatch):
     rows, forward = [], UNet.forward
 
     def counted(self, x, *rest):
@@ -150,19 +138,12 @@ def test_swap_draws_common_steps_once_and_equal_castings_once(app, monkeypatch):
     monkeypatch.setattr(UNet, "forward", counted)
     shutil.copy("ada.png", "copy.png")
     app("swap", "--subjects", "ada.png", "bob.png", "copy.png", "--seeds", 0, 1)
-    # Two seeds, with and without the prompt. At t = 999 for everybody; then two castings, and the prior.
+    # Two seeds, with and without the prompt. At t = 999 for everybody; then two people, and the prior.
     assert rows == [4, 8, 4, 8, 4]
     sheet = pixels("swap.png")
     for column in (1, 2):
         assert np.array_equal(tile(sheet, 1, column), tile(sheet, 3, column))
         assert differ(tile(sheet, 1, column), tile(sheet, 2, column))
-
-
-def test_castings_beyond_a_batch(app, monkeypatch):
-    app("swap", "--subjects", "ada.png", "bob.png", "--seeds", 0, 1, "--output", "whole.png")
-    monkeypatch.setattr(command, "BATCH", 2)
-    split = app("swap", "--subjects", "ada.png", "bob.png", "--seeds", 0, 1, "--output", "split.png")
-    assert np.abs(pixels("whole.png") - pixels("split.png")).max() <= 1 and len(split) == 3
 
 
 def test_swap_one_or_both_of_two_people(app, drawn):
@@ -173,7 +154,7 @@ def test_swap_one_or_both_of_two_people(app, drawn):
                                                 "--seed", 4, prompt=PAIR))
     assert differ(tile(sheet, 1, 1), tile(sheet, 2, 1))
     app("swap", "--subjects", "ada.png+bob.png", "--seeds", 4, "--output", "both.png", prompt=PAIR)
-    assert settings("both.png")["castings"] == [["woman=ada.png", "man=bob.png"]]
+    assert settings("both.png")["rows"] == [["woman=ada.png", "man=bob.png"]]
     assert close(tile(pixels("both.png"), 1, 1),
                  drawn("--subject", "ada.png", "--subject", "bob.png", "--seed", 4, prompt=PAIR))
 
@@ -190,23 +171,10 @@ def test_swap_measures_inside_and_outside(capsys):
     assert capsys.readouterr().out == "who: changed 0.175 inside, 0.875 outside\n"
 
 
-@pytest.mark.parametrize("flags", [["--strength", 0], ["--prior-above", 0], ["--steps", 1]])
-def test_swap_where_the_prior_draws_all(place, world, capsys, flags):
-    APPS["swap"].main(["--weights", str(world), "--prompt", PROMPT, "--subjects", "ada.png", "--seeds", "0",
-                       *map(str, flags)])
-    out, err = capsys.readouterr()
-    assert out.splitlines() == ["swap.png"]
-    assert ("somebody is in no step of the picture" in err) == (flags[0] != "--strength")
+def test_swap_where_the_prior_draws_all(app):
+    assert app("swap", "--subjects", "ada.png", "--seeds", 0, "--strength", 0) == ["swap.png"]
     sheet = pixels("swap.png")
     assert np.array_equal(tile(sheet, 0, 1), tile(sheet, 1, 1))
-
-
-def test_without_guidance(app, drawn):
-    out = app("swap", "--subjects", "ada.png", "--seeds", 0, "--guidance-scale", 1)
-    assert out[0].startswith("ada.png: changed")
-    assert close(tile(pixels("swap.png"), 1, 1), drawn("--subject", "ada.png", "--seed", 0,
-                                                       "--guidance-scale", 1))
-    app("routing", "--subject", "ada.png", "--seed", 0, "--guidance-scale", 1)
 
 
 # routing.py
@@ -245,14 +213,6 @@ def test_routing_keeps_what_the_routers_and_the_subjects_tokens_got(app, world):
                for what in ("mean", "maps") for kind in found["mean"] for layer in range(16))
 
 
-def test_routing_of_odd_sizes_and_of_one_file_for_two(app):
-    app("routing", "--subject", "ada.png", "--subject", "ada.png", "--seed", 0, "--width", 72, "--height", 40,
-        prompt=PAIR)
-    found = json.loads(Path("routing.json").read_text())
-    first = np.array(found["maps"]["cross"][0][1])
-    assert first.shape == (5, 9) and len(found["maps"]) == 4
-
-
 # variations.py
 
 
@@ -286,28 +246,25 @@ def test_scores_of_known_pictures(capsys):
 # traverse.py
 
 
-@pytest.mark.parametrize("ending", ["gif", "png"])
-def test_traverse_ends_in_the_pictures_of_the_seeds(app, drawn, ending):
+def test_traverse_ends_in_the_pictures_of_the_seeds(app, drawn):
     out = app("traverse", "--subjects", "ada.png", "bob.png", "--seeds", 4, 9, "--frames", 3,
-              "--animation", f"walk.{ending}")
-    assert out == ["traverse.png", f"walk.{ending}"]
+              "--animation", "walk.png")
+    assert out == ["traverse.png", "walk.png"]
     sheet = pixels("traverse.png")
-    rows = {0: ["--prior-only"], 1: ["--subject", "ada.png"], 2: ["--subject", "bob.png"]}
-    for row, flag in rows.items():
+    for row, flag in enumerate((["--prior-only"], ["--subject", "ada.png"])):
         for column, seed in ((1, 4), (3, 9)):
             assert close(tile(sheet, row, column), drawn("--seed", seed, *flag))
         middle = tile(sheet, row, 2)
         assert differ(middle, tile(sheet, row, 1)) and differ(middle, tile(sheet, row, 3))
     assert settings("traverse.png")["seeds"] == [4, 9] and settings("traverse.png")["frames"] == 3
-    with Image.open(f"walk.{ending}") as animation:
+    with Image.open("walk.png") as animation:
         assert animation.n_frames == 3
         for k in range(3):
             animation.seek(k)
             names = ["the prior alone", "ada.png", "bob.png"]
             images = [Image.fromarray(tile(sheet, row, k + 1).astype(np.uint8)) for row in range(3)]
             frame = labelled(list(zip(images, names, strict=True)), 3)
-            difference = np.abs(np.array(animation.convert("RGB")).astype(int) - np.array(frame))
-            assert difference.mean() < 6 if ending == "gif" else not difference.any()
+            assert np.array_equal(np.array(animation.convert("RGB")), np.array(frame))
 
 
 # All of them
@@ -322,52 +279,25 @@ def test_another_size_of_weights(app, wide_world, name):
 
 
 REFUSED = [
-    (["swap", "--subjects", "ada.png", "--seeds", "1", "1"], "--seeds has 1 twice"),
     (["swap", "--subjects", "ada.png", "--seeds", "-1"], "--seeds must be in 0"),
     (["swap", "--subjects", "man=ada.png"], "subject man=ada.png: there is no 'man' in the prompt"),
     (["swap", "--subjects", "ada.png+bob.png"], "more subjects than words"),
-    (["swap", "--subjects", "ada.png", "--keep", "bob.png"], "more subjects than words"),
-    (["swap", "--subjects", "ada.png+"], "a photo is missing before or behind"),
-    (["swap", "--subjects", ""], "a file is empty"),
+    (["swap", "--subjects", "ada.png+"], "the name of a file is empty"),
+    (["swap", "--subjects", "ada.png", "--output", "x.jpg"], "name ends in .png"),
+    (["swap", "--subjects", "notes.png"], "cannot be used as a picture"),
     (["traverse", "--subjects", "ada.png", "--seeds", "1"], "--seeds must be two"),
-    (["traverse", "--subjects", "ada.png", "--seeds", "1", "2", "3"], "must be two, where to begin and"),
-    (["traverse", "--subjects", "ada.png", "--seeds", "2", "2"], "--seeds has 2 twice"),
     (["traverse", "--subjects", "ada.png", "--frames", "1"], "--frames must be in 2..200, not 1"),
     (["traverse", "--subjects", "ada.png", "--animation", "x.mp4"], "name ends in .gif or .png"),
-    (["traverse", "--subjects", "ada.png", "--animation", "traverse.png"], "is --output's file"),
     (["traverse", "--subjects", "ada.png", "--animation", "ada.png"], "would be replaced"),
     (["variations", "--num", "1"], "--num must be at least 2, not 1"),
-    (["variations", "--num", "1001"], "--num must be in 1..1000"),
-    (["routing", "--subject", "ada.png", "--output", "text.png"], "text.json is a subject's photo"),
-    (["routing", "--subject", "ada.png", "--output", "config.png", "--weights", "."], "config.json is"),
-    (["swap", "--subjects", "ada.png", "--lora-scope", "all"], "--lora-scope means nothing without --lora"),
-    *[([name, *ONE[name], *flags], words) for name in APPS for flags, words in [
-        (["--output", "x.jpg"], "name ends in .png"), (["--output", "ada.png"], "would be replaced"),
-        (["--output", "ada.png/x.png"], "cannot be written"), (["--steps", "0"], "--steps must be in"),
-        (["--width", "100"], "multiple of 8"), (["--prompt", " "], "--prompt is empty"),
-        (["--prompt", "the beach"], "nobody in the prompt"), (["--weights", "ada.png"], "ada.png")]],
-    *[([name, ONE[name][0], file], words) for name in APPS for file, words in [
-        ("missing.png", "missing.png does not exist"), ("notes.png", "cannot be used as a picture"),
-        ("woman=", "a file is empty")]]]
+    (["routing", "--subject", "ada.png", "--output", "notes.png", "--subject", "notes.png"], "more subjects"),
+    (["routing", "--subject", "ada.png", "--prompt", " "], "--prompt is empty")]
 
 
 @pytest.mark.parametrize("arguments, words", REFUSED, ids=lambda value: " ".join(value)[:60])
 def test_refuses(refuse, place, arguments, words):
     (place / "notes.png").write_text("no picture")
-    if "text.json is" in words:
-        shutil.copy("ada.png", "text.json")
-        arguments = [*arguments, "--subject", "man=text.json", "--prompt", PAIR]
     assert words in refuse(*arguments)
-
-
-@pytest.mark.parametrize("name", APPS)
-def test_nothing_is_left_of_a_run_that_breaks_off(app, place, name, monkeypatch):
-    def stop(*args, **more):
-        raise KeyboardInterrupt
-    monkeypatch.setattr(Pipeline, "decode", stop)
-    with pytest.raises(SystemExit) as stopped:
-        app(name, *ONE[name], "--output", "new/x.png")
-    assert stopped.value.code == 130 and sorted(os.listdir(place)) == ["ada.png", "bob.png"]
 
 
 # paper.sh
@@ -404,33 +334,32 @@ def paper(place):
     return run
 
 
-def test_paper_of_the_small_world(paper, capsys):
-    commands = paper("out", "--steps", "2")
-    for script, *arguments in commands:
-        module = sample if script.endswith("sample.py") else APPS[Path(script).stem]
-        module.main(arguments)
-        assert capsys.readouterr().err == "", arguments  # a word that is not known would be a warning
-    figures = {path.stem for path in Path("out").glob("fig*.png")}
-    assert figures == {"fig3", "fig6a", "fig6b", "fig7a", "fig7b", "fig9a", "fig9b", "fig10", "fig17a",
-                       "fig17b", "fig17c", "fig18", "fig19", "fig20"}
-    assert len(list(Path("out/table2").glob("*.png"))) == 12
-
-
-def test_paper_of_stable_diffusion(paper):
-    commands = paper("out", WEIGHTS="my weights/sd15", MEN="1.jpg 2.jpg 3.jpg", WOMEN="4.jpg 5.jpg")
-    for script, *arguments in commands:
-        args = (sample if script.endswith("sample.py") else APPS[Path(script).stem]).parse_args(arguments)
-        assert args.weights == Path("my weights/sd15")
-    lines = [json.loads(line) for line in Path("out/table2.jsonl").read_text().splitlines()]
-    assert [line["prompt"] for line in lines] == TABLE_2
-    assert [len(line["subjects"]) for line in lines] == [2] * 7 + [1] * 5
+def test_paper(paper, capsys):
+    """With Stable Diffusion's weights the paper's prompts; without them the small world's, all of which its
+    parsers and its vocabulary know."""
+    own = {"WEIGHTS": "my weights/sd15", "MEN": "1.jpg 2.jpg 3.jpg", "WOMEN": "4.jpg 5.jpg"}
+    for environment in (own, {}):
+        commands = paper("out", "--steps", "2", **environment)
+        lines = [json.loads(line) for line in Path("out/table2.jsonl").read_text().splitlines()]
+        figures = {Path(words[words.index("--output") + 1]).stem for words in commands}
+        assert figures == {"table2", "fig3", "fig6a", "fig6b", "fig7a", "fig7b", "fig9a", "fig9b", "fig10",
+                           "fig17a", "fig17b", "fig17c", "fig18", "fig19", "fig20"}
+        parsed = [(sample if words[0] != "-m" else APPS[words[1].removeprefix("apps.")]).parse_args(
+            words[1 + (words[0] == "-m"):]) for words in commands]
+        if environment:
+            assert all(args.weights == Path("my weights/sd15") for args in parsed)
+            assert [line["prompt"] for line in lines] == TABLE_2
+            assert [len(line["subjects"]) for line in lines] == [2] * 7 + [1] * 5
+        else:
+            tokenize = Pipeline.load(sample.SHIPPED).models.tokenize
+            prompts = [*(line["prompt"] for line in lines), *(args.prompt for args in parsed if args.prompt)]
+            assert tokenize.complaint(" ".join(prompts)) is None
+        Path("notes").unlink()
 
 
 @pytest.mark.parametrize("arguments, environment", [
-    ([], {}), ([""], {}), (["--steps", "2"], {}), (["out"], {"MEN": "a.png"}),
-    (["ada.png"], {}), (["ada.png/out"], {}), (["/proc/out"], {})])
+    ([], {}), (["out"], {"MEN": "a.png"}), (["/proc/out"], {})])
 def test_paper_refuses(place, arguments, environment):
     found = subprocess.run([ROOT / "apps" / "paper.sh", *arguments], capture_output=True, text=True,
                            env={**os.environ, **environment})
     assert found.returncode == 2 and found.stderr.startswith("error: ") and found.stdout == ""
-    assert sorted(os.listdir(place)) == ["ada.png", "bob.png"]

@@ -3,7 +3,6 @@ import importlib
 import json
 import re
 import shlex
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ from PIL import Image
 
 import images
 import sample
+import subjects
 from pipeline import Pipeline, Subject, interpolate
 from samplers import invert_ddim, sample_ddim
 
@@ -90,26 +90,6 @@ def settings(path) -> dict:
 # What they draw
 
 
-@pytest.mark.parametrize("flags", [[], ["--interpolation", "spherical", "--clip-skip", 2]], ids=str)
-def test_morph_begins_and_ends_with_what_sample_draws(draw, flags):
-    out, err = draw("morph", *FLAGS["morph"], *flags[:4], "--output", "m", "--animation", "a/m.png")
-    assert out == ["seed 5", "m/000.png", "m/001.png", "m/002.png", "m/sheet.png", "a/m.png"] and err == []
-    for frame, name in (("m/000.png", "ada"), ("m/002.png", "bob")):
-        draw("sample", "--prompt", PROMPT, "--subject", f"{name}.png", "--output", f"{name}_drawn.png",
-             *flags[2:])
-        assert change(frame, f"{name}_drawn.png") <= 1
-        assert change(frame, "m/001.png") > 4
-    assert change("m/000.png", "m/002.png") > 10
-    with Image.open("a/m.png") as image:
-        assert image.n_frames == 3
-        for k in range(3):
-            image.seek(k)
-            assert np.array_equal(np.array(image.convert("RGB")), pixels(f"m/00{k}.png"))
-    assert [settings(f"m/00{k}.png")["amount"] for k in range(3)] == [0, 0.5, 1]
-    assert settings("m/sheet.png")["subjects"] == ["woman=ada.png", "woman=bob.png"]
-    assert pixels("m/sheet.png").shape[1] > 5 * 128
-
-
 def test_morph_goes_through_the_features_between(draw, world):
     """The middle is not a blend of pictures: it is drawn with the mean feature."""
     draw("morph", *FLAGS["morph"], "--output", "m")
@@ -119,25 +99,6 @@ def test_morph_goes_through_the_features_between(draw, world):
     line, arc = interpolate(a, b, 5), interpolate(a, b, 5, spherical=True)
     assert torch.equal(line[[0, 4]], torch.stack([a, b])) and torch.equal(arc[[0, 4]], torch.stack([a, b]))
     assert torch.allclose(line[1], 0.75 * a + 0.25 * b, atol=1e-6) and not torch.allclose(line[1], arc[1])
-
-
-def test_morph_of_the_second_person(draw):
-    draw("morph", "--prompt", COUPLE, "--subjects", "man=ada.png", "2=bob.png", "--frames", 2,
-         "--output", "m")
-    draw("sample", "--prompt", COUPLE, "--subject", "man=bob.png", "--output", "bob_drawn.png")
-    assert change("m/001.png", "bob_drawn.png") <= 1
-
-
-@pytest.mark.parametrize("flags", [[], ["--clip-skip", "2"]], ids=str)
-def test_timelapse_begins_and_ends_with_what_sample_draws(draw, flags):
-    out, err = draw("timelapse", *FLAGS["timelapse"], "--output", "t", *flags)
-    assert out == ["seed 5", "t/000.png", "t/001.png", "t/002.png", "t/sheet.png"] and err == []
-    for frame, word in (("t/000.png", "woman"), ("t/002.png", "man")):
-        draw("sample", "--prompt", f"a {word} on the beach", "--subject", "ada.png", "--output", "x.png",
-             *flags)
-        assert change(frame, "x.png") <= 1 and change(frame, "t/001.png") > 2
-    assert change("t/000.png", "t/002.png") > 10
-    assert settings("t/001.png")["words"] == ["woman", "man"] and settings("t/001.png")["amount"] == 0.5
 
 
 def test_timelapse_moves_prior_and_subject_token(world):
@@ -166,12 +127,12 @@ def test_story_draws_what_sample_draws(draw):
     assert out == ["seed 5", "s/t/000.png", "s/t/001.png", "s/t/002.png", "s/t/sheet.png"] and err == []
     scenes = [("a woman and a old man on the beach", 5, ["a woman=ada.png", "old man=bob.png,ada.png"]),
               ("a woman riding a bike", 6, ["a woman=ada.png"]), ("the beach", 77, [])]
-    for k, (prompt, seed, subjects) in enumerate(scenes):
-        flags = [flag for subject in subjects for flag in ("--subject", subject)]
+    for k, (prompt, seed, named) in enumerate(scenes):
+        flags = [flag for subject in named for flag in ("--subject", subject)]
         draw("sample", "--prompt", prompt, *flags, "--output", "x.png", "--seed", seed)
         assert change(f"s/t/00{k}.png", "x.png") <= 1
         found = settings(f"s/t/00{k}.png")
-        assert (found["prompt"], found["seed"], found["subjects"]) == (prompt, seed, subjects)
+        assert (found["prompt"], found["seed"], found["subjects"]) == (prompt, seed, named)
     assert settings("s/t/sheet.png")["prompt"].splitlines() == [prompt for prompt, _, _ in scenes]
 
 
@@ -198,24 +159,6 @@ def by_hand(world, keep, box, steps=3, guidance_scale=1.0, iterations=3, negativ
     return [np.array(image).astype(int) for image in images.to_images(pipeline.decode(both))]
 
 
-@pytest.mark.parametrize("keep, box, flags, more", [
-    (1, (5, 10, 20, 40), [], {}), (2, (50, 8, 70, 44), ["--guidance-scale", 3], {"guidance_scale": 3.0}),
-    (1, (5, 10, 20, 40), ["--inversion", "negative-prompt", "--guidance-scale", 2, "--steps", 5],
-     {"iterations": 0, "negative": COUPLE, "guidance_scale": 2.0, "steps": 5})],
-    ids=lambda value: str(value)[:30])
-def test_edit_is_inversion_then_moa(draw, world, keep, box, flags, more):
-    out, err = draw("edit", "--image", "couple.png", "--source-prompt", COUPLE, "--keep", keep, "--box",
-                    ",".join(map(str, box)), "--subject", f"{3 - keep}=bob.png", "--output", "e", *flags)
-    assert out[1:] == ["e/000.png", "e/001.png", "e/002.png", "e/sheet.png"] and err == []
-    assert re.fullmatch(r"the prior's round trip, PSNR: -?[\d.]+ dB to what the VAE makes of the picture, "
-                        r"-?[\d.]+ dB to the picture itself", out[0])
-    round_trip, edited = by_hand(world, keep, box, **more)
-    assert np.abs(pixels("e/001.png") - round_trip).max() <= 2
-    assert np.abs(pixels("e/002.png") - edited).max() <= 2 < np.abs(edited - round_trip).max()
-    words = ["woman=couple.png", "man=bob.png"] if keep == 1 else ["man=couple.png", "woman=bob.png"]
-    assert settings("e/002.png")["subjects"] == words and settings("e/002.png")["sampler"] == "ddim"
-
-
 def test_edit_without_moa_is_the_round_trip(draw):
     """Where the prior draws every step, the edit is the round trip; guidance from the source prompt to the
     source prompt changes nothing."""
@@ -228,28 +171,23 @@ def test_edit_without_moa_is_the_round_trip(draw):
 
 def test_people_are_counted_from_the_left(draw):
     """By mask and by box; a lone box is the kept person's, whoever that is."""
-    draw("edit", *FLAGS["edit"], "--output", "mask")  # colour 2 is the left one
-    base = FLAGS["edit"][:6]
-    masked = images.read_masks(Path("mask.png"), images.read_picture("couple.png"))
-    assert sorted(int(mask.sum()) for mask in masked) == [30 * 15, 36 * 20]
-    cuts = [images.cut_person(torch.rand(3, 48, 96), mask).shape for mask in masked]
-    assert sorted(cuts) == [(3, 33, 33), (3, 40, 40)]
+    picture = images.read_picture("couple.png")
+    left, right = (subjects.cut_person(picture, subjects.box_mask(box, picture))
+                   for box in ("5,10,20,40", "50,8,70,44"))
 
-    def boxed(name, *boxes):
-        flags = [flag for box in boxes for flag in ("--box", box)]
-        draw("edit", *base, *flags, "--subject", "2=ada.png", "--output", name)
-    boxed("both", "50,8,70,44", "5,10,20,40")
-    boxed("left", "5,10,20,40")
-    boxed("right", "50,8,70,44")
-    assert change("both/002.png", "left/002.png") == 0 < change("left/002.png", "right/002.png")
-    assert change("mask/002.png", "left/002.png") <= 2  # a full rectangle is what the mask shows
+    def cut(keep: list[int], *boxes: str) -> list[torch.Tensor]:
+        found = subjects.cut_people(picture, keep, None if boxes else Path("mask.png"), boxes)
+        return [photo for photo, in found]
+    for found, expected in ((cut([1]), left), (cut([1], "50,8,70,44", "5,10,20,40"), left),
+                            (cut([2], "50,8,70,44"), right), (cut([2]), right)):
+        assert torch.equal(found[0], expected)
 
 
 def test_a_cut_person_stands_on_grey():
     picture, mask = torch.rand(3, 20, 30), torch.zeros(20, 30, dtype=torch.bool)
     mask[4:14, 6:9] = True
     mask[5, 7] = False
-    cut = images.cut_person(picture, mask)
+    cut = subjects.cut_person(picture, mask)
     assert cut.shape == (3, 11, 11)
     assert torch.equal(cut[:, 2:10, 4:7], picture[:, 6:14, 6:9])
     assert bool((cut[:, 1, 5] == 0.85).all()) and bool((cut[:, :, :4] == 0.85).all())
@@ -263,151 +201,100 @@ def test_a_picture_is_scaled_and_cut_around_its_middle():
     assert images.fit(picture, (16, 48)).shape == (1, 3, 16, 48)
 
 
+@pytest.mark.parametrize("flags", [[], ["--interpolation", "spherical"]], ids=str)
+def test_morph_begins_and_ends_with_what_sample_draws(draw, flags):
+    out, err = draw("morph", *FLAGS["morph"], *flags, "--output", "m", "--animation", "a/m.png")
+    assert out == ["seed 5", "m/000.png", "m/001.png", "m/002.png", "m/sheet.png", "a/m.png"] and err == []
+    for frame, name in (("m/000.png", "ada"), ("m/002.png", "bob")):
+        draw("sample", "--prompt", PROMPT, "--subject", f"{name}.png", "--output", "drawn.png")
+        assert change(frame, "drawn.png") <= 1 and change(frame, "m/001.png") > 4
+    with Image.open("a/m.png") as image:
+        assert image.n_frames == 3
+        for k in range(3):
+            image.seek(k)
+            assert np.array_equal(np.array(image.convert("RGB")), pixels(f"m/00{k}.png"))
+    assert [settings(f"m/00{k}.png")["amount"] for k in range(3)] == [0, 0.5, 1]
+    assert settings("m/sheet.png")["subjects"] == ["woman=ada.png", "woman=bob.png"]
+
+
+def test_timelapse_begins_and_ends_with_what_sample_draws(draw):
+    out, err = draw("timelapse", *FLAGS["timelapse"], "--output", "t", "--clip-skip", 2)
+    assert out == ["seed 5", "t/000.png", "t/001.png", "t/002.png", "t/sheet.png"] and err == []
+    for frame, word in (("t/000.png", "woman"), ("t/002.png", "man")):
+        draw("sample", "--prompt", f"a {word} on the beach", "--subject", "ada.png", "--output", "x.png",
+             "--clip-skip", 2)
+        assert change(frame, "x.png") <= 1 and change(frame, "t/001.png") > 2
+    assert settings("t/001.png")["words"] == ["woman", "man"] and settings("t/001.png")["amount"] == 0.5
+
+
+@pytest.mark.parametrize("keep, box, flags, more", [
+    (2, (50, 8, 70, 44), [], {}),
+    (1, (5, 10, 20, 40), ["--inversion", "negative-prompt", "--guidance-scale", 2, "--steps", 5],
+     {"iterations": 0, "negative": COUPLE, "guidance_scale": 2.0, "steps": 5})],
+    ids=lambda value: str(value)[:30])
+def test_edit_is_inversion_then_moa(draw, world, keep, box, flags, more):
+    out, err = draw("edit", "--image", "couple.png", "--source-prompt", COUPLE, "--keep", keep, "--box",
+                    ",".join(map(str, box)), "--subject", f"{3 - keep}=bob.png", "--output", "e", *flags)
+    assert out[1:] == ["e/000.png", "e/001.png", "e/002.png", "e/sheet.png"] and err == []
+    round_trip, edited = by_hand(world, keep, box, **more)
+    assert np.abs(pixels("e/001.png") - round_trip).max() <= 2
+    assert np.abs(pixels("e/002.png") - edited).max() <= 2 < np.abs(edited - round_trip).max()
+    words = ["woman=couple.png", "man=bob.png"] if keep == 1 else ["man=couple.png", "woman=bob.png"]
+    assert settings("e/002.png")["subjects"] == words and settings("e/002.png")["sampler"] == "ddim"
+
+
 # What they refuse
 
 
-@pytest.mark.parametrize("app", APPS)
-@pytest.mark.parametrize("flags, words", [
-    (["--output", "x.jpg"], "saved as .png"), (["--output", "/proc/x/y.png"], "cannot be written"),
-    (["--output", "ada.png/x.png"], "cannot be written"), (["--output", "ada.png"], "would be replaced"),
-    (["--steps", "0"], "--steps must be in"), (["--weights", "missing"], "is not a weights folder"),
-    (["--clip-skip", "3"], "clip skip must be in 1..2"), (["--width", "60"], "multiple of 8")],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "")
-def test_all_refuse(refuse, app, flags, words):
-    assert words in refuse(app, *FLAGS[app], *flags)
-
-
-def test_refuse_without_moa(refuse, world, tmp_path):
-    shutil.copytree(world, tmp_path / "base", ignore=lambda *_: ["moa.safetensors"])
-    for app in APPS:
-        assert "has no moa.safetensors" in refuse(app, *FLAGS[app], "--weights", tmp_path / "base")
+BOX = ["edit", "--image", "couple.png", "--source-prompt", COUPLE, "--subject", "2=bob.png"]
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--frames", "1"], "--frames must be in 2..200, not 1"), (["--frames", "201"], "--frames must be in"),
-    (["--prompt", " "], "--prompt is empty"), (["--prompt", "the beach"], "nobody in the prompt"),
-    (["--subjects", "ada.png", "missing.png"], "missing.png does not exist"),
-    (["--subjects", "ada.png", "story.json"], "story.json cannot be used as a picture"),
-    (["--subjects", "man=ada.png", "bob.png"], "there is no 'man' in the prompt"),
-    (["--subjects", "ada.png", "bob.png@500"], "both must stand for one word"),
-    (["--subjects", "beach=ada.png", "bob.png"], "both must stand for one word"),
-    (["--subjects", "2=ada.png", "2=bob.png"], "the prompt has 1 words for people"),
-    (["--animation", "m.mp4"], "--animation m.mp4 must be a file whose name ends in .gif or .png"),
-    (["--animation", "bob.png"], "bob.png is a subject's photo"),
-    (["--animation", "morph.png"], "morph.png is --output's file"),
-    (["--animation", "/proc/m.gif"], "cannot be written")], ids=str)
-def test_morph_refuses(refuse, flags, words):
-    assert words in refuse("morph", *FLAGS["morph"], *flags)
-
-
-@pytest.mark.parametrize("flags, words", [
-    (["--frames", "1"], "--frames must be in"), (["--prompt", ""], "--prompt is empty"),
-    (["--words", "man", "girl"], "--words man girl: neither is in the prompt"),
-    (["--words", "woman", "lady"], "do not know the words: lady"),
-    (["--words", "woman", "old man"], "'old man' is 2 tokens"), (["--words", "woman", ""], "is 0 tokens"),
-    (["--prompt", "on the beach " * 40 + "a woman"], "beyond the 77 tokens")], ids=str)
-def test_timelapse_refuses(refuse, flags, words):
-    assert words in refuse("timelapse", *FLAGS["timelapse"], *flags)
-
-
-def test_timelapse_refuses_subjects(refuse, draw, capsys):
-    for subject, words in (("missing.png", "missing.png does not exist"), (".", "is not a file"),
-                           ("ada.png@0", "must be in 1..1000")):
-        flags = [subject if flag == "ada.png" else flag for flag in FLAGS["timelapse"]]
-        assert words in refuse("timelapse", *flags)
-    with pytest.raises(SystemExit):
-        draw("timelapse", *FLAGS["timelapse"], "--subject", "bob.png")
-    assert "--subject can be given only once" in capsys.readouterr().err
-
-
-def story(**changes) -> str:
-    return json.dumps({**STORY, **changes})
-
-
-@pytest.mark.parametrize("text, words", [
-    ("", "not a JSON file"), ("{", "not a JSON file"), ("[" * 100_000, "not a JSON file"),
-    ("\0", "not a JSON file"),
-    ("[]", "story.json needs 'characters': an object"), ("{}", "needs 'characters'"),
-    (story(characters=[]), "needs 'characters'"), (story(scenes=[]), "needs 'scenes': a list"),
-    (story(characters={"Ada": "ada.png"}), "character 'Ada' needs 'word': a text"),
-    (story(characters={"Ada": {"word": "woman"}}), "character 'Ada' needs 'photos': a list"),
-    (story(characters={"Ada": {"word": "woman", "photos": []}}), "needs 'photos'"),
-    (story(scenes=["a woman"]), "story.json, scene 0: it needs 'prompt'"),
-    (story(scenes=[{"seed": 1}]), "scene 0: it needs 'prompt'"),
-    (story(title="Ada"), "story.json has an unknown key 'title': it takes characters, scenes"),
-    (story(characters={"Ada": {"word": "a woman", "photos": ["ada.png"], "photo": "ada.png"}}),
-     "story.json, character 'Ada' has an unknown key 'photo': it takes word, photos"),
-    (story(scenes=[{"prompt": "a"}, {"prompt": "a", "steps": 3}]),
-     "story.json, scene 1: it has an unknown key 'steps': it takes prompt, seed"),
-    (story(scenes=[{"prompt": "{Eve}"}]), "story.json, scene 0: there is no character 'Eve'"),
-    (story(scenes=[{"prompt": "{}"}]), "there is no character ''"),
-    (story(scenes=[{"prompt": " "}]), "prompt is empty"),
-    (story(scenes=[{"prompt": "a", "seed": -1}]), "scene 0: seed must be"),
-    (story(scenes=[{"prompt": "a", "seed": "1"}]), "seed must be"),
-    (story(scenes=[{"prompt": "a", "seed": None}]), "seed must be"),
-    (story(scenes=[{"prompt": "{Ada} " * 5}]), "5 people are too many"),
-    (story(scenes=[{"prompt": "{Ada} on a zebra"}]), "scene 0: these weights do not know the words: zebra"),
-    (story(scenes=[{"prompt": "on the beach " * 40 + "{Ada}"}]), "scene 0: subject ada.png: its word"),
-    (story(characters={**STORY["characters"], "Eve": {"word": "lady", "photos": ["ada.png"]}},
-           scenes=[{"prompt": "{Eve}"}]), "do not know the words: lady"),
-    (story(characters={"Ada": {"word": "a woman", "photos": ["missing.png"]}}, scenes=[{"prompt": "{Ada}"}]),
-     "missing.png does not exist"),
-    (story(characters={"Ada": {"word": "a woman", "photos": [3]}}, scenes=[{"prompt": "{Ada}"}]),
-     "3 does not exist")], ids=lambda value: value[:40])
-def test_story_refuses(refuse, place, draw, text, words):
-    Path("story.json").write_text(text)
-    assert words in refuse("story", "story.json")
-
-
-def test_story_refuses_what_is_no_file(refuse):
-    assert "No such file" in refuse("story", "missing.json")
-    assert "Is a directory" in refuse("story", ".")
-    assert "not a JSON file" in refuse("story", "ada.png")
-
-
-@pytest.mark.parametrize("flags, words", [
-    (["--image", "missing.png"], "missing.png does not exist"), (["--image", "story.json"], "as a picture"),
-    (["--source-prompt", ""], "--source-prompt is empty"),
-    (["--inversion", "negative-prompt", "--negative-prompt", "x"], "leave one of them out"),
-    (["--source-prompt", "the beach"], "the prompt has 0 words for people"),
-    (["--keep", "0"], "the prompt has 2 words for people, each for one subject, and no free one"),
-    (["--keep", "2"], "no free one of number 2"), (["--keep", "3"], "no free one of number 3"),
-    (["--keep", "1", "1"], "no free one of number 1"),
-    (["--subject", "1=bob.png"], "no free one of number 1"),
-    (["--mask", "ada.png"], "ada.png has 40 x 40 pixels, the picture 96 x 48"),
-    (["--mask", "black.png"], "black.png has 0 colours besides black"),
-    (["--mask", "couple.png"], "colours besides black"), (["--mask", "missing.png"], "does not exist"),
-    (["--output", "couple.png"], "would be replaced"), (["--output", "mask.png"], "would be replaced"),
-    (["--guidance-scale", "-1"], "--guidance-scale must be in")], ids=str)
-def test_edit_refuses(refuse, draw, flags, words):
-    Image.new("L", (96, 48)).save("black.png")
-    assert words in refuse("edit", *FLAGS["edit"], *flags)
+    (["morph", "--frames", "1"], "--frames must be in 2..200, not 1"),
+    (["morph", "--subjects", "ada.png", "missing.png"], "missing.png does not exist"),
+    (["morph", "--subjects", "beach=ada.png", "bob.png"], "both must stand for one word"),
+    (["morph", "--output", "x.jpg"], "saved as .png"),
+    (["morph", "--animation", "m.mp4"], "--animation m.mp4 must be a file whose name ends in .gif or .png"),
+    (["morph", "--animation", "morph.png"], "morph.png is --output's file"),
+    (["timelapse", "--words", "man", "girl"], "--words man girl: neither is in the prompt"),
+    (["timelapse", "--words", "woman", "lady"], "do not know the words: lady"),
+    (["timelapse", "--words", "woman", "old man"], "'old man' is 2 tokens"),
+    (["story", "--output", "ada.png"], "would be replaced"),
+    (["edit", "--source-prompt", ""], "--source-prompt is empty"),
+    (["edit", "--inversion", "negative-prompt", "--negative-prompt", "x"], "leave one of them out"),
+    (["edit", "--keep", "3"], "no free one of number 3"),
+    (["edit", "--mask", "ada.png"], "ada.png has 40 x 40 pixels, the picture 96 x 48"),
+    (["edit", "--mask", "couple.png"], "colours besides black"),
+    (["edit", "--output", "mask.png"], "would be replaced")], ids=lambda value: " ".join(value)[:60])
+def test_refuse(refuse, draw, flags, words):
+    assert words in refuse(flags[0], *FLAGS[flags[0]], *flags[1:])
 
 
 @pytest.mark.parametrize("flags, words", [
     (["--keep", "1"], "--keep and --mask or --box go together"),
-    (["--box", "0,0,9,9"], "--keep and --mask or --box go together"),
     (["--keep", "1", "--box", "0,0,9"], "give four whole numbers"),
-    (["--keep", "1", "--box", "a,0,9,9"], "give four whole numbers"),
-    (["--keep", "1", "--box=-1,0,9,9"], "give four whole numbers"),
-    (["--keep", "1", "--box", "9,0,9,9"], "must be an area inside the picture's 96 x 48 pixels"),
-    (["--keep", "1", "--box", "0,0,97,48"], "must be an area inside"),
-    (["--keep", "1", "--box", "90,60,95,70"], "must be an area inside")], ids=str)
-def test_edit_refuses_places(refuse, flags, words):
-    base = ["--image", "couple.png", "--source-prompt", COUPLE, "--subject", "2=bob.png"]
-    assert words in refuse("edit", *base, *flags)
+    (["--keep", "1", "--box", "0,0,97,48"], "must be an area inside the picture's 96 x 48 pixels")], ids=str)
+def test_edit_refuses_areas(refuse, flags, words):
+    assert words in refuse(*BOX, *flags)
 
 
-def test_edit_refuses_people_that_are_not_marked(refuse):
-    base = ["--image", "couple.png", "--source-prompt", "a woman and a man and a girl",
-            "--subject", "1=bob.png"]
-    assert "only 2 people are marked" in refuse("edit", *base, "--keep", "3", "--mask", "mask.png")
+@pytest.mark.parametrize("change, words", [
+    ("{", "not a JSON file"), ({"scenes": []}, "'scenes' must be a list that is not empty"),
+    ({"characters": {"Ada": {"word": "woman"}}}, "character 'Ada': an object with word, photos is needed"),
+    ({"title": "Ada"}, "an object with characters, scenes is needed"),
+    ({"scenes": [{"prompt": "a"}, {"prompt": "a", "steps": 3}]},
+     "story.json: scene 1: an object with prompt and, if you like, seed is needed"),
+    ({"scenes": [{"prompt": "{Eve}"}]}, "scene 0: there is no character 'Eve'"),
+    ({"scenes": [{"prompt": "a", "seed": -1}]}, "seed must be in")],
+    ids=lambda value: str(value)[:40])
+def test_story_refuses(refuse, draw, change, words):
+    Path("story.json").write_text(change if isinstance(change, str) else json.dumps({**STORY, **change}))
+    assert words in refuse("story", "story.json")
 
 
-@pytest.mark.parametrize("app", APPS)
-def test_nan_leaves_nothing(refuse, monkeypatch, app):
+def test_nan_leaves_nothing(refuse, monkeypatch):
     monkeypatch.setattr(Pipeline, "decode", lambda self, x: torch.full((len(x), 3, 64, 64), torch.nan))
-    assert "NaN" in refuse(app, *FLAGS[app], "--output", "new/folder")
+    assert "NaN" in refuse("edit", *FLAGS["edit"], "--output", "new/folder")
 
 
 def test_apps_are_short():
@@ -418,24 +305,24 @@ def test_apps_are_short():
 
 
 def page_commands() -> list[list[str]]:
-    """Script and arguments of docs/apps.md's commands for the apps about people."""
+    """App and arguments of docs/apps.md's commands for the apps about people."""
     text = (ROOT / "docs" / "apps.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.S | re.M)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     starts = tuple(f"python -m apps.{app} " for app in APPS)
-    return [shlex.split(line)[1:] for line in lines if line.startswith(starts)]
-
-
-@pytest.mark.parametrize("script, arguments", [(c[0], c[1:]) for c in page_commands()])
-def test_page_command(script, arguments, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "examples").symlink_to(ROOT / "examples")
-    importlib.import_module(script[:-3].replace("/", ".")).main([*arguments, "--steps", "2"])
-    assert list(tmp_path.rglob("*.png"))
+    return [shlex.split(line)[2:] for line in lines if line.startswith(starts)]
 
 
 def test_page_has_every_app():
-    assert {Path(command[0]).stem for command in page_commands()} == set(APPS)
+    assert {command[0].removeprefix("apps.") for command in page_commands()} == set(APPS)
+
+
+@pytest.mark.parametrize("command", page_commands(), ids=lambda command: command[0])
+def test_page_command(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    importlib.import_module(command[0]).main([*command[1:], "--steps", "2"])
+    assert list(tmp_path.rglob("*.png"))
 
 
 @pytest.mark.parametrize("inversion", ["fixed-point", "negative-prompt"])

@@ -15,7 +15,7 @@ import sample
 from toyworld import skeleton
 import toyworld
 from toyworld import activities
-from models.controlnet import ControlNet, ControlNetConfig, guess_ramp
+from models.controlnet import ControlNet, ControlNetConfig
 from models.load import carry_over, load_part, read_config, save_part
 from models.unet import UNet, UNetConfig
 from moa import add_moa
@@ -83,13 +83,6 @@ def test_the_number_of_residuals_must_fit():
     unet = randomize(UNet(base(OTHER)))
     with pytest.raises(ValueError, match="shorter"):
         unet(random(1, 4, 8, 8), torch.tensor([3]), random(1, 5, 20), [torch.zeros(())] * 3)
-
-
-def test_guess_mode_s_ramp():
-    """Ours is diffusers', which is nearly the paper's."""
-    ramp = guess_ramp(13)
-    assert ramp[-1] == 1 and ramp[0] == pytest.approx(0.1)
-    assert all(a == pytest.approx(0.825 ** (12 - i), rel=6e-3) for i, a in enumerate(ramp))
 
 
 # Files
@@ -307,28 +300,21 @@ def test_several_add_up(pipeline, net):
 
 
 @pytest.mark.parametrize("pooled", [False, True])
-@pytest.mark.parametrize("guess_mode", [True, False])
-def test_guess_mode_and_pooled_ones_steer_the_prompt_s_half_alone(guess_mode, pooled, pipeline, net):
-    """As diffusers does, by whose own guess mode the values are."""
+def test_pooled_ones_steer_the_prompt_s_half_alone(pooled, pipeline, net):
+    """As diffusers does."""
     net.cfg = replace(net.cfg, global_pool=pooled)
     theirs = public("controlnet", net.cfg)
     theirs.load_state_dict(net.state_dict())
     spy = Spy(pipeline.models.unet)
-    draw(pipeline, Control(net, hints(), scale=0.7, guess_mode=guess_mode), steps=1)
+    draw(pipeline, Control(net, hints(), scale=0.7), steps=1)
     x, t, _, residuals = spy.calls[0]
     with torch.no_grad():
         text = pipeline.encode_text([""] * 2 + [PROMPT] * 2)
-        rows = slice(2, 4) if guess_mode or pooled else slice(0, 4)
-        skips, middle = theirs(x[rows], t[rows], text[rows], hints(), 0.7, guess_mode=guess_mode,
-                               return_dict=False)
+        rows = slice(2, 4) if pooled else slice(0, 4)
+        skips, middle = theirs(x[rows], t[rows], text[rows], hints(), 0.7, return_dict=False)
     for found, wanted in zip(residuals, [*skips, middle], strict=True):
         assert relative_error(found[rows].expand(wanted.shape), wanted) < LIMIT
-        assert len(found) == 4 and not (found[:2].any() and len(wanted) == 2)
-
-
-def test_guess_mode_without_guidance(pipeline, net):
-    guess = draw(pipeline, Control(net, hints(), guess_mode=True), guidance_scale=1)
-    assert not torch.equal(guess, draw(pipeline, Control(net, hints()), guidance_scale=1))
+        assert len(found) == 4 and not (pooled and found[:2].any())
 
 
 def test_picture_k_of_a_batch_is_picture_k_alone(pipeline, net):
@@ -396,7 +382,7 @@ def test_the_command_draws_what_the_pipeline_does(room, pipeline, net, place, ca
     assert np.abs(pixels("steered.png").astype(int) - to_uint8(wanted)[0]).max() <= 1
     settings = read_settings(place / "steered.png")
     assert settings["controls"] == [{"controlnet": "control", "image": "ada.png", "scale": 1.0, "start": 0.0,
-                                     "end": 1.0, "guess_mode": False}]
+                                     "end": 1.0}]
     with Image.open("steered.png") as image:
         assert ('ControlNet 0: "Model: control, Weight: 1.0, Guidance Start: 0.0, Guidance End: 1.0"'
                 in image.info["parameters"])
@@ -409,11 +395,8 @@ def test_the_command_with_scale_0_several_and_a_subject(room, capsys):
 
     steered, nothing = draw(), draw("--control-scale", "0")
     twice = ["--controlnet", "control/controlnet.safetensors", "--control-image", "bob.png"]
-    both = draw(*twice)
     assert (draw(*twice, "--control-scale", "1", "--control-scale", "0") == steered).all()
-    assert (draw(*twice, "--control-scale", "0") == nothing).all()
-    assert (both != steered).any() and (steered != nothing).any()
-    assert (draw("--guess-mode") != steered).any()
+    assert (draw(*twice) != steered).any() and (steered != nothing).any()
     assert (draw("--control-end", "0.5") != steered).any()
     for flag in ("--controlnet", "--control-image"):
         room.pop(flag)
@@ -421,67 +404,31 @@ def test_the_command_with_scale_0_several_and_a_subject(room, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_lines_of_a_file_share_the_control(room, place):
-    (place / "lines.txt").write_text("a woman\nan old man\n")
-    room.pop("--prompt")
-    command(room, "--from-file", "lines.txt", "--output", "out")
-    room["--prompt"] = "an old man"
-    command({**room, "--seed": "6"}, "--output", "alone.png")
-    assert np.abs(pixels("out/00001.png").astype(int) - pixels("alone.png")).max() <= 1
-
-
 def test_the_command_warns(room, place, capsys):
-    command(room, "--control-start", "0.4", "--control-end", "0.5")
-    assert "leave none of the 3 steps between them" in capsys.readouterr().err
     Image.new("RGB", (80, 40)).save(place / "wide.png")
-    command({**room, "--control-image": "wide.png"})
-    line, = capsys.readouterr().err.splitlines()
-    assert line == "warning: --control-image wide.png has 80 x 40 pixels and is stretched to 64 x 64"
+    command({**room, "--control-image": "wide.png"}, "--control-start", "0.4", "--control-end", "0.5")
+    absent, stretched = capsys.readouterr().err.splitlines()
+    assert "leave none of the 3 steps between them" in absent
+    assert stretched == "warning: --control-image wide.png has 80 x 40 pixels and is stretched to 64 x 64"
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["--control-image", "bob.png"], "1 --controlnet with 2 --control-image"),
-    (["--controlnet", "control"], "2 --controlnet with 1 --control-image"),
-    (["--control-scale", "-1"], "--control-scale must be in 0..10, not -1"),
-    (["--control-scale", "nan"], "--control-scale must be in"),
-    (["--control-start", "1.5"], "--control-start must be in 0..1"),
-    (["--control-end", "-0.1"], "--control-end must be in 0..1"),
-    (["--control-start", "0.5", "--control-end", "0.5"], "0.5 must be smaller than --control-end 0.5"),
-    (["--control-scale", "1", "--control-scale", "2"], "2 --control-scale for 1 --controlnet"),
-    (["--output", "ada.png"], "is a subject's photo or another file that is read")])
-def test_the_command_refuses(flags, message, room, place, capsys):
-    check_refusal(room, flags, message, place, capsys)
-
-
-@pytest.mark.parametrize("change, message", [
-    ({"--control-image": "missing.png"}, "missing.png does not exist"),
-    ({"--control-image": "control/config.json"}, "cannot be used as a picture"),
-    ({"--controlnet": "missing"}, "--controlnet missing: missing does not exist"),
-    ({"--controlnet": "control/missing"}, "control/missing does not exist"),
-    ({"--controlnet": "ada.png"}, "--controlnet ada.png: ada.png is not a model file"),
-    ({"--controlnet": "base.safetensors"}, "is no ControlNet"),
-    ({"--controlnet": "other"}, "it has channels (24, 48, 72), not (8, 16, 16, 16)"),
-    ({"--controlnet": "broken"}, "make no model")])
-def test_the_command_refuses_what_it_is_given(change, message, room, place, capsys):
+@pytest.mark.parametrize("change, flags, message", [
+    ({}, ["--control-image", "bob.png"], "1 --controlnet with 2 --control-image"),
+    ({}, ["--control-scale", "-1"], "--control-scale must be in 0..10, not -1"),
+    ({}, ["--control-start", "0.5", "--control-end", "0.5"], "0.5 must be smaller than --control-end 0.5"),
+    ({}, ["--control-scale", "1", "--control-scale", "2"], "2 --control-scale for 1 --controlnet"),
+    ({}, ["--output", "ada.png"], "is a subject's photo or another file that is read"),
+    ({"--control-image": "missing.png"}, [], "missing.png does not exist"),
+    ({"--controlnet": "missing"}, [], "--controlnet missing: missing does not exist"),
+    ({"--controlnet": "base.safetensors"}, [], "is no ControlNet"),
+    ({"--controlnet": "other"}, [], "it has channels (24, 48, 72), not (8, 16, 16, 16)")])
+def test_the_command_refuses(change, flags, message, room, place, capsys):
+    """Exit status 2, one line, and nothing written."""
     save_part(ControlNet(OTHER), place / "other", "controlnet")
     put(dict(small_models()["unet"].state_dict()), place / "base.safetensors")
-    save_part(ControlNet(OTHER), place / "broken", "controlnet")
-    (place / "broken" / "config.json").write_text('{"controlnet": {"channels": [7, 9], "groups": 4}}')
-    check_refusal({**room, **change}, [], message, place, capsys)
-
-
-@pytest.mark.parametrize("flags", [["--guess-mode"], ["--control-scale", "1"], ["--control-end", "0"]])
-def test_the_command_refuses_what_means_nothing(flags, room, place, capsys):
-    for flag in ("--controlnet", "--control-image"):
-        room.pop(flag)
-    check_refusal(room, flags, "mean nothing without --controlnet", place, capsys)
-
-
-def check_refusal(room: dict, flags: list[str], message: str, place, capsys) -> None:
-    """Exit status 2, one line, and nothing written."""
     before = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
     with pytest.raises(SystemExit) as stop:
-        command(room, *flags)
+        command({**room, **change}, *flags)
     assert stop.value.code == 2
     line, = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and message in line

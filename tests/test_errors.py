@@ -2,7 +2,7 @@
 import pytest
 
 from data import build
-from errors import one_line
+from models.errors import one_line
 
 
 @pytest.mark.parametrize(("text", "shown"), [

@@ -16,7 +16,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_shipped import ROOT, documented
 
-import command
 import sample
 from models import load_models
 from models.clip_text import BOS, EOS, CLIPTextConfig, CLIPTextEncoder
@@ -63,7 +62,7 @@ def exported(weights, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """diffusers' pipeline of the small world that ships with the code."""
-    return open_pipeline(export(command.SHIPPED, tmp_path_factory.mktemp("exported") / "world"))
+    return open_pipeline(export(sample.SHIPPED, tmp_path_factory.mktemp("exported") / "world"))
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
@@ -91,7 +90,7 @@ def skip_one(pipe, prompts: list[str]) -> torch.Tensor:
 def test_diffusers_draws_the_pictures_of_sample(world, tmp_path, prompt, flags, settings):
     file = tmp_path / "ours.png"
     sample.main(["--prior-only", "--prompt", prompt, "--seed", "3", "--output", str(file), *flags])
-    shipped = Pipeline.load(command.SHIPPED)
+    shipped = Pipeline.load(sample.SHIPPED)
     sampling, size = shipped.models.config["sampling"], shipped.models.config["image_size"]
     noise = shipped.noise([3], (settings.get("height", size), settings.get("width", size)))
     texts = {"prompt": prompt, **settings}
@@ -137,7 +136,7 @@ def test_no_tensor_is_lost_or_invented(exported):
 
 
 def test_tokens_are_the_same(world):
-    tokenize = load_models(command.SHIPPED).tokenize
+    tokenize = load_models(sample.SHIPPED).tokenize
     tokenize.kept_tokens = frozenset()  # all of CLIP's words
     texts = ["", "a woman and a man, dancing!", "It's 2024: naïve café", "Zoë 笑 🙂", "  A\tB\nC ", "x" * 90,
              "a man " * 60]
@@ -150,8 +149,8 @@ def test_tokens_are_the_same(world):
 def test_rows_of_a_small_world_go_to_their_places(world):
     table = world.text_encoder.state_dict()
     (name,) = [key for key in table if key.endswith("token_embedding.weight")]
-    kept = list(read_config(command.SHIPPED)["text_encoder"]["kept_tokens"])
-    ours = load_file(command.SHIPPED / "text_encoder.safetensors")[TABLE]
+    kept = list(read_config(sample.SHIPPED)["text_encoder"]["kept_tokens"])
+    ours = load_file(sample.SHIPPED / "text_encoder.safetensors")[TABLE]
     assert table[name].shape == (49408, 128) and torch.equal(table[name][kept], ours.float())
     assert table[name].abs().sum() == ours.float().abs().sum()
 

@@ -1,7 +1,6 @@
 """sample.py --from-file: a picture for each line, resumable, shared by processes."""
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -11,16 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from safetensors.torch import load_file, save_file
 
 import sample
-from command import contents
 from images import read_settings
 
 ROOT = Path(sample.__file__).parent
 LINES = ["a woman on the beach", "",
          json.dumps({"prompt": "a woman and a man", "subjects": ["man=ada.png", "bob.png"], "seed": 9}),
-         json.dumps({"prompt": "a man riding a bike", "subjects": ["ada.png,bob.png@700"]})]
+         json.dumps({"prompt": "a man riding a bike", "subjects": ["ada.png,bob.png"]})]
 
 
 @pytest.fixture
@@ -55,7 +52,7 @@ def test_a_picture_for_each_line(draw, lines, world):
     assert np.abs(pixels("alone.png") - pixels("out/00001.png")).max() <= 1
     assert read_settings(Path("out/00001.png")) == read_settings(Path("alone.png"))
     assert [read_settings(Path(f"out/0000{k}.png"))["seed"] for k in range(3)] == [5, 9, 7]
-    assert read_settings(Path("out/00002.png"))["subjects"] == ["man=ada.png,bob.png@700"]
+    assert read_settings(Path("out/00002.png"))["subjects"] == ["man=ada.png,bob.png"]
 
 
 def test_a_second_run_draws_what_is_missing_broken_or_changed(draw, lines):
@@ -96,45 +93,9 @@ def test_what_a_killed_process_left_is_removed(draw, lines, monkeypatch):
     assert set(out.glob(".*")) == {old[0], *old[2:], new}
 
 
-def test_files_of_the_same_name_are_told_apart(draw, lines, world, place):
-    for folder, photo in (("a", "ada.png"), ("b", "bob.png")):
-        (place / folder).mkdir()
-        (place / photo).rename(place / folder / "0.png")
-    texts = [json.dumps({"prompt": "a woman", "subjects": [f"{folder}/0.png"]}) for folder in "ab"]
-    draw(lines(texts[0]))
-    first = pixels("out/00000.png")
-    assert draw(lines(texts[0]))[-1] == "0 drawn, 1 were there"
-    assert draw(lines(texts[1]))[-1] == "1 drawn, 0 were there"  # another person
-    assert (pixels("out/00000.png") != first).any()
-    other = place / "other"
-    shutil.copytree(world, other / world.name)
-    state = load_file(world / "vae.safetensors")
-    save_file({k: v * 0.9 for k, v in state.items()}, other / world.name / "vae.safetensors")
-    assert draw(lines(texts[1]))[-1] == "0 drawn, 1 were there"
-    assert draw(lines(texts[1]), "--weights", other / world.name)[-1] == "1 drawn, 0 were there"
-
-
-def test_what_files_hold(tmp_path):
-    def write(name: str, content: bytes) -> Path:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(content)
-        return tmp_path / name
-
-    big = bytes(3 << 20)
-    files = [write("a/x", b"1"), write("b/x", b"1"), write("c/x", b"2"), write("d/x", b""), write("e/x", big),
-             write("f/x", big[:-1] + b"1"), write("g/x", big + b"1"), write("h/x", b"1" + big[1:])]
-    digits = [contents([file]) for file in files]
-    assert digits[0] == digits[1] and len(set(digits)) == len(files) - 1
-    both = contents([files[0], None, files[2]])
-    assert both == contents([str(files[1]), files[2]]) != contents([files[2], files[1]])
-    assert contents([tmp_path / "a"]) == digits[0] and contents([tmp_path / "none"]) == contents([])
-    write("a/x", b"3")
-    assert contents([files[0]]) not in digits
-
-
 def test_killed_in_the_middle(lines, world, place):
     """No picture is lost, half written or drawn twice."""
-    file = lines(*(f"{LINES[0]} {k}" for k in range(40)))
+    file = lines(*(f"{LINES[0]} {k}" for k in range(12)))
     command = [sys.executable, str(ROOT / "sample.py"), "--weights", str(world), "--from-file", str(file),
                "--output", "out", "--steps", "30"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -144,30 +105,24 @@ def test_killed_in_the_middle(lines, world, place):
     process.send_signal(signal.SIGKILL)
     process.wait()
     there = {path: path.stat().st_mtime_ns for path in place.glob("out/0*.png")}
-    assert 0 < len(there) < 40
+    assert 0 < len(there) < 12
     done = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    assert done[-1] == f"{40 - len(there)} drawn, {len(there)} were there"
+    assert done[-1] == f"{12 - len(there)} drawn, {len(there)} were there"
     assert {path: path.stat().st_mtime_ns for path in there} == there
-    assert len([path for path in os.listdir("out") if path.endswith(".png")]) == 40
+    assert len([path for path in os.listdir("out") if path.endswith(".png")]) == 12
 
 
 @pytest.mark.parametrize(("texts", "flags", "words"), [
-    ([], [], "is empty: give it a prompt"), (["", "  "], [], "is empty"),
+    (["", "  "], [], "is empty: give it a prompt"),
     (["a woman", '{"prompt": '], [], "line 2: Expecting value"),
-    (["a woman", "", '{"seed": 1}'], [], "line 3: it needs 'prompt'"),
-    (['{"prompt": 3}'], [], "line 1: it needs 'prompt'"),
-    (['["a woman"]'], [], "line 1: a line is a prompt or a JSON object"),
-    (['{"prompt": "a man", "seed": -1}'], [], "line 1: seed must be a whole number in 0.."),
-    (['{"prompt": "a man", "seed": NaN}'], [], "line 1: seed must be"),
-    (['{"prompt": "a man", "seed": true}'], [], "line 1: seed must be"),
-    (['{"prompt": "a man", "subjects": "ada.png"}'], [], "line 1: subjects must be a list"),
-    (['{"prompt": "a man", "steps": 3}'], [], "line 1: it has an unknown key 'steps'"),
-    (['{"prompt": "a man", "x": ' + "[" * 100_000], [], "line 1: "),
+    (["a woman", "", '{"seed": 1}'], [], "line 3: an object with prompt and, if you like, subjects, seed is"),
+    (['{"prompt": "a man", "seed": -1}'], [], "line 1: seed must be in 0.."),
+    (['{"prompt": "a man", "subjects": "ada.png"}'], [], "line 1: 'subjects' must be a list"),
     (["a man", '{"prompt": "a man", "subjects": ["missing.png"]}'], [],
      "line 2: missing.png does not exist (paths start at the current folder)"),
     (["a man", '{"prompt": "the beach", "subjects": ["ada.png"]}'], [], "line 2: subject ada.png: nobody"),
     (["a man"], ["--subject", "ada.png"], "--from-file goes without --subject"),
-    (["a man"], ["--num", "2"], "--from-file goes without"),
+    (["a man"], ["--from-file", "missing.txt"], "No such file"),
     (["a man"], ["--steps", "0"], "--steps must be in 1..999")], ids=lambda value: str(value)[:40])
 def test_refuses_before_the_first_picture(draw, lines, place, capsys, texts, flags, words):
     with pytest.raises(SystemExit) as stopped:
@@ -175,10 +130,3 @@ def test_refuses_before_the_first_picture(draw, lines, place, capsys, texts, fla
     _, err = capsys.readouterr()
     assert stopped.value.code == 2 and not Path("out").exists()
     assert words in err and len(err.splitlines()) == 1 and len(err) < 600
-
-
-def test_refuses_what_is_no_text(draw, place, capsys):
-    for file, words in (("ada.png", "is not a text file"), ("missing.txt", "cannot be read: No such file")):
-        with pytest.raises(SystemExit):
-            draw(file)
-        assert words in capsys.readouterr().err

@@ -17,13 +17,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import command
 import pipeline
 import sample
 from moa import MultimodalPrompt, PromptConfig, add_moa, save_moa
-from models.load import read_config, save_part, write_json
+from models.load import read_config, write_json
 from models.unet import UNet, UNetConfig
-from models.vae import AutoencoderKL, VAEConfig
 from images import read_picture, to_images
 from pipeline import Pipeline, Subject
 from subjects import bind_subjects, split_subject
@@ -77,25 +75,8 @@ def settings(path) -> dict:
 # What it draws
 
 
-def test_one_picture(draw, world):
-    out, err = draw("--subject", "ada.png", "--output", "new/folder/x.png")
-    assert out == ["seed 5", "new/folder/x.png"] and err == []
-    assert pixels("new/folder/x.png").shape == (64, 64, 3)
-    assert os.listdir("new/folder") == ["x.png"]
-    with Image.open("new/folder/x.png") as image:
-        assert image.text["parameters"].splitlines() == [
-            PROMPT, "Steps: 3, Sampler: UniPC, CFG scale: 3.0, Seed: 5, Size: 64x64, Model: tiny"]
-    assert settings("new/folder/x.png") == {
-        "prompt": PROMPT, "negative_prompt": "", "steps": 3, "sampler": "unipc", "guidance_scale": 3.0,
-        "clip_skip": 1, "vae": None, "width": 64, "height": 64, "prior_only": False, "dtype": "fp32",
-        "prior_above": 800, "strength": 1.0, "sparse": 0.0, "controls": [], "loras": [], "lora_scope": None,
-        "weights": "tiny", "moa": "moa.safetensors", "subjects": ["woman=ada.png"], "seed": 5,
-        "files": command.contents([*(world / f"{part}.safetensors" for part in (
-            "unet", "vae", "text_encoder", "image_encoder", "moa")), "ada.png"])}
-
-
 def test_image_k_of_many_is_seed_plus_k_alone(draw, monkeypatch):
-    monkeypatch.setattr(command, "BATCH", 2)  # so that three take two batches
+    monkeypatch.setattr(sample, "BATCH", 2)  # so that three take two batches
     out, _ = draw("--subject", "ada.png", "--num", 3, "--output", "many.png")
     assert out == ["seed 5", *(f"many/{name}.png" for name in ("000", "001", "002", "sheet"))]
     for k in range(3):
@@ -134,32 +115,6 @@ def test_a_photo_that_is_not_square_is_seen_whole(world):
         assert not torch.equal(feature, pipeline.encode_subjects(image))
 
 
-def test_flags_cannot_be_shortened(draw, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        draw("--guidance", "3")
-    assert stopped.value.code == 2 and "unrecognized arguments" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        draw("--subjects=ada.png")
-    assert "--subjects=ada.png (--subjects: did you mean --subject?)" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        draw("--frames", "4")  # other commands'; nothing here is near
-    assert "did you mean" not in capsys.readouterr().err
-
-
-def test_a_flag_that_is_missing_may_be_misspelt(capsys):
-    with pytest.raises(SystemExit):
-        sample.parse_args(["--promt", "a man"])
-    error = capsys.readouterr().err
-    assert "required" in error and "(--promt: did you mean --prompt?)" in error
-
-
-def test_a_person_in_no_step(draw):
-    for flags in (["ada.png@1"], ["ada.png", "--steps", 1], ["ada.png", "--prior-above", 0]):
-        _, err = draw("--subject", *flags)
-        assert len(err) == 1 and "somebody is in no step of the picture" in err[0]
-    assert draw("--subject", "ada.png")[1] == []
-
-
 def test_strength(draw):
     draw("--prior-only", "--output", "prior.png")
     for strength in (0, 0.5, 1):
@@ -182,21 +137,6 @@ def test_sparse_routing(draw):
                         for name in ("dense.png", "prior.png")])
     (nothing, _), (some, left), (_, all_prior) = changes
     assert nothing < 0.1 and some > 1 and left > 1 and all_prior == 0
-
-
-def test_where_moa_and_a_person_start(draw):
-    """With --prior-above 0 the prior draws all; a person whom no timestep is below is not there."""
-    draw("--prior-only", "--output", "prior.png")
-    draw("--subject", "ada.png", "--prior-above", "0", "--output", "never.png")
-    assert np.array_equal(pixels("never.png"), pixels("prior.png"))
-    draw("--output", "nobody.png")
-    draw("--subject", "ada.png@1", "--output", "late.png")  # the last timestep is 1
-    assert settings("late.png")["subjects"] == ["woman=ada.png@1"]
-    assert np.array_equal(pixels("late.png"), pixels("nobody.png"))
-    draw("--subject", "ada.png@600", "--output", "600.png")
-    draw("--subject", "ada.png", "--output", "ada_alone.png")
-    assert np.abs(pixels("600.png") - pixels("nobody.png")).mean() > 0.5
-    assert np.abs(pixels("600.png") - pixels("ada_alone.png")).mean() > 0.5
 
 
 def test_steps_of_the_prior_are_computed_once_for_all_people(world, monkeypatch):
@@ -232,10 +172,6 @@ def test_subjects_words_and_their_order_matter(draw):
     assert named == ["man=bob.png", "woman=ada.png"]
     assert np.array_equal(first, picture("ada.png", "bob.png")[1])  # in prompt order
     assert not np.array_equal(first, picture("bob.png", "ada.png")[1])
-    second = picture("WOMAN=bob.png", "woman=ada.png")
-    assert second[0] == ["woman=bob.png", "woman=ada.png"]
-    assert not np.array_equal(second[1], picture("woman=ada.png", "woman=bob.png")[1])
-    picture("ada.png", "ada.png", "ada.png")  # one file for all three
 
 
 def test_binding_to_words():
@@ -252,284 +188,10 @@ def test_binding_to_words():
     assert bind("a man", "man=a,b") == [("man", 5, "a", "b")]
 
 
-def test_a_subject_says_files_word_and_start(place):
-    assert split_subject("Man=a,b@700") == ("man", ["a", "b"], 700)
-    assert split_subject("a@700") == (None, ["a"], 700)
-    assert split_subject("a@b") == (None, ["a@b"], None)
-    for name in ("odd@600", "a,b", "x=y.png"):  # files of these names
-        (place / name).touch()
-        assert split_subject(name) == (None, [name], None)
-    assert split_subject("man=odd@600") == ("man", ["odd@600"], None)
-    assert split_subject("man=a,b@5") == ("man", ["a,b"], 5)
-
-
-def test_file_names_of_every_kind(draw, place):
-    for name in ("a=b.png", "woman=ada.png", "Zoë 笑.png", "no suffix"):
-        shutil.copy("ada.png", name)
-        draw("--subject", name, "--output", "x.png")
-        assert settings("x.png")["subjects"] == [f"woman={name}"]
-    draw("--subject", "woman=a=b.png", "--output", "Zoë/笑.png")
-    assert settings("Zoë/笑.png")["subjects"] == ["woman=a=b.png"]
-    draw("--subject", place / "ada.png", "--output", "x.png")
-    assert str(place) not in Image.open("x.png").text["parameters"] + json.dumps(settings("x.png"))
-
-
-def test_writes_into_folders_and_replaces_files(draw, place):
-    (place / "x.png").mkdir()
-    assert draw("--output", "x.png")[0][1:] == ["x.png/000.png"]
-    assert draw("--output", "plain")[0][1:] == ["plain/000.png"]
-    (place / "old.PNG").write_text("old")
-    draw("--output", "old.PNG")
-    assert pixels("old.PNG").shape == (64, 64, 3)
-    assert draw()[0][1:] == ["sample.png"]
-
-
-@pytest.mark.parametrize("flags", [
-    ["--steps", 2], ["--steps", 5, "--sampler", "ddim"], ["--guidance-scale", 1], ["--guidance-scale", 0],
-    ["--seed", 0], ["--seed", 2 ** 63 - 1, "--num", 2], ["--negative-prompt", "man"],
-    ["--negative-prompt", ""], ["--width", 8, "--height", 8], ["--device", "cpu"], ["--dtype", "fp16"],
-    ["--dtype", "bf16"], ["--save-routing", "r.png"], ["--clip-skip", 2]])
-def test_settings_that_work(draw, flags):
-    out, err = draw("--subject", "ada.png", "--output", "x.png", *flags)
-    assert err == [] and all(Path(path).is_file() for path in out[1:])
-    assert pixels(out[1]).std() > 1
-
-
-def test_odd_sizes_and_their_routing(draw):
-    out, err = draw("--subject", "ada.png", "--width", 136, "--height", 120, "--save-routing", "maps/r.png")
-    assert out == ["seed 5", "sample.png", "maps/r.png"] and err == []
-    assert pixels("sample.png").shape == (120, 136, 3)
-    assert pixels("maps/r.png").shape[1] > 300
-
-
-def test_clip_skip_leaves_out_the_last_layers(draw, other_world):
-    def picture(*flags, weights=other_world):
-        draw("--subject", "ada.png", "--output", "x.png", *flags, weights=weights)
-        return pixels("x.png"), settings("x.png")["clip_skip"]
-    last, (second, number) = picture()[0], picture("--clip-skip", 2)
-    assert number == 2 and np.abs(last - second).mean() > 1
-    assert np.array_equal(last, picture("--clip-skip", 1)[0])
-    config, file = read_config(other_world), other_world / "text_encoder.safetensors"
-    config["text_encoder"]["layers"] = 1
-    write_json(config, other_world / "config.json")
-    save_file({k: v for k, v in load_file(file).items() if ".layers.1." not in k}, file)
-    assert np.array_equal(second, picture()[0])
-
-
-@pytest.mark.parametrize("kind", ["file", "weights folder", "checkpoint in fp16"])
-def test_another_vae(draw, world, tmp_path, kind):
-    torch.manual_seed(1)
-    vae, other = AutoencoderKL(VAEConfig(channels=(32, 32, 32, 32), layers=1)), tmp_path / "other"
-    save_part(vae, other, "vae", torch.float32 if kind == "file" else torch.float16)
-    source = other / "vae.safetensors"
-    if kind == "checkpoint in fp16":
-        save_file({f"first_stage_model.{k}": v for k, v in load_file(source).items()}, source)
-    if kind == "weights folder":
-        shutil.copytree(world, other, dirs_exist_ok=True,
-                        ignore=lambda *_: ["vae.safetensors", "config.json"])
-        write_json({**read_config(world), "vae": read_config(other)["vae"]}, other / "config.json")
-        source = other
-    draw("--prior-only", "--vae", source, "--output", "x.png")
-    draw("--prior-only", "--output", "old.png")
-    assert settings("x.png")["vae"] == source.name and np.abs(pixels("x.png") - pixels("old.png")).mean() > 1
-    drawing = Pipeline.load(world)
-    drawing.models.vae = vae
-    expected = to_images(drawing.generate([PROMPT], [5], steps=3, guidance_scale=3.0))[0]
-    assert np.abs(pixels("x.png") - np.array(expected).astype(int)).max() <= 1
-
-
-@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
-def test_a_vae_that_overflows_in_half_precision(draw, other_world, dtype):
-    file = other_world / "vae.safetensors"
-    state = load_file(file)
-    state["decoder.conv_in.weight"] = state["decoder.conv_in.weight"] * 2e4  # finite in fp16, its output not
-    save_file(state, file)
-    vae = Pipeline.load(other_world).models.vae.half()
-    assert state["decoder.conv_in.weight"].isfinite().all()
-    assert not vae.decode(torch.randn(1, 4, 8, 8).half()).isfinite().all()
-    draw("--prior-only", "--output", "whole.png", weights=other_world)
-    draw("--prior-only", "--output", "half.png", "--dtype", dtype, weights=other_world)
-    assert pixels("half.png").std() > 1
-    assert np.abs(pixels("half.png") - pixels("whole.png")).mean() < (2 if dtype == "fp16" else 10)
-
-
-def test_random_seed_is_printed_and_kept(world, place, capsys):
-    sample.main(["--weights", str(world), "--prompt", PROMPT])
-    first = capsys.readouterr().out.splitlines()[0]
-    assert re.fullmatch(r"seed \d+", first) and settings("sample.png")["seed"] == int(first.split()[1])
-
-
-@pytest.fixture
-def lora(place) -> Path:
-    """A LoRA of two layers, one of them in the attention, under a name that has colons."""
-    layers = {"down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_v": (16, 8),
-              "up_blocks_3_attentions_2_transformer_blocks_0_ff_net_2": (32, 8)}
-    torch.manual_seed(1)
-    save_file({f"lora_unet_{name}.lora_{kind}.weight": torch.randn(shape)
-               for name, (wide, dim) in layers.items()
-               for kind, shape in (("down", (4, wide)), ("up", (dim, 4)))}, place / "a:b:2.safetensors")
-    return place / "a:b:2.safetensors"
-
-
-def test_loras(draw, lora):
-    """No LoRA, one, less of it, all of it, and two of which one is none."""
-    def picture(*flags) -> np.ndarray:
-        err = draw("--subject", "ada.png", "--output", "x.png", *flags)[1]
-        assert err == [f"warning: {lora}: 1 of its 2 layers are not the UNet's attention, scope attn leaves "
-                       "them out; scope all takes them"] * ("--lora" in flags and "all" not in flags)
-        return pixels("x.png")
-    plain, full = picture(), picture("--lora", lora)
-    assert settings("x.png")["loras"] == ["a:b:2.safetensors:1"] and settings("x.png")["lora_scope"] == "attn"
-    with Image.open("x.png") as image:
-        assert 'LoRA: "a:b:2.safetensors:1"' in image.text["parameters"]
-    half = picture("--lora", f"{lora}:.5")
-    whole = picture("--lora", lora, "--lora-scope", "all")
-    for one, other in ((plain, full), (plain, half), (half, full), (full, whole)):
-        assert np.abs(one - other).mean() > 0.1
-    both = picture("--lora", f"{lora}:0:0", "--lora", f"{lora}:1:-2")
-    assert settings("x.png")["loras"] == ["a:b:2.safetensors:0:0", "a:b:2.safetensors:1:-2"]
-    assert np.array_equal(both, full)
-    lora = lora.rename("b.safetensors:3")
-    assert np.array_equal(picture("--lora", "b.safetensors:3"), full)
-    assert np.array_equal(picture("--lora", "b.safetensors:3:.5"), half)
-
-
-@pytest.mark.parametrize("flags, words", [
-    (["--lora", "missing.safetensors:.5"], "--lora missing.safetensors:.5: missing.safetensors is not"),
-    (["--lora", "a:b:2.safetensors:much"], "a:b:2.safetensors:much is not a file; give FILE[:SCALE"),
-    (["--lora", "a:b:2.safetensors:nan"], "a scale must be in -100..100"),
-    (["--lora", "a:b:2.safetensors:1:1e9"], "a scale must be in -100..100"),
-    (["--lora", "a:b:2.safetensors:1:1:1"], "a:b:2.safetensors:1 is not a file"),
-    (["--lora", "."], ". is not a file"), (["--lora", ""], "is not a file"), (["--lora", ":1"], "is not"),
-    (["--lora", "ada.png"], "ada.png is not a safetensors file, it looks like a picture"),
-    (["--lora", "a:b:2.safetensors", "--lora", "ada.png"], "ada.png is not a safetensors file")])
-def test_refuses_loras(refuse, lora, flags, words):
-    assert words in refuse(*flags)
-
-
 # What it warns of
 
 
-def test_warns_once_in_one_line(draw):
-    _, err = draw("--num", 2, prompt="a purple woman on the zebra")
-    assert len(err) == 1 and err[0].startswith("warning: ") and "purple, zebra" in err[0]
-    _, err = draw("--width", 136, "--height", 136, "--steps", 1)
-    assert len(err) == 1 and err[0].startswith("warning: pictures of 136 x 136 pixels are far larger than")
-    _, err = draw("--subject", "ada.png", prompt="a woman " + "on the beach " * 40)
-    assert len(err) == 1 and err[0].startswith("warning: ") and "longer than 75 tokens" in err[0]
-
-
-def test_says_when_a_subject_is_foreign(draw, refuse, other_world):
-    file = other_world / "subjects.safetensors"
-    known = {"mean": torch.zeros(16), "precision": torch.eye(16), "limit": torch.tensor(1e9)}
-    save_file(known, file)
-    assert draw("--subject", "ada.png", weights=other_world)[1] == []
-    save_file({**known, "limit": torch.tensor(0.0)}, file)
-    (line,) = draw("--subject", "ada.png", weights=other_world)[1]
-    assert line.startswith("warning: ada.png looks like nobody")
-    for broken in ({"mean": torch.zeros(16)}, {**known, "precision": torch.eye(3)}):
-        save_file(broken, file)
-        assert "subjects.safetensors does not fit" in refuse("--subject", "ada.png", weights=other_world)
-
-
 # What it refuses
-
-
-@pytest.mark.parametrize("flags, words", [
-    (["--steps", "0"], "--steps must be in 1..999, not 0"),
-    (["--steps", "1000"], "--steps must be in 1..999, not 1000"),
-    (["--num", "0"], "--num must be in"), (["--num", "1001"], "--num must be in"),
-    (["--seed", "-1"], "--seed must be in"), (["--seed", str(2 ** 63)], "--seed must be in"),
-    (["--guidance-scale", "nan"], "--guidance-scale must be in 0..100, not nan"),
-    (["--guidance-scale", "-1"], "--guidance-scale must be in"),
-    (["--width", "100"], "--width must be a multiple of 8, not 100: 96 or 104"),
-    (["--height", "0"], "--height must be in 8..2048"),
-    (["--width", "1000000"], "--width must be in 8..2048"),
-    (["--clip-skip", "0"], "--clip-skip must be in 1..12, not 0"),
-    (["--clip-skip", "3"], "clip skip must be in 1..2, the layers of these weights' text encoder"),
-    (["--vae", "missing.safetensors"], "--vae: missing.safetensors does not exist"),
-    (["--vae", "ada.png"], "--vae: ada.png is not a model file"),
-    (["--vae", "."], "--vae: . is no model folder"),
-    (["--vae", ""], "--vae"),
-    (["--device", "cuda:99"], "--device cuda:99 cannot be used"),
-    (["--device", "tpu"], "--device 'tpu' is unknown"), (["--device", "meta"], "--device 'meta' is unknown"),
-    (["--device", ""], "--device '' is unknown"),
-    (["--subject", "missing.png"], "missing.png does not exist"),
-    (["--subject", "woman=missing.png"], "missing.png does not exist"),
-    (["--subject", "woman="], "a file is empty"), (["--subject", ""], "a file is empty"),
-    (["--subject", "=ada.png"], "the word before = is empty"),
-    (["--subject", "."], ". is not a file"), (["--subject", str(SCRIPT)], "cannot be used as a picture"),
-    (["--subject", "cat=ada.png"], "there is no 'cat' in the prompt"),
-    (["--subject", "man=ada.png"], "there is no 'man' in the prompt"),
-    (["--subject", "2=ada.png"], "the prompt has 1 words for people"),
-    (["--subject", "ada.png", "--subject", "bob.png"], "more subjects than words"),
-    (["--subject", "woman=ada.png", "--subject", "woman=bob.png"], "every 'woman' in the prompt has"),
-    (["--output", "x.jpg"], "saved as .png"), (["--output", "/proc/x/y.png"], "cannot be written"),
-    (["--output", "/proc"], "cannot be written"), (["--output", "ada.png/x.png"], "cannot be written"),
-    (["--output", "ada.png", "--subject", "./ada.png"], "is a subject's photo"),
-    (["--output", "a" * 300 + ".png"], "File name too long"),
-    (["--num", "3", "--output", "ada.png/x"], "cannot be written"),
-    (["--save-routing", "r"], "--save-routing r must be a file"),
-    (["--save-routing", "r.jpg"], "name ends in .png"),
-    (["--save-routing", "sample.png"], "give another name"), (["--save-routing", "."], "--save-routing ."),
-    (["--save-routing", "r.png", "--prior-only"], "leave one of them out"),
-    (["--moa", "missing.safetensors"], "--moa missing.safetensors is not a file"),
-    (["--moa", "ada.png"], "ada.png is not a readable safetensors file")], ids=lambda value: str(value)[:40])
-def test_refuses(refuse, flags, words):
-    assert words in refuse(*flags)
-
-
-def test_refuses_prompts_without_a_place(refuse):
-    assert "nobody in the prompt" in refuse("--subject", "ada.png", prompt="the beach")
-    assert "nobody in the prompt" in refuse("--subject", "ada.png", prompt="a womanly beach")
-    assert "--prompt is empty" in refuse(prompt=" \n")
-    assert "do not know the word 'lady'" in refuse("--subject", "ada.png", prompt="a lady on the beach")
-    assert "beyond the 77 tokens" in refuse("--subject", "ada.png", prompt="on the beach " * 40 + "a woman")
-
-
-def test_refuses_a_file_where_a_folder_is_needed(refuse, place):
-    (place / "out").touch()
-    assert "out/000.png cannot be written" in refuse("--num", 3, "--output", "out.png")
-
-
-def test_refuses_wrong_folders(refuse, place, world):
-    (place / "empty").mkdir()
-    for folder in ("missing", "empty", "ada.png"):
-        assert f"{folder} is not a weights folder" in refuse(weights=folder)
-    line = refuse("--moa", world / "unet.safetensors")
-    assert "unet.safetensors is not a MoA file" in line
-
-
-@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "image_encoder", "moa"])
-def test_refuses_broken_weights(refuse, other_world, part):
-    file = other_world / f"{part}.safetensors"
-    whole = file.read_bytes()
-    for broken in (b"", whole[: len(whole) // 2], b"\xff" * 100):
-        file.write_bytes(broken)
-        assert file.name in refuse("--subject", "ada.png", weights=other_world)
-    file.unlink()
-    assert f"{part}.safetensors" in refuse("--subject", "ada.png", weights=other_world)
-
-
-@pytest.mark.parametrize("change", [
-    {"image_size": "64"}, {"image_size": 60}, {"sampling": {"steps": 0}}, {"unet": {}},
-    {"sampling": {"guidance_scale": "x"}}, {"sampling": {"steps": 2.5}}, {"unet": {"heads": 0}}, {"vae": []},
-    {"text_encoder": {"dim": 3}}], ids=str)
-def test_refuses_a_broken_config(refuse, other_world, change):
-    write_json({**read_config(other_world), **change}, other_world / "config.json")
-    refuse("--subject", "ada.png", weights=other_world)
-
-
-def test_refuses_a_vae_of_other_weights(refuse, world, tmp_path):
-    assert "has no VAE: it holds UNet only" in refuse("--vae", world / "unet.safetensors")
-    fine, file = tmp_path / "fine" / "vae.safetensors", tmp_path / "broken.safetensors"
-    save_part(AutoencoderKL(VAEConfig(channels=(32, 32), layers=1)), tmp_path / "fine", "vae")
-    assert "cells of 2 pixels, here they have 4 and 8" in refuse("--vae", fine)
-    state = load_file(fine)
-    save_file({k: v for k, v in state.items() if k != "decoder.conv_out.bias"}, file)
-    assert "missing decoder.conv_out.bias" in refuse("--vae", file)
-    save_file({**state, "decoder.conv_out.bias": torch.full((3,), torch.nan)}, file)
-    assert "not finite" in refuse("--vae", file)
 
 
 def test_refuses_moa_of_other_models(refuse, other_world):
@@ -554,11 +216,6 @@ def test_nan_is_an_error_and_no_picture(refuse, other_world, part, value, cause)
     assert f"{cause} came out as NaN" in refuse("--subject", "ada.png", weights=other_world)
 
 
-def test_the_vae_stays_in_float32(world):
-    state, vae = load_file(world / "vae.safetensors"), Pipeline.load(world, dtype=torch.bfloat16).models.vae
-    assert all(torch.equal(value, state[name]) for name, value in vae.state_dict().items())
-
-
 def test_pictures_are_decoded_a_few_at_a_time(world, monkeypatch):
     drawing, latents = Pipeline.load(world), torch.randn(5, 4, 8, 8)
     whole, seen, decode = drawing.decode(latents), [], drawing.models.vae.decode
@@ -579,11 +236,6 @@ def test_each_process_has_its_gpu(monkeypatch):
         assert pipeline.pick_device("cuda:1") == torch.device("cuda:1")
 
 
-def test_a_negative_prompt_without_guidance(draw):
-    flags = "--prior-only", "--negative-prompt", "red", "--guidance-scale", "1"
-    assert "warning: --negative-prompt has no effect with --guidance-scale 1" in draw(*flags)[1]
-
-
 def test_a_safety_checker_is_given_every_picture(draw, refuse, place, monkeypatch):
     (place / "mine.py").write_text("def gray(image):\n    return image.convert('L').convert('RGB')\n\n\n"
                                    "def never(image):\n    raise ValueError('not this one')\n")
@@ -600,34 +252,7 @@ def test_a_safety_checker_is_given_every_picture(draw, refuse, place, monkeypatc
         assert f"--checker {name}: " in refuse("--checker", name)
 
 
-@pytest.mark.parametrize("error, code, words", [
-    (KeyboardInterrupt(), 130, ""),
-    (torch.OutOfMemoryError("Tried to allocate 9 GiB"), 2, "error: not enough memory"),
-    (OSError(28, "No space left on device"), 2, "No space left")])
-def test_stops_cleanly(draw, place, monkeypatch, capsys, error, code, words):
-    def stop(*args, **more):
-        raise error
-    monkeypatch.setattr(Pipeline, "decode", stop)
-    with pytest.raises(SystemExit) as stopped:
-        draw("--num", 2, "--output", "new", "--save-routing", "r.png")
-    assert stopped.value.code == code and words in capsys.readouterr().err
-    assert sorted(os.listdir()) == ["ada.png", "bob.png"]
-
-
 # As a process of its own
-
-
-def test_help_is_quick_and_needs_no_torch():
-    code = ("import sys, sample\n"
-            "try: sample.main(['--help'])\n"
-            "except SystemExit as stop: assert not stop.code\n"
-            "assert not {'torch', 'numpy', 'PIL'} & sys.modules.keys()")
-    shown = subprocess.run([sys.executable, "-c", code], cwd=SCRIPT.parent, capture_output=True, text=True)
-    assert shown.returncode == 0 and "--save-routing" in shown.stdout, shown.stderr
-    command = [sys.executable, SCRIPT, "--prompt", "x", "--steps", "many"]
-    wrong = subprocess.run(command, capture_output=True, text=True)
-    assert wrong.returncode == 2 and "invalid int value: 'many'" in wrong.stderr
-    assert "Traceback" not in wrong.stderr
 
 
 def test_interrupted_as_a_process(place, world):
@@ -642,4 +267,220 @@ def test_interrupted_as_a_process(place, world):
         out, err = process.communicate(timeout=300)
     assert process.returncode == 130 and out == ""
     assert len(err.splitlines()) == 1 and err.startswith("warning: pictures of 512 x 512 pixels are far")
+    assert sorted(os.listdir()) == ["ada.png", "bob.png"]
+
+
+# One picture and its settings
+
+
+def test_one_picture(draw):
+    out, err = draw("--subject", "ada.png", "--output", "new/folder/x.png")
+    assert out == ["seed 5", "new/folder/x.png"] and err == []
+    assert pixels("new/folder/x.png").shape == (64, 64, 3)
+    assert os.listdir("new/folder") == ["x.png"]
+    with Image.open("new/folder/x.png") as image:
+        assert image.text["parameters"].splitlines() == [
+            PROMPT, "Steps: 3, Sampler: UniPC, CFG scale: 3.0, Seed: 5, Size: 64x64, Model: tiny"]
+    assert settings("new/folder/x.png") == {
+        "prompt": PROMPT, "negative_prompt": "", "steps": 3, "sampler": "unipc", "guidance_scale": 3.0,
+        "clip_skip": 1, "width": 64, "height": 64, "prior_only": False, "dtype": "fp32",
+        "prior_above": 800, "strength": 1.0, "sparse": 0.0, "controls": [], "loras": [], "lora_scope": None,
+        "weights": "tiny", "moa": "moa.safetensors", "subjects": ["woman=ada.png"], "seed": 5}
+
+
+def test_flags_cannot_be_shortened(draw, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        draw("--guidance", "3")
+    assert stopped.value.code == 2 and "unrecognized arguments" in capsys.readouterr().err
+
+
+def test_where_moa_and_a_person_start(world):
+    """At --prior-above and higher the prior draws all, at their start and higher a person is not there."""
+    drawing = Pipeline.load(world, world / "moa.safetensors")
+
+    def picture(start: int | None = None, **options) -> torch.Tensor:
+        people = [] if start is None else [Subject(2, torch.ones(16), start)]
+        return drawing.generate([PROMPT], [5], [people], steps=3, guidance_scale=3.0, **options)
+    with pytest.warns(UserWarning, match="somebody is in no step of the picture"):
+        assert torch.equal(picture(1000, prior_above=0), picture(prior_only=True))
+    with pytest.warns(UserWarning, match="somebody is in no step of the picture"):
+        assert torch.equal(picture(1), picture())
+    assert (picture(600) - picture()).abs().mean() > 0.004 < (picture(600) - picture(1000)).abs().mean()
+
+
+def test_file_names_of_every_kind(draw, place):
+    assert split_subject("Man=a,b") == ("man", ["a", "b"]) and split_subject("a@b") == (None, ["a@b"])
+    for name in ("a=b.png", "a,b.png", "Zoë 笑.png"):
+        shutil.copy("ada.png", name)
+        assert split_subject(name) == (None, [name])
+        assert split_subject(f"woman={name}") == ("woman", [name])
+    draw("--subject", place / "a=b.png", "--output", "Zoë/笑.png")
+    assert settings("Zoë/笑.png")["subjects"] == ["woman=a=b.png"]
+    assert str(place) not in Image.open("Zoë/笑.png").text["parameters"]
+
+
+def test_writes_into_folders_and_replaces_files(draw, place):
+    (place / "x.png").mkdir()
+    assert draw("--output", "x.png")[0][1:] == ["x.png/000.png"]
+    (place / "old.PNG").write_text("old")
+    draw("--output", "old.PNG")
+    assert pixels("old.PNG").shape == (64, 64, 3)
+
+
+@pytest.mark.parametrize("flags", [
+    ["--steps", 5, "--sampler", "ddim", "--guidance-scale", 1], ["--seed", 2 ** 63 - 1, "--num", 2],
+    ["--negative-prompt", "man", "--clip-skip", 2], ["--width", 8, "--height", 8],
+    ["--width", 136, "--height", 120, "--save-routing", "maps/r.png"], ["--dtype", "bf16"]])
+def test_settings_that_work(draw, flags):
+    out, err = draw("--subject", "ada.png", "--output", "x.png", *flags)
+    assert err == [] and all(Path(path).is_file() for path in out[1:])
+    assert all(pixels(path).std() > 1 for path in out[1:])
+
+
+def test_clip_skip_leaves_out_the_last_layers(draw, other_world):
+    draw("--subject", "ada.png", "--output", "last.png")
+    draw("--subject", "ada.png", "--output", "second.png", "--clip-skip", 2)
+    assert settings("second.png")["clip_skip"] == 2
+    assert np.abs(pixels("last.png") - pixels("second.png")).mean() > 1
+    config = read_config(other_world)
+    config["text_encoder"]["layers"] = 1
+    write_json(config, other_world / "config.json")
+    file = other_world / "text_encoder.safetensors"
+    save_file({k: v for k, v in load_file(file).items() if ".layers.1." not in k}, file)
+    draw("--subject", "ada.png", "--output", "short.png", weights=other_world)
+    assert np.array_equal(pixels("second.png"), pixels("short.png"))
+
+
+def test_a_vae_that_overflows_in_half_precision(draw, other_world):
+    file = other_world / "vae.safetensors"
+    state = load_file(file)
+    state["decoder.conv_in.weight"] = state["decoder.conv_in.weight"] * 2e4  # finite in fp16, its output not
+    save_file(state, file)
+    vae = Pipeline.load(other_world).models.vae.half()
+    assert not vae.decode(torch.randn(1, 4, 8, 8).half()).isfinite().all()
+    draw("--prior-only", "--output", "whole.png", weights=other_world)
+    draw("--prior-only", "--output", "half.png", "--dtype", "fp16", weights=other_world)
+    assert pixels("half.png").std() > 1 and np.abs(pixels("half.png") - pixels("whole.png")).mean() < 2
+
+
+def test_random_seed_is_printed_and_kept(world, place, capsys):
+    sample.main(["--weights", str(world), "--prompt", PROMPT])
+    first = capsys.readouterr().out.splitlines()[0]
+    assert re.fullmatch(r"seed \d+", first) and settings("sample.png")["seed"] == int(first.split()[1])
+
+
+@pytest.fixture
+def lora(place) -> Path:
+    """A LoRA of two layers, one of them in the attention, under a name that has a colon."""
+    layers = {"down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_v": (16, 8),
+              "up_blocks_3_attentions_2_transformer_blocks_0_ff_net_2": (32, 8)}
+    torch.manual_seed(1)
+    save_file({f"lora_unet_{name}.lora_{kind}.weight": torch.randn(shape)
+               for name, (wide, dim) in layers.items()
+               for kind, shape in (("down", (4, wide)), ("up", (dim, 4)))}, place / "a:2.safetensors")
+    return place / "a:2.safetensors"
+
+
+def test_loras(draw, lora):
+    """No LoRA, one, less of it, all of it, and two of which one is none."""
+    def picture(*flags) -> np.ndarray:
+        err = draw("--subject", "ada.png", "--output", "x.png", *flags)[1]
+        assert err == [f"warning: {lora}: 1 of its 2 layers are not the UNet's attention, scope attn leaves "
+                       "them out; scope all takes them"] * ("--lora" in flags and "all" not in flags)
+        return pixels("x.png")
+    plain, full = picture(), picture("--lora", lora)
+    assert settings("x.png")["loras"] == ["a:2.safetensors:1"] and settings("x.png")["lora_scope"] == "attn"
+    with Image.open("x.png") as image:
+        assert 'LoRA: "a:2.safetensors:1"' in image.text["parameters"]
+    half = picture("--lora", f"{lora}:.5")
+    whole = picture("--lora", lora, "--lora-scope", "all")
+    for one, other in ((plain, full), (plain, half), (half, full), (full, whole)):
+        assert np.abs(one - other).mean() > 0.1
+    assert np.array_equal(picture("--lora", f"{lora}:0", "--lora", f"{lora}:1"), full)
+
+
+# What it warns of
+
+
+def test_warns_once_in_one_line(draw):
+    _, err = draw("--num", 2, prompt="a purple woman on the zebra")
+    assert len(err) == 1 and err[0].startswith("warning: ") and "purple, zebra" in err[0]
+    flags = "--prior-only", "--negative-prompt", "man", "--guidance-scale", "1", "--steps", 1
+    size, negative = draw("--width", 136, "--height", 136, *flags)[1]
+    assert size.startswith("warning: pictures of 136 x 136 pixels are far larger than")
+    assert negative == "warning: --negative-prompt has no effect with --guidance-scale 1"
+
+
+def test_says_when_a_subject_is_foreign(draw, other_world):
+    for limit in (1e9, 0):
+        save_file({"mean": torch.zeros(16), "precision": torch.eye(16), "limit": torch.tensor(float(limit))},
+                  other_world / "subjects.safetensors")
+        err = draw("--subject", "ada.png", weights=other_world)[1]
+        assert len(err) == (not limit) and all("ada.png looks like nobody" in line for line in err)
+
+
+# What it refuses
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--steps", "0"], "--steps must be in 1..999, not 0"), (["--seed", "-1"], "--seed must be in"),
+    (["--guidance-scale", "nan"], "--guidance-scale must be in 0..100, not nan"),
+    (["--width", "100"], "--width must be a multiple of 8, not 100: 96 or 104"),
+    (["--clip-skip", "3"], "clip skip must be in 1..2, the layers of these weights' text encoder"),
+    (["--device", "cuda:99"], "--device cuda:99 cannot be used"),
+    (["--device", "tpu"], "--device 'tpu' is unknown"), (["--prompt", " \n"], "--prompt is empty"),
+    (["--subject", "missing.png"], "missing.png does not exist"),
+    (["--subject", "woman="], "a file is empty"),
+    (["--subject", str(SCRIPT)], "cannot be used as a picture"),
+    (["--subject", "man=ada.png"], "there is no 'man' in the prompt"),
+    (["--subject", "2=ada.png"], "the prompt has 1 words for people"),
+    (["--subject", "ada.png", "--subject", "bob.png"], "more subjects than words"),
+    (["--subject", "woman=ada.png", "--subject", "woman=bob.png"], "every 'woman' in the prompt has"),
+    (["--subject", "ada.png", "--prompt", "a womanly beach"], "nobody in the prompt"),
+    (["--subject", "ada.png", "--prompt", "a lady on the beach"], "do not know the word 'lady'"),
+    (["--subject", "ada.png", "--prompt", "on the beach " * 40 + "a woman"], "beyond the 77 tokens"),
+    (["--output", "x.jpg"], "saved as .png"), (["--output", "/proc/x/y.png"], "cannot be written"),
+    (["--output", "ada.png/x.png"], "cannot be written"),
+    (["--output", "ada.png", "--subject", "./ada.png"], "is a subject's photo"),
+    (["--save-routing", "r.jpg"], "name ends in .png"),
+    (["--save-routing", "sample.png"], "give another name"),
+    (["--save-routing", "r.png", "--prior-only"], "leave one of them out"),
+    (["--moa", "missing.safetensors"], "--moa missing.safetensors is not a file"),
+    (["--moa", "ada.png"], "ada.png is not a readable safetensors file"),
+    (["--weights", "missing"], "missing is not a weights folder"),
+    (["--lora", "missing.safetensors:.5"], "--lora missing.safetensors:.5: missing.safetensors is not"),
+    (["--lora", "ada.png:much"], "ada.png:much is not a file; give FILE[:SCALE"),
+    (["--lora", "ada.png"], "ada.png is not a safetensors file, it looks like a picture"),
+    (["--lora-scope", "all"], "--lora-scope means nothing without --lora")],
+    ids=lambda value: str(value)[:40])
+def test_refuses(refuse, flags, words):
+    assert words in refuse(*flags)
+
+
+@pytest.mark.parametrize("part", ["unet", "image_encoder", "moa"])
+def test_refuses_broken_weights(refuse, other_world, part):
+    file = other_world / f"{part}.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    assert file.name in refuse("--subject", "ada.png", weights=other_world)
+    file.unlink()
+    assert f"{part}.safetensors" in refuse("--subject", "ada.png", weights=other_world)
+
+
+@pytest.mark.parametrize("change", [{"image_size": 60}, {"sampling": {"steps": 0}}, {"unet": {}}], ids=str)
+def test_refuses_a_broken_config(refuse, other_world, change):
+    write_json({**read_config(other_world), **change}, other_world / "config.json")
+    refuse("--subject", "ada.png", weights=other_world)
+
+
+@pytest.mark.parametrize("error, code, words", [
+    (KeyboardInterrupt(), 130, ""),
+    (torch.OutOfMemoryError("Tried to allocate 9 GiB"), 2, "error: not enough memory"),
+    (OSError(28, "No space left on device"), 2, "No space left")])
+def test_stops_cleanly(draw, place, monkeypatch, capsys, error, code, words):
+    def stop(*args, **more):
+        raise error
+    monkeypatch.setattr(Pipeline, "decode", stop)
+    with pytest.raises(SystemExit) as stopped:
+        draw("--num", 2, "--output", "new", "--save-routing", "r.png")
+    assert stopped.value.code == code and words in capsys.readouterr().err
     assert sorted(os.listdir()) == ["ada.png", "bob.png"]

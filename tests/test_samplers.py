@@ -8,7 +8,7 @@ import torch
 from samplers import (
     NUM_TIMESTEPS,
     SAMPLERS,
-    SCHEDULES,
+    timesteps_of,
     SPACINGS,
     add_noise,
     alpha_bar,
@@ -300,7 +300,7 @@ def test_schedules_are_the_samplers_own(name):
     for steps in (1, 7, 20):
         denoise, calls = recorded(lambda x, t: x)
         SAMPLERS[name](denoise, normal(2, 3, seed=1), steps=steps)
-        assert SCHEDULES[name](steps) == [t for _, t in calls]
+        assert timesteps_of(SAMPLERS[name], steps) == [t for _, t in calls]
 
 
 @pytest.mark.parametrize("name, options", [("unipc", {}), ("ddim", {}), ("ddim", {"eta": 0.7})])

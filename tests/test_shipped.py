@@ -15,7 +15,7 @@ import sample
 import toyworld
 from images import read_picture
 from pipeline import Pipeline
-from subjects import encode_person
+from subjects import BoundSubject
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = ROOT / "weights" / "toyworld"
@@ -45,7 +45,7 @@ def test_documented_sample_command(arguments, tmp_path, monkeypatch):
 
 def test_who_is_no_subject_of_the_small_world(tmp_path):
     """People whom it was not trained on are like those whom it was; a document and a landscape are not."""
-    pipeline = Pipeline.load(SHIPPED)
+    pipeline = Pipeline.load(SHIPPED, SHIPPED / "moa.safetensors")
     rng, people = np.random.default_rng(8), []
     for number in range(40):
         person = toyworld.sample_identity(rng, "test")
@@ -58,7 +58,7 @@ def test_who_is_no_subject_of_the_small_world(tmp_path):
         image.save(tmp_path / "a.png")
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            encode_person(pipeline, SHIPPED, ["a.png"], [read_picture(tmp_path / "a.png")])
+            pipeline.encode_photos([BoundSubject("man", 3, ["a.png"])], [[read_picture(tmp_path / "a.png")]])
         assert len(caught) == said
 
 

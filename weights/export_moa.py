@@ -13,7 +13,7 @@ from pathlib import Path
 
 # A script has only its own folder on the path. Torch is imported after the flags are read.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from errors import one_line
+from models.errors import one_line
 
 
 def export(checkpoint: Path, output: Path) -> None:

@@ -40,7 +40,6 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-import command
 import sample
 import train
 from apps import story
@@ -55,7 +54,7 @@ from models.load import ALL_PARTS, load_part, read_config, read_tensors, save_pa
 from weights.lora import LoRAError, LoRASetting
 from images import read_masks, read_picture, read_settings, save_png
 from pipeline import Pipeline
-from subjects import bind_subjects, split_casting
+from subjects import bind_rows, bind_subjects
 from tests.conftest import save_world
 from tests.layouts import ldm, ldm_controlnet, ldm_vae, under
 from tests.test_build import add_picture
@@ -274,7 +273,7 @@ def put(path: Path, data: bytes) -> Path:
 
 # Weights -----------------------------------------------------------------------------------------
 
-COMMAND = (ValueError, OSError)  # what `command.execute` turns into one line
+COMMAND = (ValueError, OSError)  # what `sample.execute` turns into one line
 
 
 @family("weights: a part's safetensors", WeightsError)
@@ -298,7 +297,7 @@ def configs(folder: Path) -> Case:
     def read(world: Path) -> None:
         models = load_models(world)
         args = sample.parse_args(["--prompt", "a man"])
-        command.fill_in(args, models.config)
+        sample.fill_in(args, models.config)
         models.tokenize(["a man"])
         Pipeline(models).noise([0], (args.height, args.width))
 
@@ -634,7 +633,7 @@ def shards(folder: Path) -> Case:
 
 @family("files of prompts", *COMMAND)
 def prompts(folder: Path) -> Case:
-    lines = [{"prompt": "a woman and a man shaking hands", "subjects": ["woman=a.png,b.png@600", "2=b.png"],
+    lines = [{"prompt": "a woman and a man shaking hands", "subjects": ["woman=a.png,b.png", "2=b.png"],
               "seed": 7}, {"prompt": "a man"}, {"prompt": "a boy", "subjects": []}]
 
     def read(path: Path) -> None:
@@ -664,7 +663,7 @@ def stories(folder: Path) -> Case:
 FLAGS = {"--seed": "7", "--steps": "5", "--guidance-scale": "4", "--width": "64", "--height": "64",
          "--num": "3",
          "--clip-skip": "2", "--prior-above": "600", "--strength": "0.5", "--control-scale": "1",
-         "--control-start": "0", "--prompt": "a woman and a man", "--subject": "woman=a.png,b.png@600",
+         "--control-start": "0", "--prompt": "a woman and a man", "--subject": "woman=a.png,b.png",
          "--lora": "x.safetensors:0.5:1", "--output": "out/x.png", "--device": "cpu", "--dtype": "fp16",
          "--sampler": "ddim", "--negative-prompt": "blurry"}
 ODD = ("", " ", "-1", "0", "1e9", "1000000000", "9" * 400, "9" * 5000, "nan", "inf", "-inf", "1e400", "0x10",
@@ -689,10 +688,10 @@ def flags(folder: Path) -> Case:
         sample.check(args)
         sample.plan_files(args)
         bind_subjects(args.prompt, args.subject)
-        for subject in args.subject:
-            split_casting(subject)
+        if args.subject:
+            bind_rows(args.prompt, args.subject)
         for lora in args.lora:
-            command.split_lora(lora)
+            sample.split_lora(lora)
 
     def case(rng: random.Random) -> Read:
         chosen = dict(rng.sample(list(FLAGS.items()), rng.randint(0, 5)))

@@ -21,10 +21,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from command import SHIPPED
+from sample import SHIPPED
 from images import psnr, to_uint8
 from pipeline import Pipeline, pick_device
-from subjects import bind_castings, cast, read_photos
+from subjects import bind_subjects, read_photos
 
 PROMPTS = ("a woman standing on the beach", "a woman riding a bike in a park",
            "a woman reading a book in the snow", "a woman waving on a mountain")
@@ -44,9 +44,9 @@ def draw(args: argparse.Namespace, dtype: torch.dtype, groups: list[list[int]]) 
         prompts = [PROMPTS[k % 4] for k in group]
         subjects = None
         if people:
-            castings = [bind_castings(prompt, [PHOTO])[0] for prompt in prompts]
-            subjects = [cast(pipeline, args.weights, prompt, [casting], [read_photos(casting)])[0]
-                        for prompt, casting in zip(prompts, castings, strict=True)]
+            bound = [bind_subjects(prompt, [PHOTO]) for prompt in prompts]
+            features = [pipeline.encode_photos(found, read_photos(found)) for found in bound]
+            subjects = list(map(pipeline.make_subjects, prompts, bound, features))
         pictures = pipeline.generate(prompts, [SEEDS[k] if k < 4 else 100 + k for k in group], subjects,
                                      steps=args.steps, guidance_scale=4.0, prior_above=800)
         found |= {k: picture for k, picture in zip(group, pictures, strict=True) if k < 4}

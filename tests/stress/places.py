@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = (
     "{code}/sample.py --subject '{photo}' --prompt 'a woman standing on the beach' --steps 2",
-    "{code}/sample.py --subject 'woman={photo},{photo}@900' --prompt 'a woman waving' --steps 3 "
+    "{code}/sample.py --subject 'woman={photo},{photo}' --prompt 'a woman waving' --steps 3 "
     "--save-routing 'Wege é.png' --output 'Bilder 图 1' --num 2",
     "{code}/sample.py --from-file {code}/examples/prompts.jsonl --output pictures --steps 2",
     "{code}/apps/swap.py --prompt 'a woman standing on the beach' --subjects '{photo}' --seeds 0 --steps 2",
