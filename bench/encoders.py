@@ -21,7 +21,7 @@ import command
 import evaluate
 from bench.measure import positive, table
 import toyworld
-from data.dataset import render_cache
+from toyworld.rendered import render_cache
 
 READ_OUTS = {"linear": (0, 10), "two hidden layers": (512, 20)}  # width, epochs
 ACTIVITIES = ("standing", "waving", "running", "dancing", "reading a book", "riding a bike")

@@ -27,7 +27,7 @@ import train
 from data import build
 import toyworld
 from toyworld.crayon import Crayons
-from data.dataset import render_cache
+from toyworld.rendered import render_cache
 from toyworld.skeleton import draw_skeletons, scene_joints
 from models import load_models
 from models.clip_image import CLIPImageConfig

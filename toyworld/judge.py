@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import toyworld
-from data.dataset import MAX_SUBJECTS
+from toyworld.rendered import MAX_SUBJECTS
 
 
 class Verdict(NamedTuple):
