@@ -94,17 +94,6 @@ def parse_args() -> argparse.Namespace:
     add("--resume", action="store_true", help="go on from the run's newest checkpoint, if there is one")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default auto)")
     args = parser.parse_args()
-    stage = STAGES[args.stage]
-    for name in ("weights", "data", "moa", "cache"):
-        if getattr(args, name) is not None and name not in stage.reads:
-            parser.error(f"{args.stage} cannot use --{name}: leave it out")
-        if getattr(args, name) is None and name in stage.needs:
-            parser.error(f"{args.stage} needs --{name}")
-    if args.cache and not args.data:
-        parser.error("--cache goes with --data: rendered scenes are always kept in .cache")
-    if args.stage not in PRESETS[args.preset]:
-        parser.error(f"preset {args.preset} has no stage {args.stage}: its base model comes from "
-                     "weights/convert_sd15.py, only `moa` and `lora` are trained")
     args.samples_every = args.samples_every or args.checkpoint_every
     return args
 
@@ -132,11 +121,14 @@ def main() -> None:
     reuse_memory()
     stage = None
     try:
-        config = make_config(args)
+        check(args)
+        if args.data and not args.samples:
+            args.samples = len(read_ids(args.data, "train"))
+        config = make_config(args.preset, args.stage, steps=args.steps, batch_size=args.batch_size,
+                             samples=args.samples, accumulate=args.accumulate)
         device = pick_device(args.device)
         if args.graph:
             check_graph(STAGES[args.stage], config, device)
-        check_output(args)
         device = distributed.start(device)
         with distributed.first_rank_first():
             samples = open_samples(args, config)
@@ -166,17 +158,37 @@ def main() -> None:
             signal.signal(number, handler)
 
 
-def make_config(args: argparse.Namespace) -> TrainConfig:
-    """The stage's hyperparameters: the preset's, but for what the command line gives."""
-    if args.preset == "toyworld" and args.weights is not None:
+def check(args: argparse.Namespace) -> None:
+    """Raise StageError for a command line that no run can be made of. An older run is only ever continued,
+    weights are left alone."""
+    stage = STAGES[args.stage]
+    for name in ("weights", "data", "moa", "cache"):
+        if getattr(args, name) is not None and name not in stage.reads:
+            raise StageError(f"{args.stage} cannot use --{name}: leave it out")
+        if getattr(args, name) is None and name in stage.needs:
+            raise StageError(f"{args.stage} needs --{name} FOLDER with the models that it builds on")
+    if args.cache and not args.data:
+        raise StageError("--cache goes with --data: rendered scenes are always kept in .cache")
+    if args.preset == "toyworld" and args.weights:
         sizes = read_config(args.weights)
         if "unet" in sizes and build_config(sizes, "unet") == UNetConfig():
             raise StageError(f"{args.weights} is of Stable Diffusion 1.5's size: give --preset sd15 "
                              "(toyworld is the default)")
-    given = {name: getattr(args, name) for name in ("steps", "batch_size", "samples", "accumulate")}
-    if args.data and not args.samples:
-        given["samples"] = len(read_ids(args.data, "train"))
-    return replace(PRESETS[args.preset][args.stage], **{k: v for k, v in given.items() if v is not None})
+    if args.output.exists() and not args.output.is_dir():
+        raise StageError(f"--output {args.output} is a file: give a folder's name")
+    if list_checkpoints(args.output):
+        if not args.resume:
+            raise StageError(f"{args.output} holds a run already: give --resume or another --output")
+    elif any(args.output.glob("*.safetensors")):
+        raise StageError(f"{args.output} holds weights already: give another --output")
+
+
+def make_config(preset: str, stage: str, **changes) -> TrainConfig:
+    """The preset of a stage with those values that are not None."""
+    if stage not in PRESETS[preset]:
+        raise StageError(f"preset {preset} has no stage {stage}: its base model comes from "
+                         "weights/convert_sd15.py, only `moa` and `lora` are trained")
+    return replace(PRESETS[preset][stage], **{k: v for k, v in changes.items() if v is not None})
 
 
 def open_samples(args: argparse.Namespace, config: TrainConfig) -> Samples:
@@ -191,17 +203,6 @@ def open_samples(args: argparse.Namespace, config: TrainConfig) -> Samples:
                          "give --data FOLDER")
     scenes = render_cache("scenes", config.samples)
     return Crayons(scenes) if args.stage == "lora" else scenes
-
-
-def check_output(args: argparse.Namespace) -> None:
-    """An older run is only ever continued, weights are left alone."""
-    if args.output.exists() and not args.output.is_dir():
-        raise ValueError(f"--output {args.output} is a file: give a folder's name")
-    if list_checkpoints(args.output):
-        if not args.resume:
-            raise ValueError(f"{args.output} holds a run already: give --resume or another --output")
-    elif any(args.output.glob("*.safetensors")):
-        raise ValueError(f"{args.output} holds weights already: give another --output")
 
 
 def train(stage: Stage, args: argparse.Namespace) -> None:

@@ -101,5 +101,5 @@ class Shards:
                     names = list(file.keys())
                     self.files[number] = {name: file.get_tensor(name) for name in names}
             except (OSError, SafetensorError) as error:
-                raise ShardError(f"{path} cannot be read, remove it to have it made again: {error}") from error
+                raise ShardError(f"{path} cannot be read, remove it: {error}") from error
         return self.files[number]
