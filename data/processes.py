@@ -27,7 +27,7 @@ def in_batches(function: Callable, batches: Iterable[Sequence], workers: int) ->
     """The results of `function` for each job of batch after batch, two batches ahead per process. Raises as
     `in_processes`."""
     loader = DataLoader(Jobs(function), batch_sampler=batches, collate_fn=list, num_workers=workers,
-                        worker_init_fn=ignore_signals, generator=torch.Generator(),
+                        worker_init_fn=outlive_signals, generator=torch.Generator(),
                         # A thread then fetches what they have made, while this one keeps the GPU busy.
                         pin_memory=torch.cuda.is_available())
     try:
@@ -63,11 +63,11 @@ class Failure:
         self.error = error
 
 
-def ignore_signals(number: int) -> None:
-    """Who stops a program signals all its processes. The one that reads the results decides, and the others
-    end with it."""
+def outlive_signals(number: int) -> None:
+    """Who stops a program signals all its processes, and the one that reads the results may still want some.
+    It usually ends the others; otherwise they end by themselves a moment later."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(10))
 
 
 def worker_count(spared: int = 1) -> int:
