@@ -165,8 +165,8 @@ def check(args: argparse.Namespace) -> None:
     for name in ("weights", "data", "moa", "cache"):
         if getattr(args, name) is not None and name not in stage.reads:
             raise StageError(f"{args.stage} cannot use --{name}: leave it out")
-        if getattr(args, name) is None and name in stage.needs:
-            raise StageError(f"{args.stage} needs --{name} FOLDER with the models that it builds on")
+    if stage.needs_weights and args.weights is None:
+        raise StageError(f"{args.stage} needs --weights FOLDER with the models that it builds on")
     if args.cache and not args.data:
         raise StageError("--cache goes with --data: rendered scenes are always kept in .cache")
     if args.preset == "toyworld" and args.weights:

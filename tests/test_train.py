@@ -236,11 +236,12 @@ def test_moa_goes_on_from_a_moa_file(runs, tmp_path, capsys):
 # Training itself ---------------------------------------------------------------------------------
 
 
-def make_stage(name: str, runs: Path, cache: Path = ENCODED, **changes) -> Stage:
+def make_stage(name: str, runs: Path, data: Path | None = None, **changes) -> Stage:
     config = train.make_config("toyworld", name, **{"batch_size": 4, "samples": 24, **changes})
-    samples = train.open_samples(Namespace(weights=None, data=None, stage=name), config)
+    args = Namespace(weights=None, data=data, stage=name, seed=0, cache=None)
     weights = runs / PREVIOUS[name] if name in PREVIOUS else None
-    return train.STAGES[name](config, 0, torch.device("cpu"), samples, weights, None, cache)
+    return train.STAGES[name](config, 0, torch.device("cpu"), train.open_samples(args, config), weights, None,
+                              None if data else ENCODED)
 
 
 def train_stage(stage: Stage, output: Path) -> None:

@@ -21,7 +21,7 @@ class LoRAStage(Stage):
     """LoRA (arXiv 2106.09685) of the UNet: noise prediction on pictures of one style, all else frozen."""
 
     reads = ("weights", "data", "cache")
-    needs = ("weights",)
+    needs_weights = True
     recordable = True
 
     def setup(self) -> None:

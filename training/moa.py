@@ -31,7 +31,7 @@ class MoAStage(Stage):
     base's attention on or from those of the file --moa on."""
 
     reads = ("weights", "data", "cache", "moa")
-    needs = ("weights",)
+    needs_weights = True
     recordable = True
 
     def setup(self) -> None:

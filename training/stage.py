@@ -27,7 +27,7 @@ class Stage:
 
     module: nn.Module
     reads: tuple[str, ...] = ("data",)  # which of --weights, --data, --cache and --moa the stage can use
-    needs: tuple[str, ...] = ()  # and which of them it cannot do without
+    needs_weights = False
     recordable = False  # whether a CUDA graph can hold `loss`: the device must never wait for the host
     shareable = True  # whether the loss is a mean over samples, which several processes can share
 

@@ -25,7 +25,8 @@ class ControlNetStage(Stage):
     """Noise prediction by the frozen base, steered by a copy of its encoder that sees skeletons
     (arXiv 2302.05543). Only the copy is trained."""
 
-    reads = needs = ("weights",)
+    reads = ("weights",)
+    needs_weights = True
     recordable = True
 
     def setup(self) -> None:

@@ -27,7 +27,7 @@ class PriorStage(Stage):
     """The base model: noise prediction on the small world's scenes, text encoder and VAE frozen."""
 
     reads = ("weights", "data", "cache")
-    needs = ("weights",)
+    needs_weights = True
     recordable = True
 
     def setup(self) -> None:
