@@ -19,7 +19,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 from unittest.mock import patch
@@ -29,7 +29,6 @@ import torch
 import torch.nn as nn
 from tqdm import tqdm
 
-from models.errors import fail
 import evaluate
 import moa.checkpoint
 import moa.loss
@@ -38,11 +37,12 @@ import toyworld
 import train
 import training.moa
 import training.stage
+from data.sample import ENCODED
+from models.errors import fail
 from moa import MixtureOfAttention, moa_layers
 from pipeline import pick_device
 from toyworld.benchmark import FEWEST
-from training import STAGES, make_config
-from training.presets import PRESETS
+from toyworld.rendered import render_cache
 
 SEEDS = (0, 1, 2)
 STEPS, BATCH_SIZE, CASES = 1250, 36, 64  # 45,000 pictures, 40 minutes on one core
@@ -256,16 +256,16 @@ def full_precision() -> Iterator[None]:
 
 def preset(config: dict) -> AbstractContextManager:
     """Inside, the small world's preset of `moa` has these values, and the experiments' budget."""
-    changed = replace(PRESETS["toyworld"]["moa"], **{"steps": STEPS, "batch_size": BATCH_SIZE, **config})
-    return patch.dict(PRESETS, {"toyworld": {**PRESETS["toyworld"], "moa": changed}})
+    changes = {"steps": STEPS, "batch_size": BATCH_SIZE, **config}
+    return patch.dict(train.PRESETS["toyworld"], moa=train.make_config("toyworld", "moa", **changes))
 
 
 def train_moa(folder: Path, seed: int) -> None:
     """`train.py moa`, from the last checkpoint on where there is one."""
-    flags = ["--resume"] if any(folder.glob("checkpoints/*.pt")) else []
-    flags += ["--graph"] if torch.cuda.is_available() else []
+    flags = ["--graph"] if torch.cuda.is_available() else []
     with patch.object(sys, "argv", ["train.py", "moa", "--weights", str(evaluate.SHIPPED), "--output",
-                                    str(folder), "--seed", str(seed), "--checkpoint-every", "250", *flags]):
+                                    str(folder), "--seed", str(seed), "--checkpoint-every", "250",
+                                    "--resume", *flags]):
         train.main()
 
 
@@ -274,7 +274,9 @@ def run_all(output: Path, jobs: int) -> None:
     Exit status 1 where one failed."""
     output.mkdir(parents=True, exist_ok=True)
     # What all train on, which each would render and encode by itself otherwise.
-    STAGES["moa"](make_config("toyworld", "moa"), 0, pick_device("auto"), evaluate.SHIPPED, None).prepare()
+    config = train.make_config("toyworld", "moa")
+    scenes = render_cache("scenes", config.samples)
+    train.STAGES["moa"](config, 0, pick_device("auto"), scenes, evaluate.SHIPPED, cache=ENCODED)
     done = []
     for needs_another in (False, True):
         todo = [(name, seed) for seed in SEEDS for name, experiment in EXPERIMENTS.items()

@@ -13,106 +13,103 @@
 A run is a pure function of its seed: stop it at any moment and `--resume` goes on to the same
 weights. `torchrun` shares each batch between processes, on one machine or more: same run, up to
 rounding. On a CPU, one process per core is faster than one process with as many threads. A process
-that dies ends the others; with `torchrun --max-restarts N` they start again and go on by themselves.
+that dies ends the others; with `torchrun --max-restarts N` and `--resume` they start again and go on.
 The output folder holds config.json, metrics.jsonl, checkpoints/ (named by their step), samples/, where
-TensorBoard is installed tensorboard/, lock, which lets no second process write there, and the weights,
-those of --weights too, so each run's folder is the next one's --weights; of classifier and lora only their
-own file.
+TensorBoard is installed tensorboard/, and the weights, those of --weights too, so each run's folder is
+the next one's --weights; of classifier and lora only their own file.
 
 Exit status, of a process without `torchrun`: 0 trained, or saved and stopped by SIGTERM as on a machine
 that is taken away; 2 an error (one line on stderr); 130 saved and stopped by SIGINT; 143 SIGTERM before
 the first step.
 """
 import argparse
-import json
-import os
-import resource
 import signal
 import subprocess
 import sys
-import zlib
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 
-from pipeline import reuse_memory
+import torch
+from tqdm import tqdm
+
+from data.fastcomposer import Folder, read_ids
+from data.sample import ENCODED, Samples
 from models.errors import one_line
+from models.load import build_config, read_config
+from models.unet import UNetConfig
+from pipeline import pick_device, reuse_memory
+from toyworld import SIZE
+from toyworld.crayon import Crayons
+from toyworld.presets import TOYWORLD
+from toyworld.rendered import render_cache
+from toyworld.stages import STAGES as TOYWORLD_STAGES
+from training import (SD15, LoRAStage, MoAStage, RecordedStep, Stage, StageError, TrainConfig, check_graph,
+                      distributed)
+from training.checkpoints import Run, list_checkpoints
+from training.log import Log
+
+STAGES: dict[str, type[Stage]] = {"moa": MoAStage, "lora": LoRAStage, **TOYWORLD_STAGES}
+PRESETS = {"toyworld": TOYWORLD, "sd15": SD15}
+PATIENCE = 10  # steps in a row whose gradient is not finite, and which are left out, before a run ends
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["vae", "clip", "prior", "moa", "controlnet", "lora", "classifier"],
-                        help="what is trained; --preset sd15 has moa and lora")
-    parser.add_argument("--output", required=True, type=Path, metavar="FOLDER",
-                        help="folder of the run: a new one, or with --resume that of an earlier run")
-    parser.add_argument("--preset", default="toyworld", choices=["toyworld", "sd15"],
-                        help="sizes and hyperparameters (default toyworld)")
-    parser.add_argument("--weights", type=Path, metavar="FOLDER",
-                        help="folder with the models that the stage builds on (all but vae and classifier)")
-    parser.add_argument("--moa", type=Path, metavar="FILE",
-                        help="MoA file to go on from (stage moa; default: from the base model)")
-    parser.add_argument("--data", type=Path, metavar="FOLDER",
-                        help="dataset in FastComposer's layout (default: the small world, rendered)")
-    parser.add_argument("--cache", type=Path, metavar="FOLDER",
-                        help="keep latents, text states and image features of --data there, so that a step "
-                             "is the UNet alone; augmentations are then drawn once (prior, moa, lora)")
-    parser.add_argument("--samples", type=int, metavar="N",
-                        help="how many samples to render (default: the preset's) or to read (default: all of "
-                             "--data)")
-    parser.add_argument("--steps", type=int, metavar="N", help="optimizer steps (default: the preset's)")
-    parser.add_argument("--batch-size", type=int, metavar="N",
-                        help="pictures per step, of all processes together (default: the preset's)")
-    parser.add_argument("--accumulate", type=int, metavar="N",
-                        help="each process works on its share of a batch in N parts, to save memory "
-                             "(default: the preset's)")
-    parser.add_argument("--graph", action="store_true",
-                        help="replay the step as a CUDA graph: a small model on a GPU waits for Python "
-                             "otherwise (prior, moa, controlnet, lora; not with --preset sd15)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, data order and noise (default 0)")
-    parser.add_argument("--log-every", type=int, default=50, metavar="STEPS",
-                        help="steps from line to line of metrics.jsonl (default 50)")
-    parser.add_argument("--checkpoint-every", type=int, default=1000, metavar="STEPS",
-                        help="steps from one checkpoint and sample sheet to the next (default 1000)")
-    parser.add_argument("--keep", type=int, default=1, metavar="N",
-                        help="how many checkpoints stay, the newest (default 1)")
-    parser.add_argument("--resume", action="store_true", help="go on from the run's newest checkpoint")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default auto)")
+    add = parser.add_argument
+    add("stage", choices=STAGES, help="what is trained; --preset sd15 has moa and lora")
+    add("--output", required=True, type=Path, metavar="FOLDER",
+        help="folder of the run: a new one, or with --resume perhaps that of an earlier run")
+    add("--preset", default="toyworld", choices=PRESETS, help="sizes and hyperparameters (default toyworld)")
+    add("--weights", type=Path, metavar="FOLDER",
+        help="folder with the models that the stage builds on (all but vae and classifier)")
+    add("--moa", type=Path, metavar="FILE", help="MoA file to go on from (moa; default: from the base model)")
+    add("--data", type=Path, metavar="FOLDER",
+        help="dataset in FastComposer's layout (default: the small world, rendered)")
+    add("--cache", type=Path, metavar="FOLDER",
+        help="keep latents, text states and image features of --data there, so that a step is the UNet "
+             "alone; augmentations are then drawn once (prior, moa, lora)")
+    add("--samples", type=positive, metavar="N",
+        help="how many samples to render (default: the preset's) or to read (default: all of --data)")
+    add("--steps", type=positive, metavar="N", help="optimizer steps (default: the preset's)")
+    add("--batch-size", type=positive, metavar="N",
+        help="pictures per step, of all processes together (default: the preset's)")
+    add("--accumulate", type=positive, metavar="N",
+        help="each process works on its share of a batch in N parts, to save memory (default: the preset's)")
+    add("--graph", action="store_true",
+        help="replay the step as a CUDA graph: a small model on a GPU waits for Python otherwise "
+             "(prior, moa, controlnet, lora; not with --preset sd15)")
+    add("--seed", type=int, default=0, help="of weights, data order and noise (default 0)")
+    add("--log-every", type=positive, default=50, metavar="STEPS",
+        help="steps from line to line of metrics.jsonl (default 50)")
+    add("--checkpoint-every", type=positive, default=1000, metavar="STEPS",
+        help="steps from one checkpoint to the next (default 1000)")
+    add("--samples-every", type=positive, metavar="STEPS",
+        help="steps from one sample sheet to the next (default: as --checkpoint-every)")
+    add("--keep", type=positive, default=1, metavar="N",
+        help="how many checkpoints stay, the newest (default 1)")
+    add("--resume", action="store_true", help="go on from the run's newest checkpoint, if there is one")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default auto)")
     args = parser.parse_args()
-    for name in ("samples", "steps", "batch_size", "accumulate", "log_every", "checkpoint_every", "keep"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
-    if not 0 <= args.seed < 2 ** 32:
-        parser.error(f"--seed must be in 0..{2 ** 32 - 1}, not {args.seed}")
+    args.samples_every = args.samples_every or args.checkpoint_every
     return args
 
 
-def git_describe() -> str:
-    """The commit of this code, so that an edited run stays identifiable."""
-    command = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-PATIENCE = 10  # steps in a row whose gradient is not finite, and which are left out, before a run ends
+def positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value
 
 
 class StopRequested(Exception):
     """A signal arrived; the arguments are its number and what to tell."""
 
 
-MAIN_PROCESS = os.getpid()
-
-
 def leave(number: int, frame) -> None:
-    """End before the first step. The worker processes that read data inherit this: they end silently and at
-    once, since Python drops an exception that is raised while a process is being forked, and their pool
-    would wait for them forever."""
-    if os.getpid() != MAIN_PROCESS:
-        os._exit(128 + number)
+    """End before the first step."""
+    print("stopped: before the first step", file=sys.stderr)
     sys.exit(128 + number)
 
 
@@ -120,33 +117,24 @@ def main() -> None:
     args = parse_args()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     signal.signal(signal.SIGTERM, leave)
-    from training import distributed
-    from data.fastcomposer import read_ids
-    from pipeline import pick_device
-    from training import STAGES, RecordedStep, StageError, check_graph, check_preset, make_config
     reuse_memory()
-    until_the_end = ExitStack()
+    stage = None
     try:
-        if args.data is not None:
-            count = len(read_ids(args.data, "train"))
-            args.samples = min(args.samples or count, count)
+        check(args)
+        if args.data and not args.samples:
+            args.samples = len(read_ids(args.data, "train"))
         config = make_config(args.preset, args.stage, steps=args.steps, batch_size=args.batch_size,
                              samples=args.samples, accumulate=args.accumulate)
-        check_preset(args.preset, args.weights)
         device = pick_device(args.device)
         if args.graph:
             check_graph(STAGES[args.stage], config, device)
         device = distributed.start(device)
         with distributed.first_rank_first():
-            prepare_output(args)
-            if distributed.rank() == 0:
-                until_the_end.enter_context(claimed(args.output))
-            stage = STAGES[args.stage](config, args.seed, device, args.weights, args.data, args.moa,
-                                       args.cache)
-            backward = RecordedStep(stage) if args.graph else stage.backward
-        stage.prepare()
-        train(stage, backward, args)
-    except (StageError, OSError, ValueError) as error:
+            samples = open_samples(args, config)
+        cache = args.cache if args.data else ENCODED
+        stage = STAGES[args.stage](config, args.seed, device, samples, args.weights, args.moa, cache)
+        train(stage, args)
+    except (OSError, ValueError) as error:
         unnamed = isinstance(error, OSError) and error.errno and not error.filename  # of a file that is open
         place = f"{args.output}: " if unnamed else ""
         print("error:", one_line(f"{place}{error}"), file=sys.stderr)
@@ -161,273 +149,163 @@ def main() -> None:
         number, message = stop.args or (signal.SIGINT, "before the first step")
         print("stopped:", message, file=sys.stderr)
         sys.exit(0 if number == signal.SIGTERM else 128 + number)
-    except SystemExit:
-        cause = ", as torchrun does when another process has ended" if distributed.launch() else ""
-        print(f"stopped: before the first step, by SIGTERM{cause}", file=sys.stderr)
-        raise
     finally:
-        until_the_end.close()
+        if stage is not None:
+            stage.stream.close()
         distributed.stop()
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
-def prepare_output(args: argparse.Namespace) -> None:
-    """Look what is in the run's folder. An older run is only ever continued, weights are left alone.
-
-    A run of this very `torchrun`, which starts its processes again when one has died, goes on as with
-    --resume.
-    """
-    from training import distributed
-    from models.load import read_config
+def check(args: argparse.Namespace) -> None:
+    """Raise StageError for a command line that no run can be made of. An older run is only ever continued,
+    weights are left alone."""
+    stage = STAGES[args.stage]
+    for name in ("weights", "data", "moa", "cache"):
+        if getattr(args, name) is not None and name not in stage.reads:
+            raise StageError(f"{args.stage} cannot use --{name}: leave it out")
+    if stage.needs_weights and args.weights is None:
+        raise StageError(f"{args.stage} needs --weights FOLDER with the models that it builds on")
+    if args.cache and not args.data:
+        raise StageError("--cache goes with --data: rendered scenes are always kept in .cache")
+    if args.preset == "toyworld" and args.weights:
+        sizes = read_config(args.weights)
+        if "unet" in sizes and build_config(sizes, "unet") == UNetConfig():
+            raise StageError(f"{args.weights} is of Stable Diffusion 1.5's size: give --preset sd15 "
+                             "(toyworld is the default)")
     if args.output.exists() and not args.output.is_dir():
-        raise ValueError(f"--output {args.output} is a file: give a folder's name")
-    held = list_checkpoints(args.output)
-    if held and not args.resume and distributed.launch():
-        args.resume = read_config(args.output).get("training", {}).get("launch") == distributed.launch()
-    if args.resume and not held:
-        raise ValueError(f"--resume: there is no checkpoint in {args.output / 'checkpoints'}")
-    if not args.resume and held:
-        raise ValueError(f"{args.output} holds a run already: give --resume or another --output")
-    if not args.resume and any(args.output.glob("*.safetensors")):
-        raise ValueError(f"{args.output} holds weights already: give another --output")
+        raise StageError(f"--output {args.output} is a file: give a folder's name")
+    if list_checkpoints(args.output):
+        if not args.resume:
+            raise StageError(f"{args.output} holds a run already: give --resume or another --output")
+    elif any(args.output.glob("*.safetensors")):
+        raise StageError(f"{args.output} holds weights already: give another --output")
 
 
-@contextmanager
-def claimed(folder: Path) -> Iterator[None]:
-    """Inside, a folder is there, and no other process can train into it; a killed one holds nothing any
-    more. If it was made for this and nothing was written, it goes again. Raises ValueError where
-    another one trains there."""
-    path, new = folder / "lock", [each for each in (folder, *folder.parents) if not each.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        with suppress(OSError):  # a file system without locks
-            try:
-                # A kind of lock that the readers, who are forks of this process, do not inherit.
-                os.lockf(file, os.F_TLOCK, 0)
-            except (BlockingIOError, PermissionError) as error:
-                raise ValueError(f"another process is training into {folder}: stop it, or give another "
-                                 "--output") from error
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-            with suppress(OSError):  # the first that is not empty
-                for each in new:
-                    each.rmdir()
-    finally:
-        os.close(file)
+def make_config(preset: str, stage: str, **changes) -> TrainConfig:
+    """The preset of a stage with those values that are not None."""
+    if stage not in PRESETS[preset]:
+        raise StageError(f"preset {preset} has no stage {stage}: its base model comes from "
+                         "weights/convert_sd15.py, only `moa` and `lora` are trained")
+    return replace(PRESETS[preset][stage], **{k: v for k, v in changes.items() if v is not None})
 
 
-def list_checkpoints(output: Path) -> list[Path]:
-    """The checkpoints of the run in a folder, oldest first."""
-    found = [path for path in (output / "checkpoints").glob("*.pt") if path.stem.isdecimal()]
-    return sorted(found, key=lambda path: int(path.stem))
+def open_samples(args: argparse.Namespace, config: TrainConfig) -> Samples:
+    """Those of --data, else rendered scenes, which the style's stage sees in crayon."""
+    size = read_config(args.weights).get("image_size", SIZE) if args.weights else SIZE
+    if args.data:
+        seed = args.seed if args.cache is None else 0  # a cache serves runs with any seed
+        return Folder(args.data, config.samples, size, max_people=config.max_people,
+                      augmented=config.augment, seed=seed)
+    if size != SIZE:
+        raise StageError(f"{args.weights} draws {size} pixels, the small world's scenes have {SIZE}: "
+                         "give --data FOLDER")
+    scenes = render_cache("scenes", config.samples)
+    return Crayons(scenes) if args.stage == "lora" else scenes
 
 
-def train(stage, backward: Callable, args: argparse.Namespace) -> None:
-    """The loop that all stages share; `backward` is the stage's, or takes its place."""
-    import torch
-    from tqdm import tqdm
-
-    from training import distributed
-    from curves import Curves
-    from models.load import read_config, write_json
-
-    config, device, writes = stage.config, stage.device, distributed.rank() == 0
-    settings = {"stage": args.stage, "preset": args.preset, "seed": args.seed, "code": git_describe(),
-                "weights": args.weights and args.weights.name, "moa": args.moa and args.moa.name,
-                "data": args.data and args.data.name, "torch": torch.__version__, "device": str(device),
-                "graph": args.graph, "processes": distributed.world_size(), "launch": distributed.launch(),
-                **asdict(config)}
+def train(stage: Stage, args: argparse.Namespace) -> None:
+    """The loop that all stages share."""
+    config, writes = stage.config, distributed.rank() == 0
     trained = {name: p for name, p in stage.module.named_parameters() if p.requires_grad}
     parameters = list(trained.values())
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=config.betas,
                                   weight_decay=config.weight_decay, fused=True)
-    averages = {name: p.detach().clone() for name, p in trained.items()} if config.ema else trained
-    average = list(averages.values())
-    first, written, run = 0, {}, run_identity(args, config)
-    log_path, curves = args.output / "metrics.jsonl", None
-    if args.resume:  # before anything is written
-        first = load_checkpoint(list_checkpoints(args.output)[-1], run, trained, averages, optimizer)
-        written = read_config(args.output)
-    if writes:
-        for name in ("checkpoints", "samples"):
-            (args.output / name).mkdir(parents=True, exist_ok=True)
-        for left in args.output.rglob(".*.tmp"):  # by a process that was killed while it wrote
-            left.unlink()
-        write_json({**written, "training": settings}, args.output / "config.json")
-        print(json.dumps(settings))
-        cut_metrics(log_path, first)
-        curves = Curves(args.output, first)
-
-    stop = []
+    average = {name: p.detach().clone() for name, p in trained.items()} if config.ema else trained
+    run = Run(args.output, args.stage, stage, trained, average, optimizer)
+    first = run.resume() if args.resume else 0
+    log = Log(args.output, settings_of(args, stage), first) if writes else None
+    recorded = RecordedStep(stage) if args.graph else None
+    failed, skipped, stop = 0, 0, []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda received, frame: stop.append(received))
-    metrics, failed, skipped = {}, 0, 0
     progress = tqdm(range(first, config.steps), args.stage, config.steps, initial=first, unit="step",
                     disable=not writes)
-    with progress, open(log_path if writes else os.devnull, "a", encoding="utf-8") as log:
-        for step in progress:
-            for group in optimizer.param_groups:
-                group["lr"] = config.lr * learning_rate_factor(step, config)
-            losses = []
-            for index in range(config.accumulate):
-                with distributed.turn(index, config.accumulate):
-                    loss, parts = backward(step)
-                losses.append({"loss": loss, **parts})
-            stopping = distributed.average_gradients(parameters, bool(stop))
-            done = step + 1
-            logged = done % args.log_every == 0 or done == config.steps
-            health = stage.health() if logged else {}
-            norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip)
-            if torch.isfinite(norm):
-                failed = 0
-                optimizer.step()
+    for step in progress:
+        done, losses = step + 1, []
+        optimizer.param_groups[0]["lr"] = config.lr * learning_rate_factor(step, config)
+        for turn in range(config.accumulate):
+            with stage.autocast():
+                batch = stage.batch(step, turn)
+            if recorded:
+                loss, parts = recorded(batch)  # and the gradients
             else:
-                failed, skipped = failed + 1, skipped + 1
-            if failed > PATIENCE:
-                raise ValueError(f"the gradient was not finite in {failed} steps in a row, up to step "
-                                 f"{step}: lower the learning rate and go on from the newest of "
-                                 f"{args.output / 'checkpoints'}")
-            optimizer.zero_grad(set_to_none=True)
-            if config.ema:
-                decay = min(config.ema, (1 + step) / (10 + step))
-                torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - decay)
-            if logged:
-                means = {k: torch.stack([part[k] for part in losses]).mean() for k in losses[0]}
-                metrics = {"step": done, **distributed.mean(means), "skipped": skipped,
-                           "lr": optimizer.param_groups[0]["lr"], "gradient_norm": float(norm),
-                           **{name: readable(value) for name, value in health.items()},
-                           "memory_gb": readable(peak_memory(device) / 1e9)}
-                rate = progress.format_dict["rate"]  # absent in the first moments
-                metrics["images_per_second"] = round((rate or 0) * config.batch_size, 1)
-                log.write(json.dumps(metrics) + "\n")
-                log.flush()
-                if writes:
-                    curves.add(metrics)
-                progress.set_postfix({k: f"{v:.4g}" for k, v in metrics.items() if k in ("loss", *parts)})
-            if writes and (stopping or done == config.steps or done % args.checkpoint_every == 0):
-                state = {"run": run, "step": done, "parameters": trained, "average": averages,
-                         "optimizer": optimizer.state_dict(), "moa": stage.moa_config()}
-                save_checkpoint(args.output, state, args.keep)
-                if not stopping:
-                    with averaged(parameters, average):
-                        stage.sheet(args.output / "samples" / f"{done:06d}.png")
-                    curves.show(args.output / "samples", done)
-            if stopping:
-                message = f"step {done} is saved in {args.output}; go on with --resume"
-                raise StopRequested(stop[0] if stop else signal.SIGTERM, message)
+                with stage.autocast():
+                    loss, parts = stage.loss(batch)
+                (loss / config.accumulate).backward()
+            losses.append({"loss": loss.detach(), **{name: part.detach() for name, part in parts.items()}})
+        stopping = distributed.average_gradients(parameters, bool(stop))
+        logged = done % args.log_every == 0 or done == config.steps
+        health = stage.health() if logged else {}
+        norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip)
+        if torch.isfinite(norm):
+            failed = 0
+            optimizer.step()
+        else:
+            failed, skipped = failed + 1, skipped + 1
+        optimizer.zero_grad(set_to_none=True)
+        if failed > PATIENCE:
+            raise ValueError(f"the gradient was not finite in {failed} steps in a row, up to step {step}: "
+                             "lower the learning rate and go on from the newest checkpoint")
+        if config.ema:
+            decay = min(config.ema, (1 + step) / (10 + step))
+            torch._foreach_lerp_(list(average.values()), [p.detach() for p in parameters], 1 - decay)
+        if logged:
+            means = distributed.mean({k: torch.stack([part[k] for part in losses]).mean() for k in losses[0]})
+            if writes:
+                log.add({"step": done, **means, "skipped": skipped, "lr": optimizer.param_groups[0]["lr"],
+                         "gradient_norm": float(norm)}, health, progress, stage)
+        if writes and (stopping or done == config.steps or done % args.checkpoint_every == 0):
+            run.save(done, args.keep)
+        if stopping:
+            message = f"step {done} is saved in {args.output}; go on with --resume"
+            raise StopRequested(stop[0] if stop else signal.SIGTERM, message)
+        if writes and (done == config.steps or done % args.samples_every == 0):
+            with averaged(trained, average):
+                stage.sheet(args.output / "samples" / f"{done:06d}.png")
+            log.show(done)
     if writes:
-        with averaged(parameters, average):
+        with averaged(trained, average):
             stage.export(args.output)
         print(f"{args.output}: {args.stage} is trained, {config.steps} steps")
 
 
-def learning_rate_factor(step: int, config) -> float:
+def learning_rate_factor(step: int, config: TrainConfig) -> float:
     """Linear warm-up, then constant, then linear to zero over the last `decay` of all steps."""
     left = (config.steps - step) / max(config.steps * config.decay, 1e-9)
     return min(1.0, (step + 1) / max(config.warmup, 1), left)
 
 
-class averaged:
+@contextmanager
+def averaged(trained: dict[str, torch.Tensor], average: dict[str, torch.Tensor]) -> Iterator[None]:
     """Inside, the parameters hold their moving average."""
-
-    def __init__(self, parameters: list, average: list):
-        self.parameters, self.average = parameters, average
-
-    def swap(self) -> None:
-        for p, a in zip(self.parameters, self.average, strict=True):
-            if p is not a:
-                p.data, a.data = a.data, p.data
-
-    def __enter__(self) -> None:
-        self.swap()
-
-    def __exit__(self, *exception) -> None:
-        self.swap()
+    def swap() -> None:
+        for name, p in trained.items():
+            if p is not average[name]:
+                p.data, average[name].data = average[name].data, p.data
+    swap()
+    try:
+        yield
+    finally:
+        swap()
 
 
-def peak_memory(device) -> int:
-    """The most memory, in bytes, that this process has had so far: on the GPU, else on this machine."""
-    import torch
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def settings_of(args: argparse.Namespace, stage: Stage) -> dict:
+    """What a run's config.json says about it."""
+    return {"stage": args.stage, "preset": args.preset, "seed": args.seed, "code": git_describe(),
+            **{name: value and value.name for name in ("weights", "moa", "data")
+               for value in [getattr(args, name)]},
+            "torch": torch.__version__, "device": str(stage.device), "graph": args.graph,
+            "processes": distributed.world_size(), **asdict(stage.config)}
 
 
-def readable(value: float | list[float]) -> float | list[float]:
-    """Five significant digits."""
-    return [readable(v) for v in value] if isinstance(value, list) else float(f"{value:.5g}")
-
-
-def cut_metrics(path: Path, step: int) -> None:
-    """Drop what was logged after `step`: a resumed run logs it again."""
-    from models.load import write_whole
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-    write_whole(path, lambda temporary: temporary.write_text("".join(kept), encoding="utf-8"))
-
-
-def run_identity(args: argparse.Namespace, config) -> dict:
-    """What has to be equal for a run to be the same run; for the weights, a checksum of their bytes."""
-    from models.load import PARTS
-    checksum, parts = 0, [args.weights / f"{part}.safetensors" for part in PARTS if args.weights]
-    for path in [*parts, *([args.moa] if args.moa else [])]:
-        if path.exists():
-            checksum = zlib.crc32(path.read_bytes(), checksum)
-    recipe = {k: v for k, v in asdict(config).items() if k not in ("accumulate", "checkpointing")}
-    return {"stage": args.stage, "preset": args.preset, "seed": args.seed, **recipe, "weights": checksum,
-            "data": args.data and str(args.data.resolve()), "cache": args.cache is not None}
-
-
-def save_checkpoint(output: Path, state: dict, keep: int) -> None:
-    """Everything a run needs to go on; of older checkpoints `keep` - 1 stay. There is no random state:
-    noise is a function of the step."""
-    import torch
-
-    from models.load import tensor_bytes, write_whole
-    state = {**state, **{part: {name: p.detach() for name, p in state[part].items()}
-                         for part in ("parameters", "average")}}
-    moments = [value for one in state["optimizer"]["state"].values() for value in one.values()]
-    write_whole(output / "checkpoints" / f"{state['step']:06d}.pt",
-                lambda temporary: torch.save(state, temporary),
-                tensor_bytes([*state["parameters"].values(), *state["average"].values(), *moments]))
-    for old in list_checkpoints(output)[:-keep]:
-        old.unlink()
-
-
-def load_checkpoint(path: Path, run: dict, trained: dict, averages: dict, optimizer) -> int:
-    """Restore a run in place; returns its step. Raises WeightsError when the file is broken, ValueError
-    when it is another run's."""
-    import torch
-
-    from models.load import read_checkpoint
-    state = read_checkpoint(path)
-    different = [f"{k} {v}, not {run.get(k)}" for k, v in state["run"].items() if v != run.get(k)]
-    pairs = [(trained, state["parameters"]), (averages, state["average"])]
-    ours, moments = optimizer.state_dict(), state["optimizer"].get("state")
-    wanted = {number: {"step": torch.empty(()), "exp_avg": p, "exp_avg_sq": p}
-              for number, p in enumerate(trained.values())}
-    if not (all(same_shapes(*pair) for pair in pairs) and isinstance(moments, dict) and all(
-            number in wanted and same_shapes(wanted[number], found) for number, found in moments.items())):
-        different.append("a model of other sizes")
-    if different:
-        raise ValueError(f"{path} is of another run: {', '.join(different)}")
-    with torch.no_grad():
-        for values, found in pairs:
-            for name, value in values.items():
-                value.copy_(found[name])
-    optimizer.load_state_dict({**ours, "state": moments})
-    return state["step"]
-
-
-def same_shapes(wanted: dict, found) -> bool:
-    """Whether `found` has tensors of these names and shapes, in this order: an optimizer's state knows its
-    tensors by nothing else."""
-    return isinstance(found, dict) and [(name, value.shape) for name, value in wanted.items()] == [
-        (name, getattr(value, "shape", None)) for name, value in found.items()]
+def git_describe() -> str:
+    """The commit of this code, so that an edited run stays identifiable."""
+    command = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 if __name__ == "__main__":

@@ -86,7 +86,6 @@ class FastComposerStage(Stage):
         for name, module in unet.named_modules():
             if name.endswith("attn2") and name.startswith(LOCALIZED):
                 self.keep_probabilities(module)
-        self.samples = self.training_samples()
 
     def keep_probabilities(self, attention: nn.Module) -> None:
         """Fused attention has none: they are computed in the open, as FastComposer does."""
@@ -99,9 +98,6 @@ class FastComposerStage(Stage):
         attention.get_attention_scores = kept
         attention.set_processor(AttnProcessor())
 
-    def prepare(self) -> None:
-        """Nothing is encoded ahead: a part of the image encoder is trained."""
-
     def features(self, samples: list) -> Tensor:
         """(B, S, F) of all slots for people, whether somebody is in them or not."""
         slots, size = self.config.max_people, self.resolution
@@ -109,19 +105,21 @@ class FastComposerStage(Stage):
         photos = F.interpolate(photos, (size, size), mode="bilinear", antialias=True)
         return rearrange(self.module["image_encoder"](photos).image_embeds, "(b s) f -> b s f", s=slots)
 
-    def loss(self, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        samples = self.batch(step)
+    def batch(self, step: int, turn: int = 0) -> dict[str, Tensor]:
+        """Nothing is encoded ahead: a part of the image encoder is trained."""
+        samples, generator = self.read(step, turn), step_generator(self.seed, step)
         batch = {**self.encode.images(samples), **self.encode.texts(samples)}
-        latents, masks, positions, present = (batch[name] for name in
-                                              ("latents", "masks", "positions", "present"))
-        context = self.module["fuse"](batch["text"], self.features(samples), positions, present)
-        generator = step_generator(self.seed, step)
-        eps = self.noise(latents.shape, generator)
-        t = torch.randint(0, 1000, (len(samples),), generator=generator).to(self.device)
+        return {**batch, "features": self.features(samples), "eps": self.noise(batch["latents"].shape, generator, turn),
+                "t": torch.randint(0, 1000, (len(samples),), generator=generator).to(self.device),
+                "masked": torch.rand((), generator=generator) < MASKED_PROBABILITY}
+
+    def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        eps, t, latents, masks, positions, present = (batch[name] for name in
+                                              ("eps", "t", "latents", "masks", "positions", "present"))
+        context = self.module["fuse"](batch["text"], batch["features"], positions, present)
         eps_hat = self.module["unet"](add_noise(latents, eps, t), t, context).sample.float()
         people = masks.sum(1).clamp(max=1)
-        masked = torch.rand((), generator=generator) < MASKED_PROBABILITY
-        denoising = masked_loss(eps_hat, eps, people if masked else torch.ones_like(people))
+        denoising = masked_loss(eps_hat, eps, people if batch["masked"] else torch.ones_like(people))
         maps = [self.of_subjects(probabilities, positions) for probabilities in self.probabilities]
         self.probabilities.clear()
         localization = object_loss(maps, masks, present)

@@ -8,13 +8,18 @@ each batch size and their ratio, in rounds of one step each, and writes graph.js
 """
 import argparse
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from models.errors import fail
 from bench.measure import ROOT, compare, pick, positive, report
-from training import STAGES, RecordedStep, Stage, make_config
+from data.sample import ENCODED
+from toyworld.rendered import render_cache
+from train import STAGES, make_config
+from training import RecordedStep, Stage
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -43,11 +48,18 @@ def measure(args: argparse.Namespace, device: torch.device) -> list[dict]:
     rows = []
     for size in args.batch_sizes:
         config = make_config("toyworld", "moa", batch_size=size, samples=args.samples)
-        stage = STAGES["moa"](config, 0, device, ROOT / "weights" / "toyworld", None)
-        stage.prepare()
-        sides = {"eager": steps(stage, stage.backward), "graph": steps(stage, RecordedStep(stage))}
+        scenes = render_cache("scenes", config.samples)
+        stage = STAGES["moa"](config, 0, device, scenes, ROOT / "weights" / "toyworld", cache=ENCODED)
+        sides = {"eager": steps(stage, partial(backward, stage)), "graph": steps(stage, RecordedStep(stage))}
         rows += compare(sides, [("eager", "eager"), ("graph", "eager")], args.repeats, device, pictures=size)
     return rows
+
+
+def backward(stage: Stage, batch: dict[str, Tensor]) -> None:
+    """Loss and gradients, without a graph."""
+    with stage.autocast():
+        loss, _ = stage.loss(batch)
+    loss.backward()
 
 
 def steps(stage: Stage, backward: Callable) -> Callable[[], None]:
@@ -59,7 +71,9 @@ def steps(stage: Stage, backward: Callable) -> Callable[[], None]:
     @torch.enable_grad()
     def step() -> None:
         nonlocal done
-        backward(done)
+        with stage.autocast():
+            batch = stage.batch(done)
+        backward(batch)
         if torch.isfinite(torch.nn.utils.clip_grad_norm_(parameters, stage.config.clip)):
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)

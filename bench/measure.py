@@ -26,7 +26,7 @@ import torch.nn as nn
 from pipeline import reuse_memory
 from models.load import PARTS, write_json
 from pipeline import pick_device
-from training import SMALL
+from toyworld.presets import SMALL
 
 ROOT = Path(__file__).resolve().parents[1]
 Sides = dict[str, Callable[[], object]]

@@ -29,9 +29,11 @@ import toyworld
 from pipeline import reuse_memory
 from bench.fastcomposer import FastComposerStage
 from bench.measure import in_child, machine, peak_memory, positive, reset_peak, seconds, table
-from models.load import PARTS, save_part, write_json
+from data.fastcomposer import Folder
+from models.load import PARTS, read_config, save_part, write_json
 from pipeline import pick_device
-from training import SMALL, STAGES, make_config
+from toyworld.presets import SMALL
+from train import STAGES, make_config
 
 # Row -> (keep encoded samples, changes of the preset); None: FastComposer's step, with its optimizer or not.
 ROWS = {
@@ -98,14 +100,16 @@ def measure(args: argparse.Namespace) -> dict:
     cached, changes = ROWS[args.rows[0]]
     device = pick_device(args.device)
     common = {"steps": args.steps + 1, "batch_size": args.batch_size, "samples": 8}
-    inputs, optimized = (0, device, Path(args.size), Path("data"), None), True
+    size = read_config(Path(args.size))["image_size"]
+    preset, optimized = make_config("sd15", "moa", **common), True
+    samples = Folder(Path("data"), 8, size, max_people=preset.max_people, augmented=cached is not True)
+    inputs = (0, device, samples, Path(args.size), None)
     if cached is None:
-        stage, optimized = FastComposerStage(make_config("sd15", "moa", **common), *inputs), changes
+        stage, optimized = FastComposerStage(preset, *inputs), changes
     else:
         config = make_config("sd15", "moa", **common, **changes)
         cache = Path(f"cache-{args.size}-{'bf16' if config.frozen_bf16 else 'fp32'}") if cached else None
         stage = STAGES["moa"](config, *inputs, cache)
-    stage.prepare()
     config, losses = stage.config, []
     parameters = [p for p in stage.module.parameters() if p.requires_grad]
     if optimized:
@@ -114,7 +118,7 @@ def measure(args: argparse.Namespace) -> dict:
     def step(index: int, counter=None) -> None:
         with counter or nullcontext():
             with stage.autocast():
-                loss, _ = stage.loss(index)
+                loss, _ = stage.loss(stage.batch(index))
             loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, config.clip)
         if optimized:

@@ -1,1 +1,1 @@
-"""Training data: the toy world renderer and the FastComposer folder layout."""
+"""What training reads: pictures, captions and masks of any origin."""

@@ -38,7 +38,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.fastcomposer import (
     MAX_PEOPLE,
     PERSON,

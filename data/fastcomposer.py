@@ -31,9 +31,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from data import augment
-import toyworld
-from data.dataset import CACHE_ROOT, Sample, pad_subjects
+from data.augment import augment_reference
+from data.sample import CACHE_ROOT, Sample, pad_subjects
 from data.processes import in_processes
 from models.errors import one_line
 
@@ -41,6 +40,8 @@ SUFFIXES = (".jpg", ".npy", ".json")
 REFERENCE_SIZE = 224  # what CLIP's image encoder sees; references of smaller pictures are smaller
 PERSON = "person"
 MOST_SEGMENTS = 100  # of one picture, each of which takes the memory of a mask
+HELD_OUT = 64  # samples among which people are looked for
+FORMAT = 1  # to be raised when a folder gives other samples than before
 MAX_PEOPLE = 4  # of one picture, as in FastComposer's training
 Places = dict[str | int, list[tuple[str, int]]]  # identity -> (image id, segment id) of its pictures
 
@@ -191,12 +192,10 @@ def read_sample(folder: Path, image_id: str, size: int, max_people: int = MAX_PE
             with suppress(DataError):
                 source = find_segment(open_sample(folder, other), number)
         references.append(cut_reference(*source, min(size, REFERENCE_SIZE), rng, augmented))
-    segments = [segment for segment, _, _ in subjects]
     image = np.array(square(opened.picture, size, Image.Resampling.BILINEAR))[:, ::flip]
     return Sample(image, pad_subjects([cut for _, _, cut in subjects], (size, size), bool, max_people),
                   pad_subjects(references, (min(size, REFERENCE_SIZE),) * 2 + (3,), np.uint8, max_people),
-                  opened.record["caption"], [segment["end"] for segment in segments],
-                  read_labels(opened.record, segments))
+                  opened.record["caption"], [segment["end"] for segment, _, _ in subjects])
 
 
 def square(image: Image.Image, size: int, resampling: Image.Resampling) -> Image.Image:
@@ -223,20 +222,7 @@ def cut_reference(picture: Image.Image, mask: np.ndarray, bbox: list[int], size:
         alone = alone.crop((0, 0, alone.width, alone.width))  # what FastComposer's zoom comes down to
     side = max(alone.size)
     padded = ImageOps.pad(alone, (side, side)).resize((size, size), Image.Resampling.BILINEAR)
-    return augment.augment_reference(np.array(padded), rng) if augmented else np.array(padded)
-
-
-def read_labels(record: dict, segments: list[dict]) -> dict:
-    """The labels of `dataset.scene_labels` where the small world wrote them, else {}."""
-    try:
-        people = [record["attributes"][str(segment["id"])] for segment in segments]
-        return {"activity": toyworld.ACTIVITIES.index(record["activity"]),
-                "context": toyworld.CONTEXTS.index(record["context"]),
-                "style": toyworld.STYLES.index(record["style"]),
-                "attributes": [[classes.index(person[name]) if name in person else -1
-                                for name, classes in toyworld.ATTRIBUTES.items()] for person in people]}
-    except (KeyError, TypeError, ValueError):
-        return {}
+    return augment_reference(np.array(padded), rng) if augmented else np.array(padded)
 
 
 # All samples -------------------------------------------------------------------------------------
@@ -267,18 +253,19 @@ class Folder:
     on stderr counts them and names the first. Raises DataError when no sample is left.
     """
 
-    def __init__(self, folder: Path, count: int, size: int, split: str = "train",
+    def __init__(self, folder: Path, count: int | None, size: int, split: str = "train",
                  max_people: int = MAX_PEOPLE, augmented: bool = False, seed: int = 0):
-        self.folder = Path(folder).resolve()
+        self.folder, self.size = Path(folder).resolve(), size
         ids = read_ids(self.folder, split)[:count]
         stamps = [stamp(sample_file(self.folder, i, suffix)) for i in ids for suffix in SUFFIXES]
-        code = b"".join(Path(module).read_bytes() for module in (__file__, augment.__file__))
-        files = zlib.crc32(repr((str(self.folder), ids, stamps)).encode() + code)
-        found = remembered(CACHE_ROOT / f"checked-{files:08x}.json", partial(check_folder, self.folder, ids))
+        found = remembered(CACHE_ROOT / f"checked-{checksum(FORMAT, str(self.folder), ids, stamps)}.json",
+                           partial(check_folder, self.folder, ids))
         self.ids, self.people, broken = found["ids"], found["people"], found["broken"]
         self.places = {identity: [tuple(place) for place in places] for identity, places in found["places"]}
         self.options = {"size": size, "max_people": max_people, "augmented": augmented, "seed": seed}
-        self.key = f"{zlib.crc32(repr((files, self.options)).encode()):08x}"  # changes with the samples
+        # Neither path nor times: a copy elsewhere has the same samples.
+        sizes = [found and found[0] for found in stamps]
+        self.key = checksum(FORMAT, ids, sizes, self.options)  # changes with the samples
         if broken:
             print(f"warning: {len(broken)} of {len(ids)} samples are broken and left out: "
                   f"{one_line('; '.join(broken[:3]))}{'; ...' if len(broken) > 3 else ''} "
@@ -290,6 +277,17 @@ class Folder:
     def read(self, index: int, epoch: int = 0) -> Sample:
         """One sample with the augmentations of an epoch. Raises DataError if its files broke meanwhile."""
         return read_sample(self.folder, self.ids[index], places=self.places, epoch=epoch, **self.options)
+
+    def held_out(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Noun and reference of people of the first samples: of the test list, where there is one."""
+        samples = self
+        with suppress(DataError):
+            test = Folder(self.folder, HELD_OUT, self.size, "test")
+            samples = test if test.people else self
+        for index in range(min(len(samples), HELD_OUT)):
+            sample = samples.read(index)
+            if sample.ends:
+                yield re.findall(r"\w+", sample.caption[:sample.ends[0]])[-1], sample.references[0]
 
 
 def check_folder(folder: Path, ids: list[str]) -> dict:
@@ -337,6 +335,10 @@ def remembered(path: Path, function: Callable[[], dict]) -> dict:
         temporary.write_text(json.dumps(result), encoding="utf-8")
         temporary.replace(path)
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def checksum(*values) -> str:
+    return f"{zlib.crc32(repr(values).encode()):08x}"
 
 
 def stamp(path: Path) -> tuple[int, int] | None:

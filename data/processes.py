@@ -1,18 +1,13 @@
-"""A function of many jobs on several cores, of which nothing is left behind when a process is ended."""
+"""A function of many jobs on several cores, by torch's data loader."""
 import os
 import signal
-import sys
-import time
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from multiprocessing import Pipe, Process
-from multiprocessing.connection import Connection
-from threading import Thread
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
+import torch
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-CHUNK = 4  # jobs whose results a process sends at a time
+CHUNK = 4  # jobs that a process does at a time
 
 
 def in_processes(function: Callable, jobs: Sequence, title: str, unit: str = "sample",
@@ -21,59 +16,61 @@ def in_processes(function: Callable, jobs: Sequence, title: str, unit: str = "sa
     Only some results wait at any time. Raises what `function` raises, and ChildProcessError, an OSError,
     when one of the processes was killed."""
     chunks = [jobs[start:start + CHUNK] for start in range(0, len(jobs), CHUNK)]
-    workers = min(workers or len(os.sched_getaffinity(0)), len(chunks))
-    with (tqdm(total=len(jobs), desc=title, unit=unit, leave=False, disable=not shown) as progress,
-          ExitStack() as started):
-        pipes = [started.enter_context(worker(function, chunks[first::workers])) for first in range(workers)]
-        for number in range(len(chunks)):
-            try:
-                results, error, trace = pipes[number % workers].recv()
-            except (EOFError, OSError) as end:
-                raise ChildProcessError(f"{title}: one of the processes was killed: is there too little "
-                                        "memory?") from end
-            if error is not None:
-                raise error from RuntimeError(f"in another process:\n{trace}")
+    with tqdm(total=len(jobs), desc=title, unit=unit, leave=False, disable=not shown) as progress:
+        for results in in_batches(function, chunks, min(workers or worker_count(0), len(chunks))):
             for result in results:
                 progress.update()
                 yield result
 
 
-@contextmanager
-def worker(function: Callable, chunks: Sequence[Sequence]) -> Iterator[Connection]:
-    """A process that sends the results of chunk after chunk, and ends with the block.
-
-    Each has a pipe of its own: the standard library's pools share one, and wait for ever when a process is
-    killed in the middle of a result.
-    """
-    receiver, sender = Pipe(duplex=False)
-    process = Process(target=work, args=(function, chunks, sender, os.getpid()), daemon=True)
-    process.start()
-    sender.close()  # so that the process's end is the end of what comes
+def in_batches(function: Callable, batches: Iterable[Sequence], workers: int) -> Iterator[list]:
+    """The results of `function` for each job of batch after batch, two batches ahead per process. Raises as
+    `in_processes`."""
+    loader = DataLoader(Jobs(function), batch_sampler=batches, collate_fn=list, num_workers=workers,
+                        worker_init_fn=outlive_signals, generator=torch.Generator(),
+                        # A thread then fetches what they have made, while this one keeps the GPU busy.
+                        pin_memory=torch.cuda.is_available())
     try:
-        yield receiver
-    finally:
-        receiver.close()
-        process.terminate()
-        process.join()
+        for results in loader:
+            for result in results:
+                if isinstance(result, Failure):
+                    raise result.error
+            yield results
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise ChildProcessError("one of the reading processes was killed: is there too little memory?"
+                                ) from error
 
 
-def work(function: Callable, chunks: Sequence[Sequence], sender: Connection, parent: int) -> None:
-    """What a worker does. Ctrl-C is the parent's, its SIGTERM handler is not this process's, and torch's
-    threads do not survive a fork."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    Thread(target=end_with, args=(parent,), daemon=True).start()
-    if "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(1)
-    for chunk in chunks:
+class Jobs(Dataset):
+    """`function` of a job, or what it raised, which torch would raise with another text."""
+
+    def __init__(self, function: Callable):
+        self.function = function
+
+    def __getitem__(self, job):
         try:
-            sender.send(([function(job) for job in chunk], None, ""))
+            return self.function(job)
         except Exception as error:
-            sender.send((None, error, traceback.format_exc()))
+            return Failure(error)
 
 
-def end_with(parent: int) -> None:
-    """End this process when its parent was killed: a worker would wait for it for ever."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
+class Failure:
+    """What a job raised."""
+
+    def __init__(self, error: Exception):
+        self.error = error
+
+
+def outlive_signals(number: int) -> None:
+    """Who stops a program signals all its processes, and the one that reads the results may still want some.
+    It usually ends the others; otherwise they end by themselves a moment later."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(10))
+
+
+def worker_count(spared: int = 1) -> int:
+    """How many suit this process and those that train beside it on this machine."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, len(os.sched_getaffinity(0)) // processes - spared)

@@ -1,14 +1,10 @@
-"""Rows of named tensors on disk, in safetensors files that can be made in parallel and checked.
+"""Rows of named tensors on disk, in safetensors files that several processes can make.
 
-A file holds `SIZE` rows and is named after its number and the checksum of its bytes, so that a damaged
-one is found and made again, and what was interrupted goes on. `description.json` beside them says what
-the rows were made from; a folder with another description is never touched.
+A file holds `SIZE` rows and appears whole, so what was interrupted goes on.
 """
-import json
 import os
 import secrets
 import shutil
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +17,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 SIZE = 1024
-DESCRIPTION = "description.json"
 
 
 class ShardError(ValueError):
@@ -33,76 +28,32 @@ def shards_of(count: int) -> list[range]:
     return [range(start, min(start + SIZE, count)) for start in range(0, count, SIZE)]
 
 
-def describe(folder: Path, description: dict) -> None:
-    """Take a new or empty folder, or one of the same description. Raises ShardError."""
-    path = folder / DESCRIPTION
-    if not path.exists():
-        held = {entry.name for entry in folder.iterdir()} if folder.exists() else set()
-        # Another process may have written the description meanwhile.
-        if any(not name.startswith(".") for name in held - {DESCRIPTION}):
-            raise ShardError(f"{folder} holds other files: give another folder")
-        folder.mkdir(parents=True, exist_ok=True)
-        with whole(path) as temporary:
-            temporary.write_text(json.dumps(description, indent=2), encoding="utf-8")
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        different = [f"{k} {found.get(k)}, not {v}" for k, v in description.items() if found.get(k) != v]
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise ShardError(f"{path} cannot be read: {error}") from error
-    if different:
-        raise ShardError(f"{folder} was made of something else ({'; '.join(different)}): "
-                         "give another folder, or remove this one")
+def shard_path(folder: Path, number: int) -> Path:
+    return folder / f"{number:06d}.safetensors"
 
 
 def build_shards(folder: Path, count: int, make: Callable[[range], Iterable[dict[str, Tensor]]],
                  numbers: Iterable[int]) -> None:
-    """Make those of the shards `numbers` that are missing or damaged; `make` gives the rows of a range,
-    some at a time."""
+    """Make those of the shards `numbers` that are missing; `make` gives the rows of a range, some at a
+    time. Raises ShardError."""
+    folder.mkdir(parents=True, exist_ok=True)
     ranges = shards_of(count)
-    wanted = [number for number in numbers if number < len(ranges)]
-    checked = tqdm(wanted, "checking the cache", unit="file", leave=False)
-    missing = [number for number in checked if not intact(folder, number)]
+    missing = [n for n in numbers if n < len(ranges) and not shard_path(folder, n).exists()]
     with tqdm(total=sum(len(ranges[n]) for n in missing), desc="filling the cache", unit="sample",
               leave=False, disable=not missing) as progress:
         for number in missing:
-            for damaged in files_of(folder, number):
-                damaged.unlink()
             parts = []
             for part in make(ranges[number]):
                 parts.append({name: rows.cpu() for name, rows in part.items()})
                 progress.update(len(next(iter(part.values()))))
-            path = folder / f".{number:06d}.{secrets.token_hex(6)}"
+            joined = {name: torch.cat([part[name] for part in parts]).contiguous() for name in parts[0]}
             try:
-                joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-                save_file({name: rows.contiguous() for name, rows in joined.items()}, path)
-                with open(path, "rb+") as file:
-                    os.fsync(file.fileno())
-                path.rename(folder / f"{number:06d}-{checksum(path):08x}.safetensors")
+                with whole(shard_path(folder, number)) as temporary:
+                    save_file(joined, temporary)
             except (OSError, SafetensorError) as error:
                 free = shutil.disk_usage(folder).free / 1e6
                 raise ShardError(f"{folder}: shard {number} of {len(ranges)} cannot be written ({error}): "
                                  f"{free:.1f} MB are free there; the others stay") from error
-            finally:
-                path.unlink(missing_ok=True)
-
-
-def intact(folder: Path, number: int) -> bool:
-    """Whether a shard is there and its bytes are those that were written."""
-    files = files_of(folder, number)
-    return len(files) == 1 and files[0].stem.endswith(f"{checksum(files[0]):08x}")
-
-
-def files_of(folder: Path, number: int) -> list[Path]:
-    return sorted(folder.glob(f"{number:06d}-*.safetensors"))
-
-
-def checksum(path: Path) -> int:
-    """CRC-32 of a file."""
-    value = 0
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            value = zlib.crc32(block, value)
-    return value
 
 
 @contextmanager
@@ -111,6 +62,8 @@ def whole(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
     try:
         yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -133,18 +86,20 @@ class Shards:
         # All rows of a file at once: one by one, a small model on a GPU would wait for its batches.
         for number in np.unique(numbers):
             where = np.flatnonzero(numbers == number)
-            for name, part in self.part(int(number), torch.from_numpy(places[where])).items():
+            for name, values in self.open(int(number)).items():
+                part = values[torch.from_numpy(places[where])]
                 batch = rows.setdefault(name, part.new_empty((len(numbers), *part.shape[1:])))
                 batch[torch.from_numpy(where)] = part
         return rows
 
-    def part(self, number: int, places: Tensor) -> dict[str, Tensor]:
-        """Rows of one file."""
-        try:
-            if number not in self.files:
-                path, = files_of(self.folder, number)
-                file = safe_open(path, "pt")
-                self.files[number] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return {name: rows[places] for name, rows in self.files[number].items()}
-        except (ValueError, IndexError, OSError, SafetensorError) as error:
-            raise ShardError(f"{self.folder}: shard {number:06d} cannot be read: {error}") from error
+    def open(self, number: int) -> dict[str, Tensor]:
+        """All rows of one file."""
+        if number not in self.files:
+            path = shard_path(self.folder, number)
+            try:
+                with safe_open(path, "pt") as file:
+                    names = list(file.keys())
+                    self.files[number] = {name: file.get_tensor(name) for name in names}
+            except (OSError, SafetensorError) as error:
+                raise ShardError(f"{path} cannot be read, remove it: {error}") from error
+        return self.files[number]

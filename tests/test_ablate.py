@@ -126,7 +126,7 @@ def test_a_gpu_trains_as_a_cpu_does(gpu, tmp_path, monkeypatch):
 def test_settings_of_experiments():
     for name, experiment in EXPERIMENTS.items():
         with ablate.preset(experiment.config):
-            config = training.make_config("toyworld", "moa")
+            config = train.make_config("toyworld", "moa")
         changed = {"steps": ablate.STEPS, "batch_size": ablate.BATCH_SIZE, **experiment.config}
         assert {key: getattr(config, key) for key in changed} == changed, name
         assert experiment.trained_by is None or experiment.trained_by in EXPERIMENTS
@@ -176,7 +176,8 @@ def test_experiments_that_fail_are_said_at_the_end(tmp_path, monkeypatch, capsys
     program.write_text("#!/bin/sh\necho $2 >> $6/started; exit 3\n")
     program.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(program))
-    monkeypatch.setitem(ablate.STAGES, "moa", Mock())
+    monkeypatch.setitem(train.STAGES, "moa", Mock())
+    monkeypatch.setattr(ablate, "render_cache", Mock())
     (ablate.folder_of(tmp_path, "half", 0)).mkdir(parents=True)
     (ablate.folder_of(tmp_path, "half", 0) / "results.json").touch()
     with pytest.raises(SystemExit, match="1"):

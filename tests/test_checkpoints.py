@@ -1,5 +1,4 @@
 """Checkpoints: their names, how many stay, what goes on from them, and the MoA files made of them."""
-import os
 import pickle
 import shutil
 import signal
@@ -12,15 +11,14 @@ import torch
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from training import distributed
-import training
 import train
 from moa import load_moa
 from moa import read_moa
 from models import load_models
 from tests.stress.kill import write_base
-from tests.test_train import (Bomb, Killed, assert_refused, assert_same_run, checkpoint_of, run, small_place,
+from tests.test_train import (Bomb, assert_refused, assert_same_run, checkpoint_of, run, small_place,
                               snapshot)
+from training import MoAStage
 from weights import export_moa
 
 MOA = ["moa", "--steps", 6, "--checkpoint-every", 2]
@@ -31,7 +29,7 @@ def place(tmp_path_factory):
     """A working directory of its own with a base model; sample sheets are left out."""
     folder = tmp_path_factory.mktemp("checkpoints")
     with small_place(folder) as patch:
-        patch.setattr(training.STAGES["moa"], "sheet", lambda self, path: None)
+        patch.setattr(MoAStage, "sheet", lambda self, path: None)
         write_base(Path("base"))
         yield folder
 
@@ -49,18 +47,6 @@ def whole(place) -> Path:
 
 def names(output: Path) -> list[str]:
     return sorted(path.name for path in (output / "checkpoints").iterdir())
-
-
-def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, error: BaseException) -> None:
-    """The run dies when it gets to `step`."""
-    loss = training.STAGES["moa"].loss
-
-    def dying(self, at):
-        if at == step:
-            raise error
-        return loss(self, at)
-
-    monkeypatch.setattr(training.STAGES["moa"], "loss", dying)
 
 
 # Which files there are ---------------------------------------------------------------------------
@@ -86,23 +72,6 @@ def test_the_newest_stay(options, kept, whole, tmp_path):
     assert train_moa(tmp_path / "run", *options) == 0
     assert names(tmp_path / "run") == kept
     assert_same_run(tmp_path / "run", whole)
-
-
-def test_an_older_checkpoint_goes_only_when_the_next_one_stands(tmp_path, monkeypatch):
-    seen, replace, unlink = [], os.replace, Path.unlink
-
-    def note(event: str, path: Path) -> None:
-        if path.suffix == ".pt":
-            seen.append((event, path.name, sorted(p.name for p in path.parent.glob("*.pt"))))
-
-    monkeypatch.setattr(os, "replace", lambda source, path: (replace(source, path), note("new", Path(path))))
-    monkeypatch.setattr(Path, "unlink", lambda self, **options: (note("old", self), unlink(self, **options)))
-    assert train_moa(tmp_path / "run") == 0
-    assert seen == [("new", "000002.pt", ["000002.pt"]),
-                    ("new", "000004.pt", ["000002.pt", "000004.pt"]),
-                    ("old", "000002.pt", ["000002.pt", "000004.pt"]),
-                    ("new", "000006.pt", ["000004.pt", "000006.pt"]),
-                    ("old", "000004.pt", ["000004.pt", "000006.pt"])]
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(whole, tmp_path, monkeypatch, capsys):
@@ -145,48 +114,16 @@ def test_resuming_takes_the_newest_and_no_other(whole, tmp_path, capsys):
     assert_same_run(output, whole)
 
 
-def test_keep_must_be_at_least_one(tmp_path, capsys):
-    assert train_moa(tmp_path / "run", "--keep", 0) == 2
-    assert "--keep must be at least 1, not 0" in capsys.readouterr().err
-
-
-# Started again by torchrun -----------------------------------------------------------------------
-
-
-def test_a_run_that_torchrun_starts_again_goes_on(whole, tmp_path, monkeypatch, capsys):
-    """Only its own: another torchrun has to say --resume."""
-    monkeypatch.setattr(distributed, "_launch", "one")
-    for step in (1, 5):  # before there is a checkpoint, and later
-        with monkeypatch.context() as patch, pytest.raises(Killed):
-            stop_at(patch, step, Killed())
-            train_moa(tmp_path / "run")
-    assert names(tmp_path / "run") == ["000004.pt"]
-    for other in ("two", None):
-        monkeypatch.setattr(distributed, "_launch", other)
-        assert_refused(capsys, tmp_path, *MOA, "--weights", "base", "--output", tmp_path / "run",
-                       match="holds a run already: give --resume")
-    with monkeypatch.context() as patch, pytest.raises(Killed):  # another one that resumes it owns it then
-        stop_at(patch, 5, Killed())
-        patch.setattr(distributed, "_launch", "two")
-        train_moa(tmp_path / "run", "--resume")
-    monkeypatch.setattr(distributed, "_launch", "two")
-    assert train_moa(tmp_path / "run") == 0
+def test_resume_starts_where_there_is_no_checkpoint(whole, tmp_path):
+    """So that `torchrun --max-restarts` needs nothing else."""
+    assert train_moa(tmp_path / "run", "--resume", "--keep", 9) == 0
     assert_same_run(tmp_path / "run", whole)
 
 
-def test_resume_without_a_checkpoint_stays_an_error(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(distributed, "_launch", "one")
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        stop_at(patch, 1, Killed())
-        train_moa(tmp_path / "run")
-    assert_refused(capsys, tmp_path, *MOA, "--weights", "base", "--output", tmp_path / "run", "--resume",
-                   match="--resume: there is no checkpoint in")
-
-
 def test_sigterm_before_the_first_step(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(training.STAGES["moa"], "setup", lambda self: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(MoAStage, "setup", lambda self: signal.raise_signal(signal.SIGTERM))
     assert train_moa(tmp_path / "run") == 143
-    assert capsys.readouterr().err == "stopped: before the first step, by SIGTERM\n"
+    assert capsys.readouterr().err == "stopped: before the first step\n"
     assert not (tmp_path / "run").exists()
 
 
@@ -211,7 +148,7 @@ def assert_same_file(one: Path, other: Path) -> None:
 @pytest.mark.parametrize("ema", [0.0, 0.9])
 def test_an_exported_checkpoint_is_what_the_run_writes(ema, tmp_path, monkeypatch):
     """With and without a moving average, by tensor, type and metadata."""
-    preset = training.PRESETS["toyworld"]
+    preset = train.PRESETS["toyworld"]
     monkeypatch.setitem(preset, "moa", replace(preset["moa"], ema=ema))
     output = tmp_path / "run"
     assert train_moa(output) == 0

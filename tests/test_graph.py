@@ -11,13 +11,14 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import training
 import train
-from training import RecordedStep, StageError, check_graph
+from data.sample import ENCODED
+from toyworld.rendered import render_cache
+from training import RecordedStep, Stage, StageError, check_graph
 from tests.stress.kill import write_base
 from tests.test_train import assert_refused, metrics_of, run, small_place
 
-RECORDABLE = ["prior", "moa", "controlnet", "lora"]
+RECORDABLE = ["moa", "lora", "prior", "controlnet"]
 aten = torch.ops.aten
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -31,10 +32,10 @@ def place(tmp_path_factory):
         yield folder
 
 
-def make(name: str, device: str, **changes) -> training.Stage:
-    config = training.make_config("toyworld", name, **{"batch_size": 6, "samples": 24, **changes})
-    stage = training.STAGES[name](config, 0, torch.device(device), Path("base"), None)
-    stage.prepare()
+def make(name: str, device: str, **changes) -> Stage:
+    config = train.make_config("toyworld", name, **{"batch_size": 6, "samples": 24, **changes})
+    scenes = render_cache("scenes", 24, workers=1)
+    stage = train.STAGES[name](config, 0, torch.device(device), scenes, Path("base"), cache=ENCODED)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():  # nothing stays at zero, where others have no gradient
         for p in stage.module.parameters():
@@ -63,33 +64,33 @@ def one_hot(positions: torch.Tensor, count: int) -> torch.Tensor:
 def test_the_device_never_waits_for_the_host(name, monkeypatch):
     monkeypatch.setattr(F, "one_hot", one_hot)
     stage = make(name, "cpu")
-    inputs = stage.inputs(3)
+    batch = stage.batch(3)
     with NoWaiting():
-        stage.loss_of(inputs)[0].backward()
+        stage.loss(batch)[0].backward()
     with pytest.raises(AssertionError, match="_local_scalar_dense"), NoWaiting():
-        inputs["x"].sum().item()
+        batch["x"].sum().item()
     with pytest.raises(AssertionError, match="lift_fresh"), NoWaiting():
         torch.tensor([1.0])
 
 
 def test_stages_say_whether_they_can_be_recorded():
-    assert [name for name, stage in training.STAGES.items() if stage.recordable] == RECORDABLE
+    assert [name for name, stage in train.STAGES.items() if stage.recordable] == RECORDABLE
 
 
 @pytest.mark.parametrize("name, config, match", [
     ("moa", {"accumulate": 2}, "accumulate 2"), ("moa", {"checkpointing": True}, "checkpointing True"),
     ("moa", {"image_layers": 1}, "image_layers 1"), ("vae", {}, "the step of this stage")])
 def test_what_cannot_be_recorded_is_refused(name, config, match):
-    gpu, stage = torch.device("cuda"), training.STAGES[name]
-    check_graph(training.STAGES["moa"], training.make_config("toyworld", "moa"), gpu)
+    gpu, stage = torch.device("cuda"), train.STAGES[name]
+    check_graph(train.STAGES["moa"], train.make_config("toyworld", "moa"), gpu)
     with pytest.raises(StageError, match=match):
-        check_graph(stage, training.make_config("toyworld", name, **config), gpu)
+        check_graph(stage, train.make_config("toyworld", name, **config), gpu)
 
 
 def test_the_presets_of_sd15_are_refused():
-    for name in training.PRESETS["sd15"]:
+    for name in train.PRESETS["sd15"]:
         with pytest.raises(StageError, match="from the preset"):
-            check_graph(training.STAGES[name], training.make_config("sd15", name), torch.device("cuda"))
+            check_graph(train.STAGES[name], train.make_config("sd15", name), torch.device("cuda"))
 
 
 def test_a_cpu_is_refused_before_anything_is_done(capsys, place, tmp_path, monkeypatch):
@@ -99,16 +100,24 @@ def test_a_cpu_is_refused_before_anything_is_done(capsys, place, tmp_path, monke
     assert not any(tmp_path.iterdir())  # nothing is rendered either
 
 
-def compare(recorded: RecordedStep, twin: training.Stage, steps: list[int], tolerance: float) -> None:
+def compare(recorded: RecordedStep, twin: Stage, steps: list[int], tolerance: float) -> None:
     """Replays beside a twin's own steps, between which the weights change: losses, parts, gradients, and
     what the stages are watched by."""
     generator = torch.Generator().manual_seed(2)
     trained = recorded.parameters, [p for p in twin.module.parameters() if p.requires_grad]
     for step in steps:
         results = []
-        for backward, parameters in zip((recorded, twin.backward), trained, strict=True):
-            loss, parts = backward(step)
-            results.append([loss, *parts.values(), *(p.grad for p in parameters)])
+        for stage, parameters in zip((recorded.stage, twin), trained, strict=True):
+            with stage.autocast():
+                batch = stage.batch(step)
+            if stage is twin:
+                with stage.autocast():
+                    loss, parts = stage.loss(batch)
+                loss.backward()
+            else:
+                loss, parts = recorded(batch)
+            results.append([loss.detach(), *(part.detach() for part in parts.values()),
+                            *(p.grad for p in parameters)])
         health = recorded.stage.health(), twin.health()
         assert sum((value.norm() > 0).item() for value in results[1]) > len(results[1]) // 2
         for one, other in zip(*results, strict=True):

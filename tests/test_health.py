@@ -3,7 +3,6 @@ import os
 import sys
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,15 +11,15 @@ import torch.nn.functional as F
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import curves
-from training import distributed
-import training
 import train
+from data.sample import ENCODED
 from moa import ExpertContext, moa_layers
 from moa.loss import mean_routing, object_loss, router_loss
 from moa.routing import forced
 from tests.stress.kill import write_base
 from tests.test_train import Killed, metrics_of, run, small_place
+from toyworld.rendered import render_cache
+from training import MoAStage, distributed, log
 
 LISTS = ("prior_weight_people_by_layer", "prior_weight_background_by_layer", "subject_attention_by_layer")
 NORMS = ("gradient_norm_experts", "gradient_norm_routers", "gradient_norm_prompt")
@@ -35,11 +34,11 @@ def place(tmp_path_factory):
         yield folder
 
 
-def moa_stage(**changes) -> training.Stage:
+def moa_stage(**changes) -> MoAStage:
     """Ready to train, with routers and subject tokens that differ from where they start."""
-    config = training.make_config("toyworld", "moa", batch_size=6, samples=24, **changes)
-    stage = training.STAGES["moa"](config, 0, torch.device("cpu"), Path("base"), None)
-    stage.prepare()
+    config = train.make_config("toyworld", "moa", batch_size=6, samples=24, **changes)
+    scenes = render_cache("scenes", 24, workers=1)
+    stage = MoAStage(config, 0, torch.device("cpu"), scenes, Path("base"), cache=ENCODED)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for _, _, layer in moa_layers(stage.unet):
@@ -47,16 +46,6 @@ def moa_stage(**changes) -> training.Stage:
         weight = stage.prompt.mlp[-1].weight
         weight.copy_(torch.randn(weight.shape, generator=generator))
     return stage
-
-
-def test_processes_exchange_nothing_that_is_not_on_the_device(monkeypatch):
-    """Between GPUs a tensor on the CPU cannot be."""
-    devices, stage = [], object.__new__(training.Stage)
-    stage.device, stage.stream = torch.device("meta"), SimpleNamespace(broken=2)
-    monkeypatch.setattr(distributed, "mean", lambda values: (
-        devices.extend(value.device.type for value in values.values()) or dict.fromkeys(values, 2.0)))
-    assert stage.health() == {"broken": 2}
-    assert devices == ["meta"]
 
 
 def test_object_loss_of_no_layers_is_nothing():
@@ -70,12 +59,11 @@ def shrunk(maps: torch.Tensor, size: int) -> np.ndarray:
 
 
 @torch.no_grad()
-def by_hand(stage: training.Stage, step: int) -> dict[str, list[float]]:
+def by_hand(stage: MoAStage, step: int) -> dict[str, list[float]]:
     """The three lists, pixel by pixel, from the inputs of every layer."""
-    batch = stage.encoded(step)
-    x, _, t, text, null = stage.noised(batch, step)
-    masks, present = batch["masks"], batch["present"] & ~null[:, None]
-    positions, features = batch["positions"], batch["features"]
+    batch = stage.batch(step)
+    x, t, text, masks, present, positions, features = (
+        batch[name] for name in ("x", "t", "text", "masks", "present", "positions", "features"))
     inputs, hooks = {}, []
     for layer, kind, moa in moa_layers(stage.unet):
         hooks.append(moa.register_forward_pre_hook(
@@ -120,7 +108,7 @@ def by_hand(stage: training.Stage, step: int) -> dict[str, list[float]]:
 
 def test_the_lists_are_what_one_counts_by_hand():
     stage = moa_stage()
-    stage.loss(3)[0].backward()
+    stage.loss(stage.batch(3))[0].backward()
     health, expected = stage.health(), by_hand(stage, 3)
     for name in LISTS:
         assert len(health[name]) == 16
@@ -135,7 +123,7 @@ def test_forced_routers_are_read_back():
         if layer in (5, 6):
             weight = torch.tensor(0.0 if layer == 6 else 1.0 if kind == "self" else 0.5)
             moa.overrides.append(partial(forced, weight))
-    stage.loss(0)[0].backward()
+    stage.loss(stage.batch(0))[0].backward()
     for p in stage.module.parameters():  # forced routers have no gradient
         if p.requires_grad and p.grad is None:
             p.grad = torch.zeros_like(p)
@@ -148,9 +136,9 @@ def test_forced_routers_are_read_back():
 def test_nobody_in_the_batch_is_zero(monkeypatch):
     stage = moa_stage(null_probability=1.0)
     encoded = stage.encoded
-    monkeypatch.setattr(stage, "encoded", lambda step: {
-        **(batch := encoded(step)), "masks": torch.zeros_like(batch["masks"])})
-    stage.loss(0)[0].backward()
+    monkeypatch.setattr(stage, "encoded", lambda step, turn: {
+        **(batch := encoded(step, turn)), "masks": torch.zeros_like(batch["masks"])})
+    stage.loss(stage.batch(0))[0].backward()
     health = stage.health()
     assert health["prior_weight_people_by_layer"] == [0.0] * 16
     assert health["subject_attention_by_layer"] == [0.0] * 16
@@ -159,7 +147,7 @@ def test_nobody_in_the_batch_is_zero(monkeypatch):
 
 def test_the_losses_see_their_layers_only():
     stage = moa_stage(router_layers=(1, 5), object_layers=(6, 9))
-    _, parts = stage.loss(0)
+    _, parts = stage.loss(stage.batch(0))
     routing, maps, masks, present = stage.watched
     people = masks.sum(1).clamp(max=1)
     weights = [routing[layer, kind][..., 0] for layer in (1, 5) for kind in ("self", "cross")]
@@ -185,24 +173,16 @@ def test_a_run_logs_its_health(place, monkeypatch):
         assert 0.05 < line["memory_gb"] < 50
     first = metrics_of(place / "run")[0]
     assert first[LISTS[0]] == first[LISTS[1]] == [0.5] * 16  # the routers start at zero
-    config = training.PRESETS["toyworld"]["moa"]
+    config = train.PRESETS["toyworld"]["moa"]
     for line in metrics_of(place / "run"):  # over the layers of Eq. 10
         mean = np.mean([line[LISTS[1]][layer] for layer in config.router_layers])
         assert line["prior_weight_background"] == pytest.approx(mean, rel=1e-3)
 
 
-def test_other_stages_log_their_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(training.STAGES["vae"], "sheet", lambda self, path: None)
-    assert run("vae", "--steps", 1, "--output", tmp_path / "run") == 0
-    line = metrics_of(tmp_path / "run")[0]
-    assert line["memory_gb"] > 0.05
-    assert not set(LISTS) & line.keys()
-
-
 def test_peak_memory_is_the_kernel_s():
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     kilobytes = int(status["VmHWM"].split()[0])
-    assert train.peak_memory(torch.device("cpu")) == pytest.approx(1024 * kilobytes, rel=0.05)
+    assert log.peak_memory(torch.device("cpu")) == pytest.approx(1024 * kilobytes, rel=0.05)
 
 
 def test_a_routing_sheet_beside_each_sample_sheet(place):
@@ -231,19 +211,19 @@ def events_of(output: Path):
 def test_curves_and_pictures_of_a_run_that_was_killed(tmp_path, monkeypatch):
     """All of metrics.jsonl, every step once, no step of the life that was lost."""
     pytest.importorskip("tensorboard")
-    cls = training.STAGES["moa"]
-    loss = cls.loss
+    loss, done = MoAStage.loss, []
 
-    def other_life(self, step):
-        if step == 5:
+    def other_life(self, batch):
+        done.append(batch)
+        if len(done) == 6:
             raise Killed
-        value, parts = loss(self, step)
-        return (value, {**parts, "masked": parts["masked"] + 100}) if step >= 4 else (value, parts)
+        value, parts = loss(self, batch)
+        return (value, {**parts, "masked": parts["masked"] + 100}) if len(done) == 5 else (value, parts)
 
-    options = ["moa", "--steps", 6, "--checkpoint-every", 2, "--weights", "base", "--output",
-               tmp_path / "run"]
+    options = ["moa", "--steps", 6, "--checkpoint-every", 2, "--samples-every", 3, "--weights", "base",
+               "--output", tmp_path / "run"]
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(cls, "loss", other_life)
+        patch.setattr(MoAStage, "loss", other_life)
         run(*options)
     file, = (tmp_path / "run" / "tensorboard").iterdir()
     file.write_bytes(file.read_bytes() + b"\x18\0\0\0\0\0\0\0half a record")
@@ -260,27 +240,5 @@ def test_curves_and_pictures_of_a_run_that_was_killed(tmp_path, monkeypatch):
         assert [point.value for point in curve] == pytest.approx(values, rel=1e-6), tag
     assert set(events.Tags()["images"]) == {"samples", "samples_routing"}
     for tag in ("samples", "samples_routing"):
-        assert [image.step for image in events.Images(tag)] == [2, 4, 6]
+        assert [image.step for image in events.Images(tag)] == [3, 6]
         assert events.Images(tag)[0].encoded_image_string.startswith(b"\x89PNG")
-
-
-def test_pictures_are_kept_small(tmp_path):
-    pytest.importorskip("tensorboard")
-    Image.new("RGB", (3200, 800)).save(tmp_path / "000007.png")
-    Image.new("RGB", (30, 20)).save(tmp_path / "000008.png")
-    writer = curves.Curves(tmp_path, 0)
-    writer.show(tmp_path, 7)
-    picture, = events_of(tmp_path).Images("samples")
-    assert (picture.width, picture.height, picture.step) == (1600, 400, 7)
-
-
-def test_without_tensorboard_a_line_says_where_curves_come_from(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    writer = curves.Curves(tmp_path, 0)
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1
-    assert "metrics.jsonl" in lines[0] and "pip install tensorboard" in lines[0]
-    writer.add({"step": 1, "loss": 1.0, "prior_weight_people_by_layer": [1.0]})
-    writer.show(tmp_path, 1)
-    assert capsys.readouterr() == ("", "")
-    assert not list(tmp_path.iterdir())

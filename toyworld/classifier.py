@@ -13,8 +13,7 @@ from torch import Tensor
 
 import toyworld
 from models.load import check_exact, read_tensors
-
-MAX_PEOPLE = 2  # P, of a scene
+from toyworld.rendered import MAX_SUBJECTS
 
 
 class Logits(NamedTuple):
@@ -55,7 +54,7 @@ class Classifier(nn.Module):
         self.coarse_to_fine = nn.Conv2d(128, 48, 1)
         self.middle_to_fine = nn.Conv2d(96, 48, 1)
         self.merge = Block(48, 48, 1)
-        self.people = nn.Conv2d(48, 1 + MAX_PEOPLE, 1)
+        self.people = nn.Conv2d(48, 1 + MAX_SUBJECTS, 1)
         # Features at three heights of a person: hair, shirt and trousers can share a colour.
         self.person = nn.Sequential(nn.Linear(3 * 48 + 128, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU())
         self.attributes = nn.ModuleDict(
@@ -64,7 +63,7 @@ class Classifier(nn.Module):
         self.activity = nn.Linear(256, len(toyworld.ACTIVITIES))
         self.context = nn.Linear(256, len(toyworld.CONTEXTS))
         self.style = nn.Linear(256, len(toyworld.STYLES))
-        self.count = nn.Linear(256, MAX_PEOPLE)
+        self.count = nn.Linear(256, MAX_SUBJECTS)
 
     def forward(self, image: Tensor, masks: Tensor | None = None) -> Logits:
         """(B, 3, 128, 128) in [-1, 1] -> Logits.
@@ -83,7 +82,7 @@ class Classifier(nn.Module):
         person = self.person(torch.cat([person_features(merged, masks), pool(around, masks)], -1))
         scene = self.scene(torch.cat([coarse.mean((2, 3)), coarse.amax((2, 3))], -1))
         return Logits(people, {name: head(person) for name, head in self.attributes.items()},
-                      self.activity(scene), self.context(scene), self.style(scene), self.count(scene))
+                       self.activity(scene), self.context(scene), self.style(scene), self.count(scene))
 
 
 def pool(features: Tensor, masks: Tensor) -> Tensor:

@@ -13,15 +13,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.dataset import Sample
-from data.processes import in_processes
-from data.shards import Shards, build_shards, describe, shards_of
-from data.stream import Samples, worker_count
-from training.distributed import rank, wait, world_size
+from data.processes import in_processes, worker_count
+from data.sample import Sample, Samples
+from data.shards import Shards, build_shards, shards_of
 from models.clip_image import CLIPImageEncoder
 from models.clip_text import CLIPTextEncoder, Tokenizer
 from models.vae import AutoencoderKL
 from images import to_picture
+from training.distributed import rank, wait, world_size
+from training.stage import Stage
 
 CHUNK = 32  # pictures that are encoded at a time where all are
 
@@ -37,7 +37,6 @@ class Encoder:
     device: torch.device
     bf16: bool = False
 
-    @torch.no_grad()
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
         """All that `images`, `texts` and, with an image encoder, `references` give, float32."""
         with self.precision():
@@ -89,6 +88,26 @@ class Encoder:
         return "-".join(fingerprint(m) for m in (self.vae, self.text_encoder, self.image_encoder) if m)
 
 
+class Encoded:
+    """The encoded samples of a stage, turn by turn: computed on the spot, or all once and kept in a
+    folder."""
+
+    def __init__(self, stage: Stage, encoder: Encoder, folder: Path | None):
+        self.stage, self.encoder = stage, encoder
+        with encoder.precision():
+            self.null = encoder.text_encoder(encoder.tokenize([""]).to(stage.device)).float()  # (1, M, C)
+        self.shards = encode_all(stage.samples, encoder, folder) if folder else None
+
+    def __call__(self, step: int, turn: int) -> dict[str, Tensor]:
+        """What the encoder gives for the samples of a turn, float32."""
+        if self.shards is None:
+            return self.encoder(self.stage.read(step, turn))
+        with torch.autocast("cpu", enabled=False):  # which cannot join float16
+            rows = self.shards.rows(self.stage.order(step, turn)[:, 0])
+        return {k: v.to(self.stage.device, torch.float32 if v.is_floating_point() else None)
+                for k, v in rows.items()}
+
+
 def fingerprint(module: nn.Module) -> str:
     """A checksum of all weights, eight hexadecimal digits."""
     checksum = 0
@@ -98,9 +117,9 @@ def fingerprint(module: nn.Module) -> str:
 
 
 def encode_all(samples: Samples, encoder: Encoder, folder: Path) -> Shards:
-    """Every sample's batch row, from `folder` or computed and written there, by all processes together.
-    Floats are kept as float16. Raises ShardError, or DataError for a sample that broke meanwhile."""
-    describe(folder, {"samples": samples.key, "count": len(samples), "models": encoder.key()})
+    """Every sample's batch row, from a folder in `folder` that is named after samples and weights, or
+    computed and written there, by all processes together. Floats are kept as float16. Raises ShardError."""
+    folder = folder / f"{samples.key}-{encoder.key()}"
 
     def make(rows: range) -> Iterator[dict[str, Tensor]]:
         read = in_processes(partial(samples.read, epoch=0), rows, "reading", workers=worker_count(),
@@ -113,5 +132,5 @@ def encode_all(samples: Samples, encoder: Encoder, folder: Path) -> Shards:
                 some = following.result()
 
     build_shards(folder, len(samples), make, range(rank(), len(shards_of(len(samples))), world_size()))
-    wait("encoded")
+    wait()
     return Shards(folder, len(samples))

@@ -26,7 +26,7 @@ def check_graph(stage: type[Stage], config: TrainConfig, device: torch.device) -
 
 
 class RecordedStep:
-    """Takes the place of a stage's `backward`, for stages that pass `check_graph`.
+    """Loss and gradients of a batch, for stages that pass `check_graph`.
 
     Every call writes inputs, loss and gradients to the same memory.
     """
@@ -36,26 +36,24 @@ class RecordedStep:
         self.parameters = [p for p in stage.module.parameters() if p.requires_grad]
         self.graph: torch.cuda.CUDAGraph | None = None
         # What the graph reads and writes, from the first call on.
-        self.inputs: dict[str, Tensor] = {}
+        self.batch: dict[str, Tensor] = {}
         self.found: tuple[Tensor, dict[str, Tensor]] = ()
         self.gradients: list[Tensor | None] = []
 
-    def __call__(self, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Leave the gradients of a step in the parameters; its loss and the parts by name."""
-        with self.stage.autocast():
-            inputs = self.stage.inputs(step)
+    def __call__(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Leave the gradients in the parameters; the loss and its parts by name."""
         if self.graph is None:
-            self.record(inputs)
-        for name, value in inputs.items():
-            self.inputs[name].copy_(value)
+            self.record(batch)
+        for name, value in batch.items():
+            self.batch[name].copy_(value)
         self.graph.replay()
         for p, gradient in zip(self.parameters, self.gradients, strict=True):
             p.grad = gradient
         return self.found
 
-    def record(self, inputs: dict[str, Tensor]) -> None:
-        """Make the graph, of inputs of these shapes."""
-        self.inputs = {name: value.clone() for name, value in inputs.items()}
+    def record(self, batch: dict[str, Tensor]) -> None:
+        """Make the graph, of a batch of these shapes."""
+        self.batch = {name: value.clone() for name, value in batch.items()}
         beside = torch.cuda.Stream()
         beside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(beside):
@@ -68,10 +66,10 @@ class RecordedStep:
         self.gradients = [p.grad for p in self.parameters]
 
     def run(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """What is recorded: the loss of the inputs, and its gradients in tensors of their own."""
+        """What is recorded: the loss, and its gradients in tensors of their own."""
         for p in self.parameters:  # a gradient that is there would be added to
             p.grad = None
         with self.stage.autocast():
-            loss, parts = self.stage.loss_of(self.inputs)
+            loss, parts = self.stage.loss(self.batch)
         loss.backward()
         return loss.detach(), {name: part.detach() for name, part in parts.items()}

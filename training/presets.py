@@ -1,18 +1,8 @@
-"""Hyperparameters of the stages and sizes of the small world's models."""
-from dataclasses import dataclass, replace
-from pathlib import Path
-
-import toyworld
-from models.clip_image import CLIPImageConfig
-from models.clip_text import BOS, EOS, CLIPTextConfig
-from models.controlnet import ControlNetConfig
-from models.load import build_config, read_config
-from models.open_clip_import import open_clip
-from models.unet import UNetConfig
-from models.vae import VAEConfig
+"""Hyperparameters of the stages, and the paper's for Stable Diffusion 1.5."""
+from dataclasses import dataclass
 
 
-class StageError(Exception):
+class StageError(ValueError):
     """A stage cannot be set up; the message says what is missing."""
 
 
@@ -51,23 +41,6 @@ class TrainConfig:
     lora_alpha: float = 0.0  # the change is scaled by alpha / rank
 
 
-# The small world's recipe: a few hours on four CPU cores. Larger batches and more steps are better
-# where there is a GPU.
-TOYWORLD = {
-    "vae": TrainConfig(steps=6000, batch_size=8, lr=1e-3, ema=0.995, bf16=True),
-    "clip": TrainConfig(steps=800, batch_size=128, lr=1e-3, weight_decay=0.1),
-    "prior": TrainConfig(steps=4000, batch_size=32, lr=1e-3, ema=0.998),
-    "moa": TrainConfig(steps=3250, batch_size=32, lr=1e-3, ema=0.998, max_timestep=800,
-                       lambda_router=3e-5, lambda_object=3e-3, masked_probability=0.5,
-                       # Cells of the 2 x 2 and 4 x 4 layers hold people and background at once.
-                       router_layers=(0, 1, 2, 3, 10, 11, 12, 13, 14, 15)),
-    # Half of the prompts empty, as in the paper, so that the skeleton has to tell what is to be seen.
-    "controlnet": TrainConfig(steps=3000, batch_size=36, lr=1e-3, ema=0.995, null_probability=0.5),
-    "classifier": TrainConfig(steps=4500, batch_size=32, lr=2e-3, ema=0.998, bf16=True),
-    # Attention only, so that --lora-scope attn is all of it; ("attentions",) is all of a transformer block.
-    "lora": TrainConfig(steps=260, batch_size=16, lr=3e-3, samples=2000, ema=0.99,
-                        lora_layers=("attn1", "attn2"), lora_rank=8, lora_alpha=8.0),
-}
 # The paper's Table 1 and section 4.1; where it is silent FastComposer's released code and script, whose
 # data and losses it takes over.
 SD15 = {
@@ -96,41 +69,3 @@ SD15 = {
         lora_layers=("attn1", "attn2"), lora_rank=4, lora_alpha=4.0,  # queries, keys, values, output
         bf16=True, checkpointing=True),
 }
-PRESETS = {"toyworld": TOYWORLD, "sd15": SD15}
-
-
-def make_config(preset: str, stage: str, **changes) -> TrainConfig:
-    """The preset of a stage with the values from the command line that are not None."""
-    if stage not in PRESETS[preset]:
-        raise StageError(f"preset {preset} has no stage {stage}: its base model comes from "
-                         "weights/convert_sd15.py, only `moa` and `lora` are trained")
-    return replace(PRESETS[preset][stage], **{k: v for k, v in changes.items() if v is not None})
-
-
-def check_preset(preset: str, weights: Path | None) -> None:
-    """Raise StageError for Stable Diffusion's weights and the small world's hyperparameters."""
-    if preset == "toyworld" and weights is not None:
-        config = read_config(weights)
-        if "unet" in config and build_config(config, "unet") == UNetConfig():
-            raise StageError(f"{weights} is of Stable Diffusion 1.5's size: give --preset sd15 "
-                             "(toyworld is the default)")
-
-
-# Sizes of the small world's models. The UNet has SD1.5's four levels and two layers, so 686 tensors
-# and 32 attention layers.
-SIZES = {"channels": (32, 64, 96, 96), "heads": 4, "context_dim": 128, "groups": 8}
-SMALL = {
-    "unet": UNetConfig(**SIZES),
-    "controlnet": ControlNetConfig(**SIZES, hint_channels=(8, 16, 32, 64)),
-    "vae": VAEConfig(channels=(16, 32, 64, 96), layers=1, groups=8),
-    "text_encoder": CLIPTextConfig(dim=128, layers=3, heads=4),
-    "image_encoder": CLIPImageConfig(image_size=64, patch_size=8, dim=128, layers=4, heads=4, output_dim=128),
-}
-
-
-def small_text_config() -> CLIPTextConfig:
-    """The small text encoder, with embeddings for the words of the small world only."""
-    encode = open_clip().tokenizer.SimpleTokenizer().encode
-    words = tuple(toyworld.vocabulary())
-    kept = {token for word in words for token in encode(word)} | {BOS, EOS}
-    return replace(SMALL["text_encoder"], kept_tokens=tuple(sorted(kept)), words=words)

@@ -1,49 +1,24 @@
-"""What the trainer reads: samples as arrays, rendered or read once and then mapped from disk.
-
-A sample is a picture, its caption, and for each subject the place of its noun, its mask and a
-reference picture. `Cache` keeps them in a folder of .npy files, so a batch is a few array look-ups
-whatever the samples came from.
-"""
+"""Scenes and portraits of the small world as training samples, rendered once and then mapped from disk."""
 import json
 import math
 import os
 import secrets
 import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 import toyworld
 from data.processes import in_processes
+from data.sample import CACHE_ROOT, Sample, pad_subjects
 
-MAX_SUBJECTS = 2  # of a rendered scene
-CACHE_ROOT = Path(".cache")
-
-
-@dataclass
-class Sample:
-    """One training sample. Arrays have room for P subjects; absent subjects are zero."""
-
-    image: np.ndarray  # (S, S, 3) uint8
-    masks: np.ndarray  # (P, S, S) bool, the visible pixels of each subject
-    references: np.ndarray  # (P, R, R, 3) uint8
-    caption: str
-    ends: list[int]  # per subject, the exclusive character index at which its noun ends
-    labels: dict = field(default_factory=dict)  # what only a rendered world knows; see `scene_sample`
-
-
-def pad_subjects(arrays: list[np.ndarray], shape: tuple[int, ...], dtype,
-                 count: int = MAX_SUBJECTS) -> np.ndarray:
-    """Stack per-subject arrays and fill up with zeros to `count`."""
-    out = np.zeros((count, *shape), dtype)
-    for i, array in enumerate(arrays[:count]):
-        out[i] = array
-    return out
+VERSION = 1  # to be raised when the same seeds give other samples than before
+MAX_SUBJECTS = 2  # of a scene
 
 
 def scene_sample(seed: int, split: str) -> Sample:
@@ -57,8 +32,8 @@ def scene_sample(seed: int, split: str) -> Sample:
     size = toyworld.SIZE
     references = [toyworld.render_reference(subject.identity, seed * MAX_SUBJECTS + i)
                   for i, subject in enumerate(scene.subjects)]
-    return Sample(image, pad_subjects(list(masks), (size, size), bool),
-                  pad_subjects(references, (size, size, 3), np.uint8), scene.caption,
+    return Sample(image, pad_subjects(list(masks), (size, size), bool, MAX_SUBJECTS),
+                  pad_subjects(references, (size, size, 3), np.uint8, MAX_SUBJECTS), scene.caption,
                   [subject.end for subject in scene.subjects], scene_labels(scene))
 
 
@@ -86,7 +61,8 @@ def portrait_sample(seed: int, split: str) -> Sample:
     image = toyworld.render_reference(identity, seed)
     size = toyworld.SIZE
     attributes = [list(toyworld.attribute_labels(identity).values())]
-    return Sample(image, pad_subjects([], (size, size), bool), pad_subjects([], (size, size, 3), np.uint8),
+    return Sample(image, pad_subjects([], (size, size), bool, MAX_SUBJECTS),
+                  pad_subjects([], (size, size, 3), np.uint8, MAX_SUBJECTS),
                   toyworld.describe(identity), [], {"attributes": attributes})
 
 
@@ -116,6 +92,8 @@ class Cache:
         lines = (self.folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()
         self.samples = [json.loads(line) for line in lines]
         self.captions = [sample["caption"] for sample in self.samples]
+        self.size = self.images.shape[1]
+        self.key = self.folder.name  # changes with the samples
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -124,10 +102,12 @@ class Cache:
         """One sample, the same in every epoch."""
         return Sample(self.images[index], self.masks(index), self.references[index], **self.samples[index])
 
-    @property
-    def key(self) -> str:
-        """Changes with the samples."""
-        return self.folder.name
+    def held_out(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Noun and reference (R, R, 3) of three people that training does not see."""
+        rng = np.random.default_rng(11)
+        people = [toyworld.sample_identity(rng, "test", "woman") for _ in range(3)]
+        for i, person in enumerate(people):
+            yield "woman", toyworld.render_reference(person, i)
 
     def masks(self, indices) -> np.ndarray:
         """(B, P, S, S) bool."""
@@ -144,26 +124,9 @@ class Cache:
 
 def render_cache(kind: str, count: int, split: str = "train", first: int = 0,
                  workers: int | None = None) -> Cache:
-    """Samples `first`, ..., `first + count - 1` of the small world, rendered unless they are there.
-
-    The folder's name holds a checksum of the renderer, so that a changed world is drawn anew.
-    """
-    files = [*sorted(Path(toyworld.__file__).parent.glob("*.py")), Path(__file__)]
-    version = zlib.crc32(b"".join(file.read_bytes() for file in files))
-    folder = CACHE_ROOT / f"{kind}-{split}-{first}-{count}-{version:08x}"
-    make = _Render(kind, split)
-    return write_cache(folder, make, range(first, first + count), workers)
-
-
-@dataclass(frozen=True)
-class _Render:
-    """`WORLDS[kind]` with its split; a class because worker processes must be able to pickle it."""
-
-    kind: str
-    split: str
-
-    def __call__(self, seed: int) -> Sample:
-        return WORLDS[self.kind](seed, self.split)
+    """Samples `first`, ..., `first + count - 1` of the small world, rendered unless they are there."""
+    folder = CACHE_ROOT / f"{kind}-{split}-{first}-{count}-v{VERSION}"
+    return write_cache(folder, partial(WORLDS[kind], split=split), range(first, first + count), workers)
 
 
 def write_cache(folder: Path, make: Callable[[int], Sample], indices: range,
@@ -209,19 +172,3 @@ def _fill(folder: Path, make: Callable[[int], Sample], indices: range, workers: 
             record = asdict(sample)
             json.dump({k: record[k] for k in ("caption", "ends", "labels")}, lines)
             lines.write("\n")
-
-
-def batch_indices(seed: int, step: int, batch_size: int, count: int) -> np.ndarray:
-    """The samples of one step, (batch_size,) int64: a pure function of (seed, step).
-
-    Epoch after epoch of fresh permutations, so that a resumed run goes on exactly where it stopped.
-    """
-    start = step * batch_size
-    positions = np.arange(start, start + batch_size)
-    return np.array([permutation(seed, int(p // count), count)[p % count] for p in positions])
-
-
-@lru_cache(maxsize=4)
-def permutation(seed: int, epoch: int, count: int) -> np.ndarray:
-    """The order of the samples in an epoch."""
-    return np.random.default_rng([seed, epoch]).permutation(count)

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import toyworld
-from data.dataset import Cache, batch_indices
+from data.sample import batch_indices
 from toyworld.classifier import Classifier
+from toyworld.rendered import Cache, render_cache
 from models.load import save_tensors, write_json
 from images import to_picture
 from training.stage import Stage, step_generator
@@ -22,8 +23,7 @@ class ClassifierStage(Stage):
 
     def setup(self) -> None:
         self.module = Classifier().to(memory_format=torch.channels_last)
-        self.scenes = self.rendered("scenes", self.config.samples)
-        self.test = self.rendered("scenes", 2000, "test")
+        self.scenes, self.test = self.samples, render_cache("scenes", 2000, "test")
         self.labels = {id(c): {name: torch.as_tensor(c.labels(name))
                                for name in ("activity", "context", "style", "attributes")}
                        for c in (self.scenes, self.test)}
@@ -34,7 +34,7 @@ class ClassifierStage(Stage):
         labels = {k: v[indices].to(self.device) for k, v in self.labels[id(cache)].items()}
         return to_picture(cache.images[indices], self.device), masks.to(self.device), labels
 
-    def loss(self, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def batch(self, step: int, turn: int = 0) -> dict[str, Tensor]:
         image, masks, labels = self.labelled(
             self.scenes, batch_indices(self.seed, step, self.config.batch_size, len(self.scenes)))
         generator = step_generator(self.seed, step)
@@ -42,8 +42,12 @@ class ClassifierStage(Stage):
             factor = 1 + torch.rand((), generator=generator).item()
             small = F.interpolate(image, scale_factor=1 / factor, mode="bilinear", antialias=True)
             image = F.interpolate(small, image.shape[-2:], mode="bilinear")
-        image = image + 0.05 * self.noise(image.shape, generator)
-        verdict = self.module(image.contiguous(memory_format=torch.channels_last), masks)
+        image = image + 0.05 * self.noise(image.shape, generator, turn)
+        return {"image": image.contiguous(memory_format=torch.channels_last), "masks": masks, **labels}
+
+    def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        masks, labels = batch["masks"], batch
+        verdict = self.module(batch["image"], masks)
         background = (1 - masks.sum(1, keepdim=True)).clamp(min=0)
         parts = {"people": F.cross_entropy(verdict.people, torch.cat([background, masks], 1))}
         for name in ("activity", "context", "style"):

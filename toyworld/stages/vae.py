@@ -6,10 +6,12 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from images import to_picture, to_uint8
 from models.load import save_part
 from models.vae import AutoencoderKL
-from images import to_picture, to_uint8
-from training.presets import SMALL
+from toyworld.presets import SMALL
+from toyworld.rendered import render_cache
+from training.distributed import first_rank_first
 from training.stage import Stage, save_grid, step_generator
 
 
@@ -18,15 +20,21 @@ class VAEStage(Stage):
 
     def setup(self) -> None:
         self.module = AutoencoderKL(SMALL["vae"]).to(memory_format=torch.channels_last)
-        self.samples = self.training_samples()
-        self.test = self.rendered("scenes", 512, "test")
+        with first_rank_first():
+            self.test = render_cache("scenes", 512, "test")
 
-    def loss(self, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        vae, generator = self.module, step_generator(self.seed, step)
-        image = to_picture(np.stack([sample.image for sample in self.batch(step)]), self.device)
-        image = image.contiguous(memory_format=torch.channels_last)
+    def batch(self, step: int, turn: int = 0) -> dict[str, Tensor]:
+        image = to_picture(np.stack([sample.image for sample in self.read(step, turn)]), self.device)
+        config = SMALL["vae"]
+        cells = image.shape[-1] // config.factor
+        noise = self.noise((len(image), config.latent_channels, cells, cells),
+                           step_generator(self.seed, step), turn)
+        return {"image": image.contiguous(memory_format=torch.channels_last), "noise": noise}
+
+    def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        vae, image = self.module, batch["image"]
         mean, logvar = vae.posterior(image)
-        z = mean + (0.5 * logvar).exp() * self.noise(mean.shape, generator)
+        z = mean + (0.5 * logvar).exp() * batch["noise"]
         decoded = vae.decoder(vae.post_quant_conv(z)).float()
         l1 = (decoded - image).abs().mean()
         mse = (decoded - image).square().mean()
@@ -52,7 +60,7 @@ class VAEStage(Stage):
     @torch.no_grad()
     def export(self, folder: Path) -> None:
         """Latents get mean 0 and spread 1 per channel, so that SD's scale factor fits them."""
-        images = np.stack([sample.image for sample in self.first_samples(2048)])
+        images = np.stack([self.samples.read(i).image for i in range(min(2048, len(self.samples)))])
         means = torch.cat([self.module.posterior(to_picture(batch, self.device))[0]
                            for batch in np.array_split(images, max(1, len(images) // 32))])
         channels = rearrange(means, "b c h w -> c (b h w)")

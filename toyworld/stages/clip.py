@@ -8,13 +8,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import toyworld
-from data.dataset import batch_indices
+from data.sample import batch_indices
+from images import to_picture
 from models.clip_image import CLIPImageEncoder
 from models.clip_text import EOS, CLIPTextEncoder, Tokenizer
 from models.load import carry_over, read_config, save_part, write_json
-from images import to_picture
-from training.presets import SMALL, StageError, small_text_config
-from training.stage import Stage, tokenize_all
+from toyworld.presets import SMALL, small_text_config
+from toyworld.rendered import render_cache
+from training.presets import StageError
+from training.stage import Stage
 
 
 class CLIPStage(Stage):
@@ -38,9 +40,8 @@ class CLIPStage(Stage):
         self.module.register_parameter("log_scale", nn.Parameter(torch.tensor(2.7)))
         self.tokenize = Tokenizer(text)
         count = self.config.samples
-        self.portraits = self.rendered("portraits", count - count % 2)
-        self.scenes = self.rendered("scenes", count)
-        self.test = self.rendered("portraits", 2000, "test")
+        self.portraits, self.scenes = render_cache("portraits", count - count % 2), self.samples
+        self.test = render_cache("portraits", 2000, "test")
         self.tokens = {id(cache): tokenize_all(self.tokenize, cache.captions)
                        for cache in (self.portraits, self.scenes, self.test)}
 
@@ -51,11 +52,12 @@ class CLIPStage(Stage):
         states = self.module["text_encoder"](tokens[:, :int(ends.max()) + 1])
         return F.normalize(self.module["text_projection"](states[torch.arange(len(ends)), ends]), dim=-1)
 
-    def features(self, images: np.ndarray) -> Tensor:
+    def features(self, pictures: Tensor) -> Tensor:
+        """(B, 3, S, S) in [-1, 1] -> (B, F)."""
         encoder = self.module["image_encoder"]
-        return encoder(encoder.preprocess(to_picture(images, self.device) / 2 + 0.5))
+        return encoder(encoder.preprocess(pictures / 2 + 0.5))
 
-    def loss(self, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def batch(self, step: int, turn: int = 0) -> dict[str, Tensor]:
         half = self.config.batch_size // 2
         pairs = batch_indices(self.seed, step, half // 2, len(self.portraits) // 2)
         indices = (np.concatenate([2 * pairs, 2 * pairs + 1]),
@@ -63,11 +65,15 @@ class CLIPStage(Stage):
         caches = (self.portraits, self.scenes)
         tokens = torch.cat([self.tokens[id(c)][i] for c, i in zip(caches, indices, strict=True)])
         images = np.concatenate([c.images[i] for c, i in zip(caches, indices, strict=True)])
-        text = self.embed_text(tokens.to(self.device))
-        image = F.normalize(self.features(images), dim=-1)
+        return {"tokens": tokens.to(self.device), "image": to_picture(images, self.device)}
+
+    def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        tokens = batch["tokens"]
+        text = self.embed_text(tokens)
+        image = F.normalize(self.features(batch["image"]), dim=-1)
         logits = self.module.log_scale.exp().clamp(max=100) * (image @ text.T).float()
         # Pictures that share a caption are all right answers.
-        target = (tokens[:, None] == tokens[None]).all(-1).float().to(self.device)
+        target = (tokens[:, None] == tokens[None]).all(-1).float()
         target = target / target.sum(1, keepdim=True)
         loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
         with torch.no_grad():
@@ -77,10 +83,10 @@ class CLIPStage(Stage):
     @torch.no_grad()
     def sheet(self, path: Path) -> None:
         """How much of a person the image features hold: a linear read-out of held-out portraits."""
-        train = torch.cat([self.features(self.portraits.images[i:i + 200]) for i in range(0, 4000, 200)
-                           if i < len(self.portraits)]).cpu()
-        test = torch.cat([self.features(self.test.images[i:i + 200])
-                          for i in range(0, len(self.test), 200)]).cpu()
+        train, test = (
+            torch.cat([self.features(to_picture(cache.images[i:i + 200], self.device))
+                       for i in range(0, min(4000, len(cache)), 200)]).cpu()
+            for cache in (self.portraits, self.test))
         labels, truth = (torch.as_tensor(c.labels("attributes")[:, 0]) for c in (self.portraits, self.test))
         scores = {}
         for a, (name, classes) in enumerate(toyworld.ATTRIBUTES.items()):
@@ -99,3 +105,10 @@ class CLIPStage(Stage):
             carry_over(self.weights, folder)
         for part in ("text_encoder", "image_encoder"):
             save_part(self.module[part], folder, part)
+
+
+def tokenize_all(tokenize: Tokenizer, captions: list[str]) -> Tensor:
+    """(N,) captions, many of them equal -> (N, 77) int64."""
+    unique = sorted(set(captions))
+    rows = {caption: i for i, caption in enumerate(unique)}
+    return tokenize(unique)[[rows[caption] for caption in captions]]
