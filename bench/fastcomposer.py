@@ -109,7 +109,8 @@ class FastComposerStage(Stage):
         """Nothing is encoded ahead: a part of the image encoder is trained."""
         samples, generator = self.read(step, turn), step_generator(self.seed, step)
         batch = {**self.encode.images(samples), **self.encode.texts(samples)}
-        return {**batch, "features": self.features(samples), "eps": self.noise(batch["latents"].shape, generator, turn),
+        return {**batch, "features": self.features(samples),
+                "eps": self.noise(batch["latents"].shape, generator, turn),
                 "t": torch.randint(0, 1000, (len(samples),), generator=generator).to(self.device),
                 "masked": torch.rand((), generator=generator) < MASKED_PROBABILITY}
 
