@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
     judges = load_judges(args.facenet, args.clip, device)
     with torch.no_grad():
         references = read_references(judges, {person for case in cases for person in case.people})
-    pipeline = sample.load_base_or_moa(args, people=True)
+    pipeline = sample.load(args, people=True)
     weights = claim(args)
     mine = sample.own_share(cases)
     sample.draw_lines(args, pipeline, {case.picture: to_line(case) for case in mine})
