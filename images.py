@@ -13,9 +13,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from moa import record_routing, record_subject_attention
+from moa import grid, record_routing, record_subject_attention
 from moa.loss import mean_routing
-from moa import grid
 from models.load import write_whole
 from models.unet import UNet
 from samplers import LABELS

@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> None:
     subjects = bind_subjects(args.prompt, args.subject)
     keep_inputs(args, subjects, [*files, sheet, args.save_routing])
     photos = read_photos(subjects)
-    pipeline = load_base_or_moa(args, people=bool(subjects))
+    pipeline = load(args, people=bool(subjects))
     people = [] if args.prior_only else pipeline.make_subjects(
         args.prompt, subjects, pipeline.encode_photos(subjects, photos))
     print(f"seed {args.seed}", flush=True)
@@ -123,7 +123,7 @@ def run(args: argparse.Namespace) -> None:
         save(routing.draw(tiles[0][0], portraits), args.save_routing, settings)
 
 
-def load_base_or_moa(args: argparse.Namespace, people: bool) -> Pipeline:
+def load(args: argparse.Namespace, people: bool) -> Pipeline:
     """The pipeline, with MoA where these flags need it or it is there."""
     moa = True if people or args.save_routing else None
     return load_pipeline(args, False if args.prior_only else moa, people and not args.prior_only)
@@ -175,7 +175,7 @@ def run_file(args: argparse.Namespace) -> None:
     folder = args.output.with_suffix("") if args.output.suffix == ".png" else args.output
     check_writable("--output", folder / "00000.png")
     lines = read_lines(args.from_file, args.seed)
-    pipeline = load_base_or_moa(args, people=any(line.subject for line in lines))
+    pipeline = load(args, people=any(line.subject for line in lines))
     draw_lines(args, pipeline, dict(own_share([(folder / f"{k:05d}.png", line)
                                                for k, line in enumerate(lines)])))
 

@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
     device = pick_device(args.device)
     networks = load_networks(args.facenet, args.clip, device)
     references = read_references(networks, {person for case in cases for person in case.people})
-    pipeline = sample.load_base_or_moa(args, people=True)
+    pipeline = sample.load(args, people=True)
     files = claim(args, networks)
     mine = sample.own_share(cases)
     sample.draw_lines(args, pipeline, {case.picture: to_line(case) for case in mine})

@@ -86,10 +86,8 @@ def invert_ddim(
         the error explodes.
     x: (B, ...) clean latents, taken to be at the level of t = 0; left as they are. Best in float32.
     progress: called after each step as progress(step, steps, t_next, x0), as in `sample_ddim`.
-    Returns (B, ...) in the dtype of x. Raises ValueError for iterations < 0 or as `timesteps` does.
+    Returns (B, ...) in the dtype of x. Raises ValueError as `timesteps` does.
     """
-    if iterations < 0:
-        raise ValueError(f"iterations must be 0 or more, got {iterations}")
     dtype, x = x.dtype, x.to(torch.promote_types(x.dtype, torch.float32))
     here = noise_level(0)
     for i, t_next in enumerate(reversed(timesteps(steps, "leading"))):

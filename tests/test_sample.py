@@ -288,6 +288,12 @@ def test_one_picture(draw):
         "weights": "tiny", "moa": "moa.safetensors", "subjects": ["woman=ada.png"], "seed": 5}
 
 
+def test_the_same_picture_from_python(draw, world):
+    draw("--subject", "woman=ada.png", "--output", "x.png")
+    drawing = Pipeline.load(world, world / "moa.safetensors")
+    assert np.array_equal(drawing(PROMPT, {"woman": "ada.png"}, seed=5), pixels("x.png"))
+
+
 def test_flags_cannot_be_shortened(draw, capsys):
     with pytest.raises(SystemExit) as stopped:
         draw("--guidance", "3")

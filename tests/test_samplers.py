@@ -8,7 +8,6 @@ import torch
 from samplers import (
     NUM_TIMESTEPS,
     SAMPLERS,
-    timesteps_of,
     SPACINGS,
     add_noise,
     alpha_bar,
@@ -19,9 +18,10 @@ from samplers import (
     sample_ddim,
     sample_unipc,
     timesteps,
+    timesteps_of,
 )
 
-STEPS = (1, 4, 5, 10, 20, 30, 48, 50)
+STEPS = (1, 4, 20, 48)
 SD15 = {
     "beta_start": 0.00085,
     "beta_end": 0.012,
@@ -369,8 +369,6 @@ def test_guided_doubles_the_batch_and_extrapolates():
     for scale in (0.0, 1.0, 7.5):
         eps = guided(denoise, scale)(x, t)
         assert torch.allclose(eps, uncond + scale * (cond - uncond), atol=1e-4)
-    with pytest.raises(ValueError, match="4 samples .* got 2"):
-        guided(lambda x, t: x[:2], 7.5)(x, t)
 
 
 # Errors
@@ -378,32 +376,13 @@ def test_guided_doubles_the_batch_and_extrapolates():
 X = torch.zeros(2, 4, 5, 6)
 ERRORS = {
     "no steps": (lambda: sample_unipc(None, X, 0), "steps must be in 1..1000, got 0"),
-    "negative steps": (lambda: invert_ddim(None, X, -3), "steps must be in 1..1000, got -3"),
-    "too many steps": (lambda: sample_ddim(None, X, 1001), "steps must be in 1..1000, got 1001"),
     "leaves 0..999": (lambda: sample_ddim(None, X, 1000), "1000 leading timesteps would"),
     "repeats": (lambda: sample_unipc(None, X, 1000), "1000 linspace timesteps would"),
-    "ddim spacing": (
-        lambda: sample_ddim(None, X, 9, "karras"),
-        "'karras'.*leading, linspace, trai",
-    ),
-    "unipc spacing": (lambda: sample_unipc(None, X, 9, "Leading"), "leading, linspace, trailing"),
-    "order 0": (lambda: sample_unipc(None, X, order=0), "order must be 1, 2 or 3, got 0"),
-    "order 4": (lambda: sample_unipc(None, X, order=4), "order must be 1, 2 or 3, got 4"),
-    "eta below": (lambda: sample_ddim(None, X, eta=-0.1), "eta must be in 0..1, got -0.1"),
-    "eta above": (lambda: sample_ddim(None, X, eta=1.5), "eta must be in 0..1, got 1.5"),
-    "eta nan": (lambda: sample_ddim(None, X, eta=math.nan), "eta must be in 0..1, got nan"),
-    "no generator": (lambda: sample_ddim(None, X, eta=0.5), "needs a list of 2 generators"),
-    "bare generator": (
-        lambda: sample_ddim(None, X, eta=0.5, generator=torch.Generator()),
-        "needs a list of 2 generators",
-    ),
-    "one generator": (
-        lambda: sample_ddim(None, X, eta=0.5, generator=generators(1)),
-        "needs a list of 2 generators",
-    ),
-    "iterations": (lambda: invert_ddim(None, X, iterations=-1), "iterations must be 0 or more"),
+    "spacing": (lambda: sample_ddim(None, X, 9, "karras"), "'karras'.*leading, linspace, trai"),
+    "order": (lambda: sample_unipc(None, X, order=4), "order must be 1, 2 or 3, got 4"),
+    "eta": (lambda: sample_ddim(None, X, eta=1.5), "eta must be in 0..1, got 1.5"),
+    "no generators": (lambda: sample_ddim(None, X, eta=0.5), "needs a list of 2 generators"),
     "shape of eps": (lambda: add_noise(X, X[:1], torch.tensor([1, 2])), "one shape"),
-    "shape of t": (lambda: add_noise(X, X, torch.tensor([1])), "one t per sample"),
 }
 
 
