@@ -340,7 +340,7 @@ def description(name: str) -> dict:
     Of the modules that they edit, and of the base model, it says nothing."""
     from dataclasses import asdict
 
-    from training import make_config
+    from train import make_config
     row = ROWS[name]
     with preset(ROWS[row.trained_by or name].config):
         config = asdict(make_config("toyworld", "moa"))
@@ -408,7 +408,7 @@ def preset(config: dict) -> Iterator[None]:
     """Inside, the small world's preset of `moa` has these values."""
     from dataclasses import replace
 
-    from training.presets import PRESETS
+    from train import PRESETS
     before, config = PRESETS["toyworld"], {"steps": STEPS, "batch_size": BATCH_SIZE, **config}
     PRESETS["toyworld"] = {**before, "moa": replace(before["moa"], **config)}
     try:
@@ -466,9 +466,12 @@ def run_all(output: Path, jobs: int) -> None:
 def prepare_data() -> None:
     """Render and encode what all rows train on, which each would do by itself otherwise."""
     from pipeline import pick_device
-    from training import STAGES, make_config
-    STAGES["moa"](make_config("toyworld", "moa"), 0, pick_device("auto"), ROOT / "weights" / "toyworld",
-                  None).prepare()
+    from data.sample import ENCODED
+    from toyworld.rendered import render_cache
+    from train import STAGES, make_config
+    config = make_config("toyworld", "moa")
+    STAGES["moa"](config, 0, pick_device("auto"), render_cache("scenes", config.samples),
+                  ROOT / "weights" / "toyworld", cache=ENCODED)
 
 
 def table(output: Path) -> str:

@@ -71,7 +71,7 @@ class FastComposerStage(Stage):
         sizes = read_config(self.weights)
         parts = {part: build_config(sizes, part) for part in ("unet", "vae", "text_encoder", "image_encoder")}
         models = {part: public(part, cfg).requires_grad_(False).bfloat16() for part, cfg in parts.items()}
-        self.size, self.resolution = sizes["image_size"], parts["image_encoder"].image_size
+        self.resolution = parts["image_encoder"].image_size
         unet, image_encoder = models["unet"].float().requires_grad_(), models["image_encoder"]
         for layer in image_encoder.vision_model.encoder.layers[-2:]:
             layer.float().requires_grad_()
@@ -86,7 +86,6 @@ class FastComposerStage(Stage):
         for name, module in unet.named_modules():
             if name.endswith("attn2") and name.startswith(LOCALIZED):
                 self.keep_probabilities(module)
-        self.samples = self.training_samples()
 
     def keep_probabilities(self, attention: nn.Module) -> None:
         """Fused attention has none: they are computed in the open, as FastComposer does."""
@@ -99,9 +98,6 @@ class FastComposerStage(Stage):
         attention.get_attention_scores = kept
         attention.set_processor(AttnProcessor())
 
-    def prepare(self) -> None:
-        """Nothing is encoded ahead: a part of the image encoder is trained."""
-
     def features(self, samples: list) -> Tensor:
         """(B, S, F) of all slots for people, whether somebody is in them or not."""
         slots, size = self.config.max_people, self.resolution
@@ -109,14 +105,18 @@ class FastComposerStage(Stage):
         photos = F.interpolate(photos, (size, size), mode="bilinear", antialias=True)
         return rearrange(self.module["image_encoder"](photos).image_embeds, "(b s) f -> b s f", s=slots)
 
-    def loss(self, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        samples = self.batch(step)
+    def batch(self, step: int, turn: int = 0) -> dict:
+        """Only the samples are read ahead: a part of the image encoder is trained."""
+        return {"step": step, "samples": self.read(step, turn)}
+
+    def loss(self, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
+        step, samples = batch["step"], batch["samples"]
         batch = {**self.encode.images(samples), **self.encode.texts(samples)}
         latents, masks, positions, present = (batch[name] for name in
                                               ("latents", "masks", "positions", "present"))
         context = self.module["fuse"](batch["text"], self.features(samples), positions, present)
         generator = step_generator(self.seed, step)
-        eps = self.noise(latents.shape, generator)
+        eps = self.noise(latents.shape, generator, 0)
         t = torch.randint(0, 1000, (len(samples),), generator=generator).to(self.device)
         eps_hat = self.module["unet"](add_noise(latents, eps, t), t, context).sample.float()
         people = masks.sum(1).clamp(max=1)

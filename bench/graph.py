@@ -41,15 +41,25 @@ def main(argv: list[str] | None = None) -> None:
 
 def measure(args: argparse.Namespace, device) -> list[dict]:
     """Both sides for each batch size."""
-    from training import STAGES, RecordedStep, make_config
+    from data.sample import ENCODED
+    from toyworld.rendered import render_cache
+    from train import STAGES, make_config
+    from training import RecordedStep
     rows = []
     for size in args.batch_sizes:
         config = make_config("toyworld", "moa", batch_size=size, samples=args.samples)
-        stage = STAGES["moa"](config, 0, device, SHIPPED, None)
-        stage.prepare()
-        sides = {"eager": steps(stage, stage.backward), "graph": steps(stage, RecordedStep(stage))}
+        scenes = render_cache("scenes", config.samples)
+        stage = STAGES["moa"](config, 0, device, scenes, SHIPPED, cache=ENCODED)
+        sides = {"eager": steps(stage, lambda batch: backward(stage, batch)),
+                 "graph": steps(stage, RecordedStep(stage))}
         rows += compare(sides, [("eager", "eager"), ("graph", "eager")], args.repeats, device, pictures=size)
     return rows
+
+
+def backward(stage, batch) -> None:
+    with stage.autocast():
+        loss, _ = stage.loss(batch)
+    loss.backward()
 
 
 def steps(stage, backward):
@@ -62,7 +72,9 @@ def steps(stage, backward):
     @torch.enable_grad()
     def step() -> None:
         nonlocal done
-        backward(done)
+        with stage.autocast():
+            batch = stage.batch(done)
+        backward(batch)
         if torch.isfinite(torch.nn.utils.clip_grad_norm_(parameters, stage.config.clip)):
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)

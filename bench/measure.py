@@ -69,7 +69,7 @@ def pick(args: argparse.Namespace, keep_memory: bool = True):
 def sizes(name: str) -> dict:
     """Part of a base model -> its sizes."""
     from models.load import PARTS
-    from training import SMALL
+    from toyworld.presets import SMALL
     return {part: SMALL[part] if name == "small" else config() for part, (_, config) in PARTS.items()}
 
 

@@ -77,7 +77,7 @@ def make_inputs(folder: Path, size: str) -> None:
 
     import toyworld
     from models.load import PARTS, save_part, write_json
-    from training import SMALL
+    from toyworld.presets import SMALL
     weights = folder / size
     if not (weights / "done").exists():
         torch.manual_seed(0)
@@ -97,21 +97,21 @@ def measure(args: argparse.Namespace) -> dict:
 
     from allocator import reuse_memory
     from pipeline import pick_device
-    from training import STAGES, make_config
+    from train import STAGES, make_config, open_samples
     reuse_memory()
     cached, changes = ROWS[args.rows[0]]
     device = pick_device(args.device)
-    common = {"steps": args.steps + 1, "batch_size": args.batch_size, "samples": 8}
-    inputs, optimized = (0, device, Path(args.size), Path("data"), None), True
+    config = make_config("sd15", "moa", steps=args.steps + 1, batch_size=args.batch_size, samples=8,
+                         **(changes if cached is not None else {}))
+    cache = Path(f"cache-{args.size}-{'bf16' if config.frozen_bf16 else 'fp32'}") if cached else None
+    folders = argparse.Namespace(weights=Path(args.size), data=Path("data"), seed=0, cache=cache)
+    samples = open_samples(folders, config)
+    inputs, optimized, losses = (config, 0, device, samples, Path(args.size)), True, []
     if cached is None:
         from bench.fastcomposer import FastComposerStage
-        stage, optimized = FastComposerStage(make_config("sd15", "moa", **common), *inputs), changes
+        stage, optimized = FastComposerStage(*inputs), changes
     else:
-        config = make_config("sd15", "moa", **common, **changes)
-        cache = Path(f"cache-{args.size}-{'bf16' if config.frozen_bf16 else 'fp32'}") if cached else None
-        stage = STAGES["moa"](config, *inputs, cache)
-    stage.prepare()
-    config, losses = stage.config, []
+        stage = STAGES["moa"](*inputs, cache=cache)
     parameters = [p for p in stage.module.parameters() if p.requires_grad]
     if optimized:
         optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=config.betas, fused=True)
@@ -119,7 +119,7 @@ def measure(args: argparse.Namespace) -> dict:
     def step(index: int, counter=None) -> None:
         with counter or nullcontext():
             with stage.autocast():
-                loss, _ = stage.loss(index)
+                loss, _ = stage.loss(stage.batch(index))
             loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, config.clip)
         if optimized:

@@ -194,12 +194,12 @@ def test_a_gpu_trains_rows_as_a_cpu_does(tmp_path, monkeypatch):
 def test_settings_of_rows():
     for name, row in ablate.ROWS.items():
         with ablate.preset(row.config):
-            config = training.make_config("toyworld", "moa")
+            config = train.make_config("toyworld", "moa")
         changed = {"steps": ablate.STEPS, "batch_size": ablate.BATCH_SIZE, **row.config}
         assert {key: getattr(config, key) for key in changed} == changed, name
-    assert training.make_config("toyworld", "moa").steps == 3250
+    assert train.make_config("toyworld", "moa").steps == 3250
     with ablate.preset({"batch_size": 12}):
-        assert training.make_config("toyworld", "moa").batch_size == 12
+        assert train.make_config("toyworld", "moa").batch_size == 12
     assert all(row.trained_by is None or row.trained_by in ablate.ROWS for row in ablate.ROWS.values())
 
 

@@ -1,6 +1,7 @@
 """Each benchmark runs at a tiny size and says what it says at a large one; no test asserts a time."""
 import importlib
 import json
+from functools import partial
 from unittest.mock import Mock
 
 import numpy as np
@@ -168,15 +169,13 @@ def test_sparse(tmp_path):
 
 def test_a_step_as_a_graph(tmp_path, monkeypatch, capsys):
     """A CPU has no graphs, and is told so; where there is one, a row for each batch size."""
-    from data import dataset
-    monkeypatch.setattr(dataset, "CACHE_ROOT", tmp_path)
-    monkeypatch.setattr("training.prior.CACHE_ROOT", tmp_path)
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     flags = ["--output", str(tmp_path), "--batch-sizes", "2", "3", "--samples", "4", "--repeats", "2"]
     with pytest.raises(SystemExit, match="2"):
         run("graph", flags)
     assert "a CUDA graph is for a CUDA GPU, this is cpu" in capsys.readouterr().err
-    monkeypatch.setattr("training.RecordedStep", lambda stage: stage.backward)
+    monkeypatch.setattr("training.RecordedStep", lambda stage: partial(graph.backward, stage))
     rows = graph.measure(graph.parse_args(flags), torch.device("cpu"))
     assert [(row["pictures"], row["side"]) for row in rows] == [
         (2, "eager"), (2, "graph"), (3, "eager"), (3, "graph")]

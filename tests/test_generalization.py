@@ -8,7 +8,7 @@ import pytest
 from ablate import has_unseen_pair
 from bench import generalization
 import toyworld
-from training import make_config
+from train import make_config
 
 
 @pytest.mark.parametrize("group", generalization.GROUPS)
