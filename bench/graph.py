@@ -7,6 +7,7 @@ With gradient clipping, the optimizer and the moving average, bf16, on a GPU. Pr
 each batch size and their ratio, in rounds of one step each, and writes graph.json.
 """
 import argparse
+from functools import partial
 from pathlib import Path
 
 from bench.measure import compare, pick, positive, report
@@ -50,7 +51,7 @@ def measure(args: argparse.Namespace, device) -> list[dict]:
         config = make_config("toyworld", "moa", batch_size=size, samples=args.samples)
         scenes = render_cache("scenes", config.samples)
         stage = STAGES["moa"](config, 0, device, scenes, SHIPPED, cache=ENCODED)
-        sides = {"eager": steps(stage, lambda batch: backward(stage, batch)),
+        sides = {"eager": steps(stage, partial(backward, stage)),
                  "graph": steps(stage, RecordedStep(stage))}
         rows += compare(sides, [("eager", "eager"), ("graph", "eager")], args.repeats, device, pictures=size)
     return rows
