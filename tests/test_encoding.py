@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from moa import MultimodalPrompt, PromptConfig, load_moa
 from moa.prompt import PositionalEncoding
 from models import load_models
-from training import STAGES, make_config
-from train import learning_rate_factor
+from data.sample import ENCODED
+from toyworld.rendered import render_cache
+from train import STAGES, learning_rate_factor, make_config
 
 SHIPPED = Path(__file__).parents[1] / "weights" / "toyworld"
 
@@ -26,15 +27,15 @@ def test_the_encoding_of_a_timestep_stays_itself_while_it_is_trained(units, step
     """With the small preset, 25 steps apart. With raw timesteps it is soon another one."""
     monkeypatch.setattr(PositionalEncoding, "units", units)
     config = make_config("toyworld", "moa", steps=steps, batch_size=2, samples=32)
-    stage = STAGES["moa"](config, 0, torch.device("cpu"), SHIPPED, None)
-    stage.prepare()
+    scenes = render_cache("scenes", config.samples)
+    stage = STAGES["moa"](config, 0, torch.device("cpu"), scenes, SHIPPED, cache=ENCODED)
     encoding = stage.prompt.encoding
     trained = [p for p in stage.module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, config.lr, config.betas, weight_decay=config.weight_decay)
     first, history = encoding.frequencies.detach().clone(), []
     for step in range(config.steps):
         optimizer.param_groups[0]["lr"] = config.lr * learning_rate_factor(step, config)
-        stage.backward(step)
+        stage.loss(stage.batch(step))[0].backward()
         optimizer.step()
         optimizer.zero_grad()
         with torch.no_grad():
