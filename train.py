@@ -387,13 +387,11 @@ def save_checkpoint(output: Path, state: dict, keep: int) -> None:
     noise is a function of the step."""
     import torch
 
-    from models.load import tensor_bytes, write_whole
+    from models.load import write_whole
     state = {**state, **{part: {name: p.detach() for name, p in state[part].items()}
                          for part in ("parameters", "average")}}
-    moments = [value for one in state["optimizer"]["state"].values() for value in one.values()]
     write_whole(output / "checkpoints" / f"{state['step']:06d}.pt",
-                lambda temporary: torch.save(state, temporary),
-                tensor_bytes([*state["parameters"].values(), *state["average"].values(), *moments]))
+                lambda temporary: torch.save(state, temporary))
     for old in list_checkpoints(output)[:-keep]:
         old.unlink()
 

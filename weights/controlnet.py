@@ -1,10 +1,9 @@
 """Read a ControlNet of Stable Diffusion 1.5 in any of its usual layouts, and convert it into a folder."""
 import argparse
-from dataclasses import asdict
 from pathlib import Path
 
 from models.controlnet import ControlNet
-from models.load import build_config, write_json
+from models.load import build_config, describe_sizes, write_json
 from weights.checkpoints import Notes, State, WrongKind, choose, locate, open_file, read_json
 from weights.conversion import DTYPES, check_output, digest, staged, write_parts
 from weights.parts import FOREIGN, OWN, TAKES, Part, build, fit, refuse_foreign, rename
@@ -79,7 +78,7 @@ def convert(args: argparse.Namespace) -> None:
                   "dropped": dict(notes.dropped), "repaired": notes.repaired}
     with staged(args.output) as folder:
         write_parts({PART: part}, {PART: folder / f"{PART}.safetensors"}, DTYPES[args.dtype])
-        write_json({PART: asdict(part.cfg), "conversion": record}, folder / "config.json")
+        write_json({PART: describe_sizes(part.cfg), "conversion": record}, folder / "config.json")
     pooled = ", whose residuals are pooled" if part.cfg.global_pool else ""
     print(f"ControlNet{pooled}: {len(part.tensors)} tensors from {part.path} ({part.layout})")
     for line in (*notes.repaired, f"written to {args.output}"):

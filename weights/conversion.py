@@ -7,13 +7,12 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from models.load import PARTS, write_json, write_whole
+from models.load import PARTS, describe_sizes, write_json, write_whole
 from weights.checkpoints import FLOATS, REQUIRED, Notes, WrongKind, WrongTensors
 from weights.parts import (FIXED, LABELS, OWN, Part, check_together, fit, open_part, open_source,
                            read_value)
@@ -84,7 +83,7 @@ def describe(args: argparse.Namespace, parts: dict[str, Part], base: dict, notes
               "sha256": {**old.get("sha256", {}), **dict(map(digest, dict.fromkeys(notes.files)))},
               "dropped": {**old.get("dropped", {}), **notes.dropped},
               "repaired": [*old.get("repaired", []), *notes.repaired]}
-    sizes = {name: asdict(part.cfg) for name, part in parts.items()}
+    sizes = {name: describe_sizes(part.cfg) for name, part in parts.items()}
     return {**DEFAULTS, **base, **sizes, "conversion": record}
 
 
@@ -141,4 +140,4 @@ def write_tensors(part: Part, path: Path, dtype: torch.dtype | None, bar: tqdm) 
             for key in order:
                 file.write(read_value(part, key, types[key]).reshape(-1).view(torch.uint8).numpy())
                 bar.update()
-    write_whole(path, stream, 8 + len(text) + end)
+    write_whole(path, stream)

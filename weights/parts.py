@@ -85,7 +85,7 @@ def load_vae(source: str) -> torch.nn.Module:
 def build(name: str, part: Part) -> torch.nn.Module:
     """A part as found, for inference in float32. Raises Refusal."""
     fit(name, part, Notes())
-    module = build_empty(name, part.cfg)
+    module = build_empty(part.cfg)
     module.load_state_dict({key: read_value(part, key, torch.float32) for key in part.tensors}, assign=True)
     return module.eval().requires_grad_(False)
 
@@ -398,7 +398,7 @@ def fit(name: str, part: Part, notes: Notes) -> None:
     """Set the sizes, reshape 1x1 convolutions, require exactly our names and shapes. Raises Refusal."""
     try:
         part.cfg = part.cfg or find_sizes(name, part)
-        expected = build_empty(name, part.cfg).state_dict()
+        expected = build_empty(part.cfg).state_dict()
     except (TypeError, ValueError) as error:
         raise WrongTensors(f"{part.path}, {LABELS[name]}: {error}") from error
     found = part.tensors
@@ -411,8 +411,8 @@ def fit(name: str, part: Part, notes: Notes) -> None:
     if convolutions:
         notes.repaired.append(f"{len(convolutions)} tensors of the {LABELS[name]} reshaped: 1x1 convolutions")
     if wrong := differences(found, expected):
-        raise WrongTensors(f"{part.path}: its {LABELS[name]} is not Stable Diffusion 1.5's, {len(wrong)} "
-                           f"differences: {'; '.join(wrong[:5])}")
+        raise WrongTensors(f"{part.path}: its {LABELS[name]} is not Stable Diffusion 1.5's: "
+                           f"{wrong}")
     for key, lazy in found.items():
         if lazy.dtype not in FLOATS.values():
             raise WrongTensors(f"{part.path}: {key} is {lazy.dtype}, not floating point")
