@@ -20,8 +20,8 @@ from models.vae import VAEConfig
 from moa import add_moa, load_moa
 from moa import write_moa
 from images import read_settings
-from weights.checkpoints import Refusal
-from weights.parts import load_vae
+from weights.checkpoints import Notes, Refusal
+from weights.parts import open_part
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [path for path in sorted(ROOT.rglob("*.py")) if not {".cache", "runs", "tests"} & set(path.parts)]
@@ -67,7 +67,7 @@ def test_an_archive_that_unpacks_to_more_than_it_is(tmp_path):
     with pytest.raises(WeightsError, match="would unpack to 10000"):
         read_checkpoint(path)
     with pytest.raises(Refusal, match="would unpack to 10000"):
-        load_vae(str(path))
+        open_part(str(path), "vae", "off", Notes())
 
 
 def test_dictionaries_that_hold_each_other(tmp_path):
@@ -76,7 +76,7 @@ def test_dictionaries_that_hold_each_other(tmp_path):
         b"}q%c(X\1\0\0\0ah%cX\1\0\0\0bh%cu" % (k, k - 1, k - 1) for k in range(1, 30)) + b"."
     for pickled in (grown, b"\x80\x02}q\0X\1\0\0\0ah\0s."):
         with pytest.raises(Refusal, match="no named tensors"):
-            load_vae(str(pack(tmp_path / "x.ckpt", pickled)))
+            open_part(str(pack(tmp_path / "x.ckpt", pickled)), "vae", "off", Notes())
 
 
 @pytest.mark.parametrize("header", [

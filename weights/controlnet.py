@@ -36,11 +36,11 @@ def find_controlnet(state: State, path: Path, settings: dict, notes: Notes) -> P
     if "difference" in state or path.name.startswith("diff_"):
         raise WrongKind(f"{path} is only the difference between a ControlNet and its base model: give the "
                         "whole ControlNet")
-    state = {short: state[name] for name, short in unwrap(state).items()}
-    inside = any(key.startswith(PREFIX) for key in state)
-    found = {key: tensor for key, tensor in state.items() if key.startswith(PREFIX) or not inside}
+    inside = any(PREFIX in key for key in state)
+    found = {key: tensor for key, tensor in state.items() if PREFIX in key or not inside}
     notes.dropped.update(key.split(".")[0] for key in state.keys() - found.keys())
     refuse_foreign(found, path, FOREIGN, WANTED)
+    found = {short: found[name] for name, short in unwrap(found).items()}
     names = {key: rename(PART, key.removeprefix(PREFIX)) for key in found}
     if not any(name.startswith("controlnet_cond_embedding.") for name in names.values()):
         raise WrongKind(f"{path} is no ControlNet (it has neither input_hint_block nor "

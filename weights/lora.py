@@ -192,6 +192,9 @@ def peft_alpha(path: Path, state: Mapping[str, Tensor],
         patterns = {part: {name: float(number) for name, number in (own.get("alpha_pattern") or {}).items()}
                     for part, own in parts.items()}
         alphas = {part: float(own.get("lora_alpha") or 0) for part, own in parts.items()}
+        numbers = [*alphas.values(), *(number for own in patterns.values() for number in own.values())]
+        if not all(map(math.isfinite, numbers)):
+            raise ValueError(f"not all of the alphas {numbers} are finite")
     except (AttributeError, RecursionError, TypeError, ValueError) as error:
         raise LoRAError(f"{source} cannot be read as PEFT's settings: {error}") from error
     if any(part.get("use_dora") for part in parts.values()):

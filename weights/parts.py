@@ -90,10 +90,10 @@ def open_part(source: str, name: str, ema: str, notes: Notes) -> Part:
 
 def split(state: State, path: Path, settings: dict, ema: str, notes: Notes) -> dict[str, Part]:
     """Sort tensors into parts, rename them, drop what no part needs. Raises Refusal."""
-    state = {short: state[name] for name, short in unwrap(state).items()}
     # The first ControlNets came in one file with the whole model, which will do.
-    whole = any(key.startswith("model.diffusion_model.") for key in state)
+    whole = any("model.diffusion_model." in key for key in state)
     refuse_foreign(state, path, FOREIGN if whole else FOREIGN | CONTROLNET, "the base model's file")
+    state = {short: state[name] for name, short in unwrap(state).items()}
     single = any(key.startswith(tuple(PREFIXES)) for key in state)
     state, choice = take_ema(state, ema, path) if single else (state, Part.ema)
     parts: dict[str, Part] = {}
