@@ -21,7 +21,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script has only its own folder there
-from errors import one_line
+from models.errors import one_line
 from models.load import PARTS, WeightsError, describe_sizes, whole_folder, write_json
 from weights.checkpoints import REQUIRED, Notes, WrongKind, WrongTensors
 from weights.names import LABELS

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script has only its own folder there
-from errors import one_line
+from models.errors import one_line
 from models.load import read_checkpoint
 from moa import write_moa
 
