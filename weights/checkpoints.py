@@ -2,7 +2,6 @@
 
 Headers and shapes are read first, values when they are asked for. What a checkpoint is of, `parts` finds out.
 """
-import pickletools
 import re
 import warnings
 import zipfile
@@ -73,10 +72,8 @@ def open_file(path: Path, notes: Notes) -> State:
     """The tensors of a safetensors file or a pickle. Raises Refusal."""
     with path.open("rb") as file:
         head = file.read(9)
-    if head.startswith((b"PK", b"\x80")) or head[8:9] != b"{" and pickle_globals(path):
-        state = open_pickle(path, notes)
-    else:
-        state = open_safetensors(path)
+    pickled = head.startswith((b"PK", b"\x80")) and head[8:9] != b"{"
+    state = open_pickle(path, notes) if pickled else open_safetensors(path)
     if not state:
         raise WrongKind(f"{path} holds no named tensors: it is no checkpoint")
     return state
@@ -145,9 +142,8 @@ class EmptyDict:
 # What training scripts leave beside tensors. A checkpoint may mention these names; each becomes inert.
 INERT = re.compile(
     r"(pytorch_lightning|lightning|lightning_fabric|omegaconf|numpy|pathlib|datetime|typing)\..+|"
-    r"(builtins\.|__builtin__\.)?(dict|list|set|tuple|int|float|str|bool|object|frozenset|complex)|"
+    r"(builtins|__builtin__)\.(dict|list|set|tuple|int|float|str|bool|object|frozenset|complex)|"
     r"collections\.\w+|argparse\.Namespace")
-TENSORS = re.compile(r"torch\.|collections\.OrderedDict$|_codecs\.encode$")
 
 
 def load_pickle(path: Path):
@@ -162,11 +158,10 @@ def load_pickle(path: Path):
                 return torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         except Exception as error:  # a hostile file can make the unpickler raise anything
             asked = re.search(r"GLOBAL (\S+)", str(error))
-            name = asked[1] if asked else next(iter(pickle_globals(path)), None)
-            full = name if not asked or "." in name else f"builtins.{name}"
-            if asked and INERT.fullmatch(name) and full not in allowed:
+            name = asked and (asked[1] if "." in asked[1] else f"builtins.{asked[1]}")
+            if name and INERT.fullmatch(name) and name not in allowed:
                 kind = EmptyDict if re.search("dict$|Counter$", name, re.IGNORECASE) else StandIn
-                allowed[full] = type(kind.__name__, (kind,), {})
+                allowed[name] = type(kind.__name__, (kind,), {})
             elif name:
                 raise Unsafe(f"{path} is an unsafe pickle: it asks for {name}, which could run code. "
                              "Nothing was run: find the .safetensors of this model") from error
@@ -176,23 +171,6 @@ def load_pickle(path: Path):
             else:
                 raise WrongKind(f"{path} is truncated or damaged, or no PyTorch checkpoint "
                                 f"({type(error).__name__}: {str(error)[:90]}): download it again") from error
-
-
-def pickle_globals(path: Path) -> list[str]:
-    """What a bare pickle would import besides tensors, read without unpickling; [] for other files."""
-    strings, names = [""] * 2, []
-    with path.open("rb") as file:
-        started = file.read(1) == b"\x80"
-        file.seek(0)
-        try:
-            for op, value, _ in pickletools.genops(file):
-                if op.name in ("GLOBAL", "STACK_GLOBAL"):
-                    names.append(value.replace(" ", ".") if value else ".".join(strings[-2:]))
-                elif isinstance(value, str):
-                    strings.append(value)
-        except Exception:  # no pickle, or one cut short
-            names = names if started else []
-    return [name for name in names if not TENSORS.match(name)]
 
 
 # 2. Finding files: a file, a folder or a repository.

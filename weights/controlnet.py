@@ -5,7 +5,7 @@ from models.controlnet import ControlNet
 from models.load import build_config
 from weights.checkpoints import Notes, State, WrongKind, locate, open_file, read_json
 from weights.names import FOREIGN, TAKES, refuse_foreign, rename, unwrap
-from weights.parts import OWN, Part, build, open_folder
+from weights.parts import Part, build, open_folder
 
 PART, PREFIX = "controlnet", "control_model."
 WANTED = "a ControlNet of Stable Diffusion 1.5"
@@ -17,7 +17,7 @@ def open_controlnet(source: str, notes: Notes) -> Part:
     folder = path if path.is_dir() else path.parent
     config, own = read_json(folder / "config.json"), folder / f"{PART}.safetensors"
     if PART in config and own in (path, path / own.name):
-        return Part(open_file(own, notes), path, OWN, config, build_config(config, PART))
+        return Part(open_file(own, notes), path, config, build_config(config, PART))
     if path.is_file():
         of_file = config if config.get("_class_name") == "ControlNetModel" else {}
         return find_controlnet(open_file(path, notes), path, of_file, notes)
@@ -48,8 +48,7 @@ def find_controlnet(state: State, path: Path, settings: dict, notes: Notes) -> P
                         f"{WANTED}")
     if "shuffle" in f"{path.parent.name} {path.name}".lower():  # nothing inside the file tells
         settings = {**settings, "global_pool_conditions": True}
-    theirs = any(key.removeprefix(PREFIX).startswith("input_hint_block.") for key in found)
-    part = Part({}, path, "LDM" if theirs else "diffusers", settings)
+    part = Part({}, path, settings)
     for key, tensor in found.items():
         part.add(names[key], key, tensor)
     return part

@@ -18,7 +18,7 @@ from models.load import describe_sizes, whole_folder, write_json
 from weights.checkpoints import Notes
 from weights.controlnet import PART, open_controlnet
 from weights.convert_sd15 import run
-from weights.parts import DTYPES, OWN, check_output, fit, write_parts
+from weights.parts import DTYPES, check_output, fit, write_parts
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -35,16 +35,16 @@ def convert(args: argparse.Namespace) -> None:
     """Write the folder, whole or not at all. Raises WeightsError and OSError."""
     notes = Notes()
     part = open_controlnet(args.source, notes)
+    own = part.cfg is not None  # an earlier output
     check_output(args, [PART])
     fit(PART, part, notes)
-    record = part.settings.get("conversion") if part.layout == OWN else {
-        "source": part.path.resolve().name, "layout": part.layout, "dropped": dict(notes.dropped),
-        "repaired": notes.repaired}
+    record = part.settings.get("conversion") if own else {
+        "source": part.path.resolve().name, "dropped": dict(notes.dropped), "repaired": notes.repaired}
     with whole_folder(args.output) as folder:
         write_parts({PART: part}, {PART: folder / f"{PART}.safetensors"}, DTYPES[args.dtype])
         write_json({PART: describe_sizes(part.cfg), "conversion": record}, folder / "config.json")
     pooled = ", whose residuals are pooled" if part.cfg.global_pool else ""
-    print(f"ControlNet{pooled}: {len(part.tensors)} tensors from {part.path} ({part.layout})")
+    print(f"ControlNet{pooled}: {len(part.tensors)} tensors from {part.path}")
     for line in (*notes.repaired, f"written to {args.output}"):
         print(line)
 

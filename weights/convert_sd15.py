@@ -18,14 +18,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script has only its own folder there
 from models.errors import one_line
 from models.load import PARTS, WeightsError, describe_sizes, whole_folder, write_json
 from weights.checkpoints import REQUIRED, Notes, WrongKind, WrongTensors
 from weights.names import LABELS
-from weights.parts import (DTYPES, FIXED, OWN, Part, check_output, check_together, fit, open_part,
+from weights.parts import (DTYPES, FIXED, Part, check_output, check_together, fit, open_part,
                            open_source, write_parts)
 
 DEFAULTS = {"image_size": 512, "sampling": {"guidance_scale": 5.0, "steps": 20}}
@@ -65,7 +63,7 @@ def convert(args: argparse.Namespace) -> None:
         write_parts(parts, {name: folder / f"{name}.safetensors" for name in parts}, DTYPES[args.dtype])
         write_json(config, folder / "config.json")
     for name, part in parts.items():
-        print(f"{LABELS[name]}: {len(part.tensors)} tensors from {part.path} ({part.layout})")
+        print(f"{LABELS[name]}: {len(part.tensors)} tensors from {part.path}")
     for line in (f"EMA: {parts['unet'].ema}", *notes.repaired, f"written to {args.output}"):
         print(line)
 
@@ -76,7 +74,7 @@ def gather(args: argparse.Namespace, notes: Notes) -> tuple[dict[str, Part], dic
     if parts and "unet" not in parts and not args.unet:
         raise WrongKind(f"{args.source} holds {' and '.join(LABELS[name] for name in parts)} only, no UNet: "
                         f"give it as {' and '.join(map(flag, parts))} beside a checkpoint")
-    base = next((part.settings for part in parts.values() if part.layout == OWN), {})
+    base = next((part.settings for part in parts.values() if part.cfg), {})
     for name in PARTS:
         if source := getattr(args, name):
             parts[name] = open_part(source, name, args.ema if name == "unet" else "off", notes)
@@ -92,8 +90,6 @@ def describe(args: argparse.Namespace, parts: dict[str, Part], base: dict, notes
     ema = {"ema": parts["unet"].ema}
     record = {"source": Path(source).resolve().name if Path(source).exists() else source,
               "prediction_type": FIXED["prediction_type"], **ema, **old, **(ema if args.unet else {}),
-              "layout": {**old.get("layout", {}),
-                         **{name: part.layout for name, part in parts.items() if part.layout != OWN}},
               "dropped": {**old.get("dropped", {}), **notes.dropped},
               "repaired": [*old.get("repaired", []), *notes.repaired]}
     sizes = {name: describe_sizes(part.cfg) for name, part in parts.items()}
@@ -105,14 +101,9 @@ def run(work: Callable[[], None]) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that temporary files go
     try:
         work()
-    except (WeightsError, OSError, MemoryError, SafetensorError) as error:
-        print("error:", one_line(error) or type(error).__name__, file=sys.stderr)
+    except (WeightsError, OSError) as error:
+        print("error:", one_line(error), file=sys.stderr)
         sys.exit(getattr(error, "code", 1))
-    except RuntimeError as error:
-        if "allocate" not in str(error):  # torch has no error class for it on a CPU
-            raise
-        print("error: not enough memory", file=sys.stderr)
-        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -17,7 +17,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from models.load import WeightsError, read_json, read_safetensors
-from weights.names import ADAPTERS, WRAPPERS, refuse_foreign
+from weights.names import ADAPTERS, WRAPPERS, refuse_foreign, rename
 
 SCOPES = ("attn", "all")
 ATTENTION = re.compile(r"^unet\..*\.attn[12]\.")
@@ -236,36 +236,22 @@ def spellings(layers: Iterable[str]) -> dict[str, str]:
     return names
 
 
-def down_block(match: re.Match) -> str:
-    return f"input_blocks.{3 * int(match[1]) + int(match[3]) + 1}.{int(match[2] == 'attentions')}"
-
-
-def up_block(match: re.Match) -> str:
-    return f"output_blocks.{3 * int(match[1]) + int(match[3])}.{int(match[2] == 'attentions')}"
-
-
-# Rules from a UNet layer's name to CompVis' name of it; each acts on another end of the name.
-LDM = (
-    (r"^conv_in$", "input_blocks.0.0"), (r"^conv_out$", "out.2"),
-    (r"^time_embedding\.linear_(\d)$", lambda match: f"time_embed.{2 * int(match[1]) - 2}"),
-    (r"^mid_block\.resnets\.(\d)", lambda match: f"middle_block.{2 * int(match[1])}"),
-    (r"^mid_block\.attentions\.0", "middle_block.1"),
-    (r"^down_blocks\.(\d)\.(resnets|attentions)\.(\d)", down_block),
-    (r"^up_blocks\.(\d)\.(resnets|attentions)\.(\d)", up_block),
-    (r"^down_blocks\.(\d)\.downsamplers\.0\.conv",
-     lambda match: f"input_blocks.{3 * int(match[1]) + 3}.0.op"),
-    (r"^up_blocks\.0\.upsamplers\.0", "output_blocks.2.1"),  # the coarsest level has no attention
-    (r"^up_blocks\.(\d)\.upsamplers\.0", lambda match: f"output_blocks.{3 * int(match[1]) + 2}.2"),
-    (r"\.conv1$", ".in_layers.2"), (r"\.conv2$", ".out_layers.3"),
-    (r"\.time_emb_proj$", ".emb_layers.1"), (r"\.conv_shortcut$", ".skip_connection"),
-)
+# Where layers are in CompVis' UNet, for SD1.5's two layers per level: our name -> theirs, both up to a dot.
+BLOCKS = ("time_embed.0.", "time_embed.2.", "input_blocks.0.0.", "out.2.",
+          *(f"middle_block.{i}." for i in range(3)),
+          *(f"input_blocks.{i}.{j}." for i in range(1, 12) for j in (0, 1)),
+          *(f"output_blocks.{i}.{j}." for i in range(12) for j in (0, 1)),
+          *(f"input_blocks.{i}.0.op." for i in (3, 6, 9)),
+          "output_blocks.2.1.conv.", "output_blocks.5.2.conv.", "output_blocks.8.2.conv.")
+LDM = {rename("unet", block + inner): block + inner
+       for inner in ("in_layers.2.", "out_layers.3.", "emb_layers.1.", "skip_connection.", "")
+       for block in BLOCKS}
 
 
 def ldm_name(name: str) -> str:
-    """What a UNet layer is called in CompVis' code, for SD1.5's two layers per level."""
-    for pattern, replacement in LDM:
-        name = re.sub(pattern, replacement, name)
-    return name
+    """What a UNet layer is called in CompVis' code."""
+    ours = next((ours for ours in LDM if f"{name}.".startswith(ours)), "")
+    return (LDM.get(ours, "") + f"{name}."[len(ours):]).removesuffix(".")
 
 
 # Training.

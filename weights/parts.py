@@ -21,8 +21,6 @@ from weights.checkpoints import (FLOATS, REQUIRED, Lazy, Notes, State, WrongKind
 from weights.names import (CONTROLNET, DROPPED, FOREIGN, LABELS, PREFIXES, TAKES, owner, refuse_foreign,
                            rename, unwrap)
 
-OWN = "weights folder"
-
 
 @dataclass
 class Part:
@@ -30,7 +28,6 @@ class Part:
 
     tensors: State
     path: Path
-    layout: str
     settings: dict
     cfg: object = None  # its sizes, where the source is a weights folder; otherwise the shapes tell
     ema: str = "none in the source"
@@ -51,7 +48,7 @@ def open_source(source: str, ema: str, notes: Notes) -> dict[str, Part]:
         return split(open_file(path, notes), path, {}, ema, notes)
     config = read_json(path / "config.json")
     if "unet" in config:
-        return {name: Part(open_file(path / f"{name}.safetensors", notes), path, OWN, config,
+        return {name: Part(open_file(path / f"{name}.safetensors", notes), path, config,
                            build_config(config, name))
                 for name in PARTS if (path / f"{name}.safetensors").exists()}
     pipeline = str(read_json(path / "model_index.json").get("_class_name"))
@@ -104,7 +101,7 @@ def split(state: State, path: Path, settings: dict, ema: str, notes: Notes) -> d
             notes.dropped["position_ids" if name.endswith("position_ids") else name.split(".")[0]] += 1
             check_positions(key, tensor, notes)
             continue
-        found = parts.setdefault(part, Part({}, path, "LDM" if single else layout(part, state), settings))
+        found = parts.setdefault(part, Part({}, path, settings))
         found.add(rename(part, name), key, tensor)
     if "image_encoder" in parts:
         join_vision(parts["image_encoder"].tensors)
@@ -114,14 +111,6 @@ def split(state: State, path: Path, settings: dict, ema: str, notes: Notes) -> d
     if "unet" in parts:
         parts["unet"].ema = choice
     return parts
-
-
-def layout(part: str, state: State) -> str:
-    """What to call the layout of a file without LDM's prefixes."""
-    if part in ("unet", "vae"):
-        ldm = any(key.startswith(("input_blocks.", "encoder.mid.", "decoder.mid.")) for key in state)
-        return "LDM, bare" if ldm else "diffusers"
-    return "OpenAI" if "visual.conv1.weight" in state else "transformers"
 
 
 def take_ema(state: State, ema: str, path: Path) -> tuple[State, str]:
