@@ -25,6 +25,8 @@ def export(checkpoint: Path, output: Path) -> None:
     if any(name.startswith("image_encoder.") for name in state["average"]):
         raise ValueError(f"{checkpoint} trains the image encoder too (image_layers), which a MoA file cannot "
                          "hold: the run writes both at its end")
+    if output.resolve() == checkpoint.resolve():
+        raise ValueError(f"--output {output} is the checkpoint itself: give another name")
     output.parent.mkdir(parents=True, exist_ok=True)
     write_moa({name.removeprefix("unet."): value for name, value in state["average"].items()},
               state["moa"], output)
