@@ -128,8 +128,8 @@ def read_facenet(path: Path, network: torch.nn.Module) -> dict[str, Tensor]:
     found, expected = ({k: v for k, v in tensors.items() if not k.endswith("num_batches_tracked")
                         and not k.startswith("logits.")} for tensors in (state, network.state_dict()))
     if wrong := differences(found, expected):
-        raise ValueError(f"--facenet {path} is not facenet-pytorch's InceptionResnetV1, {len(wrong)} "
-                         f"differences: {'; '.join(wrong[:3])}. Give 20180402-114759-vggface2.pt")
+        raise ValueError(f"--facenet {path} is not facenet-pytorch's InceptionResnetV1: {wrong}. "
+                         "Give 20180402-114759-vggface2.pt")
     return {name: tensor.read().float() for name, tensor in found.items()}
 
 

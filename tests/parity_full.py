@@ -359,7 +359,7 @@ def prove(sizes: dict, folder: Path, side: int) -> None:
     print("| step | file, GB | memory, GB | seconds | relative error |\n|---|---|---|---|---|")
     expected = save_public(sizes, saved)
     report("public models saved with random values", time.time() - started, own_peak())
-    seconds, bare = measure("weights/conversion.py")
+    seconds, bare = measure("weights/parts.py")
     report("the converter's imports alone", seconds, bare)
 
     def convert(name: str, *arguments) -> None:

@@ -117,7 +117,7 @@ def test_layouts(layout, theirs, expected, tmp_path):
     for path in (source, out, out / "controlnet.safetensors"):
         agree(load_controlnet(str(path)), expected)
     record = read_config(out)["conversion"]
-    assert record["source"] == source.name and len(record["sha256"]) == 1
+    assert record["source"] == source.name
     assert ("model" in record["dropped"]) == ("whole model" in layout)
     again = tmp_path / "again"
     convert(out, "--output", again)
@@ -169,7 +169,7 @@ ATTENTION = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"
     (lambda s: {"adapter.body.0.in_conv.weight": torch.zeros(4, 4)}, 2, "is a T2I-Adapter"),
     (lambda s: {k: v for k, v in s.items() if not k.startswith("controlnet_")}, 2, "is no ControlNet"),
     (lambda s: under("model.diffusion_model.", {"out.2.bias": torch.zeros(4)}), 2, "is no ControlNet"),
-    (lambda s: {k: v for k, v in s.items() if "mid_block.resnets.1" not in k}, 3, "missing mid_block"),
+    (lambda s: {k: v for k, v in s.items() if "mid_block.resnets.1" not in k}, 3, "missing (mid_block"),
     (lambda s: {**s, "time_embed.0.bias": s["time_embedding.linear_1.bias"].clone()}, 3, "twice"),
     (lambda s: {**s, "conv_in.bias": torch.full((32,), float("nan"))}, 3, "not finite")])
 def test_what_is_refused(change, code, message, theirs, tmp_path, refused):

@@ -1,24 +1,22 @@
 """weights/convert_sd15.py: every layout gives the public models' outputs, all else is refused by name."""
-import copy
+import argparse
+import collections
+import datetime
 import json
 import os
 import pickle
-import pty
-import re
 import resource
 import shutil
 import subprocess
 import sys
 import types
-from contextlib import suppress
 from dataclasses import replace
-from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
+import parity_full
 import pytest
 import torch
-import parity_full
 from layouts import (CONTROLNET_LAYOUTS, LAYOUTS, WEIGHTS, ema_copies, extras, half, hugging_face_names, ldm,
                      ldm_unet, ldm_vae, old_vae, openai_names, own, put, under)
 from parity_full import LIMIT, OUTPUTS, SMALL, errors, measure, prove, public, randomize
@@ -29,11 +27,12 @@ from models import load_models
 from models.clip_text import BOS, EOS, CLIPTextConfig
 from models.load import carry_over, read_config, save_part, write_json
 from models.unet import UNet, UNetConfig
-from weights import checkpoints, conversion, convert_sd15
-from weights.checkpoints import Lazy
-from weights.parts import Part
+from weights import checkpoints, convert_sd15, parts
+from weights.checkpoints import Lazy, Notes, WrongKind, WrongTensors, choose
+from weights.parts import Part, split
 
 SCRIPT = Path(convert_sd15.__file__)
+UNET = "model.diffusion_model."
 
 
 @pytest.fixture(autouse=True)
@@ -132,8 +131,6 @@ def test_ldm_safetensors(tmp_path, out, states, expected, dimensions, flat):
     agree(out, expected)
     record = config["conversion"]
     assert record["source"] == "model.safetensors"
-    assert record["sha256"] == {"model.safetensors": sha256(source.read_bytes()).hexdigest()}
-    assert record["layout"] == dict.fromkeys(SIZES, "LDM")
     assert record["ema"] == "none in the source" and record["prediction_type"] == "epsilon"
     assert {"betas", "scale_factor", "position_ids", "control_model"} <= record["dropped"].keys()
     reshaped = [line for line in record["repaired"] if line.startswith("8 tensors of the VAE")]
@@ -148,8 +145,7 @@ def test_ldm_safetensors(tmp_path, out, states, expected, dimensions, flat):
 
 
 @pytest.mark.parametrize("zipped, wrap", [
-    (True, lambda s: s), (False, lambda s: s), (True, lambda s: {"state_dict": s, "global_step": 840000}),
-    (False, lambda s: {"state_dict": s, "optimizer_states": [{"a": torch.ones(2)}]})])
+    (False, lambda s: s), (True, lambda s: {"state_dict": {"state_dict": s}, "global_step": 840000})])
 def test_ldm_ckpt(tmp_path, out, states, expected, wrap, zipped):
     source = tmp_path / "model.ckpt"
     torch.save(wrap(ldm(states) | extras()), source, _use_new_zipfile_serialization=zipped)
@@ -159,8 +155,7 @@ def test_ldm_ckpt(tmp_path, out, states, expected, wrap, zipped):
 
 
 @pytest.mark.parametrize("dtype, limit, suffix", [
-    (torch.float16, 5e-3, "ckpt"), (torch.float16, 5e-3, "safetensors"),
-    (torch.bfloat16, 5e-2, "safetensors")])
+    (torch.float16, 5e-3, "ckpt"), (torch.bfloat16, 5e-2, "safetensors")])
 def test_half_precision(tmp_path, out, states, expected, dtype, limit, suffix):
     source, state = tmp_path / f"model.{suffix}", half(ldm(states), dtype)
     torch.save(state, source) if suffix == "ckpt" else save_file(own(state), source)
@@ -179,8 +174,7 @@ def test_dtype(saved, out, expected):
 
 
 @pytest.mark.parametrize("ids, warns, flat", [
-    (torch.arange(77)[None].float() * 0.999, True, True), (torch.arange(77).half()[None], False, True),
-    (torch.zeros(1, 77, dtype=torch.int64), True, False)])
+    (torch.arange(77)[None].float() * 0.999, True, True), (torch.arange(77).half()[None], False, False)])
 def test_position_ids_are_never_used(tmp_path, out, states, expected, ids, warns, flat):
     source = tmp_path / "model.safetensors"
     name = "cond_stage_model.transformer." + ("" if flat else "text_model.") + "embeddings.position_ids"
@@ -191,7 +185,7 @@ def test_position_ids_are_never_used(tmp_path, out, states, expected, ids, warns
     agree(out, expected)
 
 
-@pytest.mark.parametrize("ema, averaged", [("auto", True), ("on", True), ("off", False)])
+@pytest.mark.parametrize("ema, averaged", [("auto", True), ("off", False)])
 def test_ema(tmp_path, out, states, expected, ema, averaged):
     plain, copies = ldm_unet(states["unet"]), ldm_unet(states["unet"])
     wrong = copies if not averaged else plain
@@ -212,6 +206,29 @@ def test_ema_that_is_not_there(tmp_path, states, refused):
     del copies["model_ema.diffusion_modelout2bias"]
     save_file(own(state | copies), source)
     assert "lacks 1 EMA copies (model_ema.diffusion_modelout2bias): give --ema off" in refused(3, source)
+
+
+WRAPPERS = {
+    "torch.compile": lambda state: {name.replace(UNET, UNET + "_orig_mod."): v for name, v in state.items()},
+    "DistributedDataParallel": lambda state: under("module.", state),
+    "a trainer": lambda state: under("trainer.net.", state)}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_names_of_wrappers_are_taken_off(tmp_path, states, wrapper):
+    found = split({name: Lazy(tuple(v.shape), v.dtype, lambda v=v: v)
+                   for name, v in WRAPPERS[wrapper](ldm(states)).items()}, tmp_path, {}, "auto", Notes())
+    assert found.keys() == SIZES.keys()
+    assert all(found[part].tensors.keys() == states[part].keys() for part in found)
+
+
+def test_added_rows_of_the_token_embedding_are_said_and_left_out(tmp_path, states, out, expected):
+    name = "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"
+    state, source = ldm(states), tmp_path / "model.safetensors"
+    save_file(own(state | {name: torch.cat([state[name], torch.ones(2, 32)])}), source)
+    said = convert(source, "--output", out)["conversion"]["repaired"]
+    assert any("2 added rows of text_model.embeddings.token_embedding.weight" in line for line in said)
+    agree(out, expected)
 
 
 # diffusers folders
@@ -242,12 +259,8 @@ def test_diffusers_folder(folder, out, expected):
     config = convert(folder, "--output", out)
     agree(out, expected)
     record = config["conversion"]
-    assert record["source"] == "sd" and record["layout"]["unet"] == "diffusers"
-    assert record["layout"]["text_encoder"] == "transformers"
+    assert record["source"] == "sd"
     assert config["unet"] == {**vars(SIZES["unet"]), "channels": [32, 64, 96, 96]}
-    name = "unet/diffusion_pytorch_model.safetensors"
-    assert record["sha256"][name] == sha256((folder / name).read_bytes()).hexdigest()
-    assert len(record["sha256"]) == 3
 
 
 def test_heads_come_from_the_configs(folder, out, states, theirs):
@@ -257,58 +270,36 @@ def test_heads_come_from_the_configs(folder, out, states, theirs):
     unet.load_state_dict(states["unet"])
     for part in ("text_encoder", "unet"):
         config = read_config(folder / part)
-        write_json({**config, "num_attention_heads" if part == "text_encoder" else "attention_head_dim": 4},
-                   folder / part / "config.json")
+        heads = {"num_attention_heads": 4} if part == "text_encoder" else {"attention_head_dim": [4, 4, 4, 4]}
+        write_json({**config, **heads}, folder / part / "config.json")
     convert(folder, "--output", out)
     agree(out, run_theirs({**theirs, "unet": unet, "text_encoder": other}))
 
 
-@pytest.mark.parametrize("kind", ["bin", "fp16", "fp16.bin", "all"])
-def test_kinds_of_files_in_a_folder(folder, out, expected, kind):
-    for part, stem in WEIGHTS.items():
-        path = folder / part / f"{stem}.safetensors"
-        state = load_file(path)
-        path.unlink()
-        if part == "vae":
-            state = old_vae(state)
-        if part == "text_encoder":
-            state = {k.removeprefix("text_model."): v for k, v in state.items()}
-        bin_stem = "pytorch_model" if part == "text_encoder" else stem
-        wrong = {k: v + 1 for k, v in state.items()}
-        save_file(wrong, folder / part / f"{stem}.non_ema.safetensors")
-        if kind in ("bin", "all"):
-            torch.save(state if kind == "bin" else wrong, folder / part / f"{bin_stem}.bin")
-        if kind == "fp16.bin":
-            torch.save(half(state), folder / part / f"{bin_stem}.fp16.bin")
-        if kind in ("fp16", "all"):
-            save_file(half(state if kind == "fp16" else wrong), folder / part / f"{stem}.fp16.safetensors")
-        if kind == "all":
-            save_file(state, path)
-    convert(folder, "--output", out)
-    agree(out, expected, 5e-3 if "fp16" in kind else LIMIT)
+@pytest.mark.parametrize("names, chosen", [
+    ("model.safetensors pytorch_model.bin model.fp16.safetensors", "model.safetensors"),
+    ("pytorch_model.bin pytorch_model.fp16.bin", "pytorch_model.bin"),
+    ("diffusion_pytorch_model.fp16.safetensors diffusion_pytorch_model.bin",
+     "diffusion_pytorch_model.fp16.safetensors"),
+    ("diffusion_pytorch_model.non_ema.safetensors", ""),
+    ("model-00001-of-00002.safetensors model-00002-of-00002.safetensors config.json",
+     "model-00001-of-00002.safetensors model-00002-of-00002.safetensors")])
+def test_which_files_of_a_folder_are_taken(names, chosen):
+    assert choose(names.split()) == chosen.split()
 
 
-@pytest.mark.parametrize("kind", ["fp32", "fp16", "bin"])
-def test_shards(folder, out, theirs, expected, refused, kind):
+def test_shards(folder, out, theirs, expected):
     (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
-    unet = copy.deepcopy(theirs["unet"]).half() if kind == "fp16" else theirs["unet"]
-    unet.save_pretrained(folder / "unet", max_shard_size="4MB", safe_serialization=kind != "bin",
-                         variant="fp16" if kind == "fp16" else None)
-    shards = sorted((folder / "unet").glob("*-of-*"))
-    assert len(shards) > 2 and ("fp16" in shards[0].name) == (kind == "fp16")
-    assert (shards[0].suffix == ".bin") == (kind == "bin")
+    theirs["unet"].save_pretrained(folder / "unet", max_shard_size="4MB")
     convert(folder, "--output", out)
-    agree(out, expected, 5e-3 if kind == "fp16" else LIMIT)
-    shutil.rmtree(out.parent)
-    shards[1].unlink()
-    assert f"{len(shards) - 1} of {len(shards)} shards found" in refused(3, folder)
+    agree(out, expected)
+    with pytest.raises(WrongTensors, match="1 of 2 shards found"):
+        choose(["model-00001-of-00002.fp16.safetensors"])
 
 
 @pytest.mark.parametrize("part, change, code, message", [
     ("unet", {"cross_attention_dim": 768}, 3, "says cross_attention_dim 768, the tensors 32"),
-    ("unet", {"block_out_channels": [32, 64, 96]}, 3, "says block_out_channels"),
     ("unet", {"attention_head_dim": 7}, 3, "32 is not divisible by 7"),
-    ("unet", {"attention_head_dim": "many"}, 3, "make no model"),
     ("vae", {"scaling_factor": 0.13025}, 2, "has scaling_factor 0.13025"),
     ("text_encoder", {"hidden_act": "gelu"}, 2, "has hidden_act 'gelu'"),
     ("text_encoder", {"num_hidden_layers": 12}, 3, "says num_hidden_layers 12, the tensors 3"),
@@ -322,9 +313,9 @@ def test_configs_that_say_something_else(folder, refused, part, change, code, me
 @pytest.mark.parametrize("kind, message", [
     ("StableDiffusionXLPipeline", "an SDXL folder"), ("StableDiffusion3Pipeline", "an SD3 folder"),
     ("FluxPipeline", "a Flux folder"), ("LatentConsistencyModelPipeline", "an LCM folder")])
-def test_folders_of_other_models(folder, refused, kind, message):
-    write_json({"_class_name": kind}, folder / "model_index.json")
-    assert f"is {message} (model_index.json says {kind})" in refused(2, folder)
+def test_folders_of_other_models(tmp_path, refused, kind, message):
+    write_json({"_class_name": kind}, tmp_path / "model_index.json")
+    assert f"is {message} (model_index.json says {kind})" in refused(2, tmp_path)
 
 
 def test_folders_with_nothing_or_with_broken_configs(folder, tmp_path, refused):
@@ -345,33 +336,25 @@ def test_parts_by_flag(tmp_path, out, states, expected):
         flags += [f"--{part}", tmp_path / f"{part}.safetensors"]
     record = convert(*flags, "--output", out)["conversion"]
     agree(out, expected)
-    assert len(record["sha256"]) == 3 and record["source"] == "unet.safetensors"
-    assert record["layout"] == {"unet": "LDM, bare", "vae": "diffusers", "text_encoder": "transformers"}
+    assert record["source"] == "unet.safetensors"
 
 
-def test_component_folders_by_flag(saved, out, expected):
-    convert("--unet", saved / "unet", "--vae", saved, "--text-encoder", saved / "text_encoder",
-            "--output", out)
-    agree(out, expected)
-
-
-@pytest.mark.parametrize("kind", ["bare", "prefixed", "full", "diffusers", "pt"])
+@pytest.mark.parametrize("kind", ["bare", "full", "pt"])
 def test_replacement_vae(tmp_path, out, states, expected, kind):
     source, vae = tmp_path / "model.safetensors", tmp_path / "vae.safetensors"
     state, broken = states["vae"], {k: v + 1 for k, v in states["vae"].items()}
     save_file(own(ldm({**states, "vae": broken})), source)
     leftovers = {"loss.logvar": torch.zeros(1), "loss.perceptual_loss.lin0.model.1.weight": torch.ones(1),
                  "model_ema.decay": torch.tensor(0.999), "model_ema.num_updates": torch.tensor(10)}
-    layouts = {"bare": ldm_vae(state, 3) | leftovers, "prefixed": under("first_stage_model.", ldm_vae(state)),
-               "full": ldm(states), "diffusers": state, "pt": {"state_dict": ldm_vae(state) | leftovers}}
+    layouts = {"bare": ldm_vae(state, 3) | leftovers, "full": ldm(states),
+               "pt": {"state_dict": ldm_vae(state) | leftovers}}
     if kind == "pt":
         vae = tmp_path / "vae.pt"
         torch.save(layouts[kind], vae)
     else:
         save_file(own(layouts[kind]), vae)
-    record = convert(source, "--vae", vae, "--output", out)["conversion"]
+    convert(source, "--vae", vae, "--output", out)
     agree(out, expected)
-    assert set(record["sha256"]) == {"model.safetensors", vae.name}
 
 
 def test_a_missing_part_is_asked_for(tmp_path, states, out, expected, refused):
@@ -418,16 +401,7 @@ def test_image_encoder(tmp_path, saved, out, states, theirs, expected, layout):
     else:
         names = openai_names if layout == "openai" else hugging_face_names
         save_file(own(names(states)), source)
-    config = convert(saved, "--image-encoder", source, "--output", out)
-    check_image_encoder(out, expected)
-    name = "OpenAI" if layout == "openai" else "transformers"
-    assert config["conversion"]["layout"]["image_encoder"] == name
-
-
-def test_text_encoder_of_a_whole_clip(tmp_path, saved, out, states, theirs, expected):
-    clip = tmp_path / "clip.bin"
-    torch.save(hugging_face_names(states), clip)
-    convert("--unet", saved, "--vae", saved, "--text-encoder", clip, "--image-encoder", clip, "--output", out)
+    convert(saved, "--image-encoder", source, "--output", out)
     check_image_encoder(out, expected)
 
 
@@ -462,17 +436,7 @@ def test_an_image_encoder_is_added_to_own_output(tmp_path, saved, out, states, t
     first = convert(saved, "--output", out)
     second = convert(out, "--image-encoder", clip, "--output", out)
     check_image_encoder(out, expected)
-    assert second["conversion"]["sha256"] == {
-        **first["conversion"]["sha256"], "clip.safetensors": sha256(clip.read_bytes()).hexdigest()}
-    assert second["conversion"]["layout"] == {**first["conversion"]["layout"], "image_encoder": "OpenAI"}
     assert second["conversion"]["source"] == first["conversion"]["source"]
-
-
-@pytest.mark.parametrize("record", [3, {"layout": 3}, {"repaired": "x"}, {"sha256": None}])
-def test_a_broken_record_is_replaced(tmp_path, saved, out, record):
-    convert(saved, "--output", out)
-    write_json({**read_config(out), "conversion": record}, out / "config.json")
-    assert convert(out, "--output", out)["conversion"]["layout"] == dict.fromkeys(SIZES, "weights folder")
 
 
 def test_other_weights_folders_keep_their_settings(tmp_path, saved, out):
@@ -498,14 +462,6 @@ def test_files_of_other_weights_are_not_mixed_in(saved, out, refused):
     convert(saved, "--output", out)
     assert (out / "notes.txt").read_bytes() == b"mine" and len(list(out.iterdir())) == 5
     convert(saved, "--output", out)  # again over itself
-
-
-def test_output_that_is_a_file(saved, tmp_path, capsys):
-    (tmp_path / "file").write_text("mine")
-    with pytest.raises(SystemExit, match="2"):
-        convert_sd15.main([str(saved), "--output", str(tmp_path / "file")])
-    assert "is a file: give a folder" in capsys.readouterr().err
-    assert (tmp_path / "file").read_text() == "mine"
 
 
 # Repositories
@@ -543,26 +499,13 @@ def test_repository_without_a_network(monkeypatch, refused):
     assert "download it where there is a network and give its path" in message
 
 
-def test_repository_with_the_network_off(tmp_path):
-    done = subprocess.run([sys.executable, str(SCRIPT), "some/model", "--output", tmp_path / "out"],
-                          capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
-    assert done.returncode == 2 and os.listdir(tmp_path) == []
-    assert done.stderr.startswith("error: some/model is no file or folder here")
-    assert "give its path" in done.stderr and done.stderr.count("\n") == 1
-
-
-@pytest.mark.parametrize("name", ["absent.safetensors", "folder/absent.ckpt", "/no/such/folder", "a/b/c"])
-def test_a_source_that_does_not_exist(refused, name):
-    assert f"{name} does not exist" in refused(2, name)
+def test_a_source_that_does_not_exist(refused):
+    for name in ("absent.safetensors", "folder/absent.ckpt", "/no/such/folder", "a/b/c"):
+        assert f"{name} does not exist" in refused(2, name)
 
 
 # Other kinds of files
 
-def identify(cases) -> list[str]:
-    return [re.sub(r"\W+", "-", f"{message} {str(what)[:30]}") for what, message in cases]
-
-
-UNET = "model.diffusion_model."
 ATTENTION = "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
 FOREIGN = [
     ({UNET + ATTENTION: (320, 1024), UNET + "input_blocks.0.0.weight": (320, 4, 3, 3)}, "an SD2 checkpoint"),
@@ -597,9 +540,11 @@ FOREIGN = [
       "lora_unet_mid_block_attentions_0_proj_in.alpha": ()}, "a LoRA"),
     ({"unet.mid_block.attentions.0.proj_in.lora_A.weight": (4, 8)}, "a LoRA"),
     ({"unet.mid_block.attn1.processor.to_q_lora.down.weight": (4, 8)}, "a LoRA"),
-    ({"lora_te_text_model_encoder_layers_0_mlp_fc1.hada_w1_a": (4, 8)}, "a LoRA"),
-    ({"oft_unet_x.oft_blocks": (4, 8), "y": (2,)}, "a LoRA"), ({"x.lokr_w1": (4, 8), "y": (2,)}, "a LoRA"),
-    ({"diffusion_model.input_blocks.0.0.diff": (4, 8), "y": (2,)}, "a LoRA"),
+    ({"lora_te_text_model_encoder_layers_0_mlp_fc1.hada_w1_a": (4, 8)}, "a LoHa"),
+    ({"oft_unet_x.oft_blocks": (4, 8), "y": (2,)}, "an OFT"), ({"x.lokr_w1": (4, 8), "y": (2,)}, "a LoKr"),
+    ({"diffusion_model.input_blocks.0.0.diff": (4, 8), "y": (2,)}, "a full difference"),
+    ({"encoder.layers.0.weight": (64, 3, 3, 3), "decoder.layers.1.weight": (8,)}, "a TAESD"),
+    ({"module.double_blocks.0.img_attn.qkv.weight": (8, 8)}, "a Flux checkpoint"),
     ({"control_model.input_blocks.0.0.weight": (8, 4, 3, 3), "control_model.zero_convs.0.0.bias": (8,)},
      "a ControlNet"),
     ({"controlnet_cond_embedding.conv_in.weight": (8, 3, 3, 3), "conv_in.weight": (8, 4, 3, 3)},
@@ -613,28 +558,26 @@ FOREIGN = [
     ({"lllite_unet_input_blocks_1_1.conditioning1.0.weight": (8, 8)}, "a control-LoRA"),
     ({"adapter.body.0.in_conv.weight": (8, 8)}, "a T2I-Adapter"),
     ({"decoder.conv_in.weight": (512, 16, 3, 3), "decoder.norm_out.bias": (8,)}, "the VAE of another model"),
-    ({"decoder.conv_in.weight": (512, 4, 3, 3), "encoder.conv_in.weight": (128, 3, 3, 3)}, "holds VAE only"),
-    ({"first_stage_model.decoder.conv_in.weight": (512, 4, 3, 3)}, "holds VAE only"),
-    ({"text_model.final_layer_norm.weight": (8,)}, "holds text encoder only"),
-    ({"visual.conv1.weight": (8, 3, 14, 14)}, "holds image encoder only"),
-    ({"layer1.0.weight": (8, 8), "fc.weight": (2, 2)}, "is no model that this project knows"),
+    ({"layer1.0.weight": (8, 8), "fc.weight": (2, 2)}, "no model that this project knows"),
 ]
 
 
-@pytest.mark.parametrize("shapes, message", FOREIGN, ids=identify(FOREIGN))
-def test_other_models_are_named(tmp_path, refused, shapes, message):
-    state = {name: torch.zeros(shape, dtype=torch.float16) for name, shape in shapes.items()}
-    save_file(state, tmp_path / "other.safetensors")
-    found = refused(2, tmp_path / "other.safetensors")
-    assert message in found and str(tmp_path / "other.safetensors") in found
-    if " only" not in message:  # what it is, the evidence, what to do
-        assert any(name in found for name in shapes) and "takes Stable Diffusion 1.5 only" in found
-    else:
-        assert "give it as --" in found
-    torch.save(state, tmp_path / "other.bin")
-    assert message in refused(2, tmp_path / "other.bin")
-    assert message in refused(2, "--unet", tmp_path / "other.bin", *[
-        "--vae", tmp_path / "other.bin", "--text-encoder", tmp_path / "other.bin"])
+@pytest.mark.parametrize("shapes, message", FOREIGN, ids=[f"{m}-{i}" for i, (_, m) in enumerate(FOREIGN)])
+def test_other_models_are_named(shapes, message):
+    """What it is, the evidence, what to do."""
+    state = {name: Lazy(shape, torch.float16, None) for name, shape in shapes.items()}
+    with pytest.raises(WrongKind, match=f"other.bin is {message}.*takes Stable Diffusion 1.5 only") as found:
+        split(state, Path("other.bin"), {}, "auto", Notes())
+    assert any(name.removeprefix("module.") in str(found.value) for name in shapes)
+
+
+@pytest.mark.parametrize("name, part", [
+    ("decoder.conv_in.weight", "VAE"), ("text_model.final_layer_norm.weight", "text encoder"),
+    ("visual.conv1.weight", "image encoder")])
+def test_a_part_alone_says_which_flag_takes_it(tmp_path, refused, name, part):
+    save_file({name: torch.zeros(8, 4, 3, 3)}, tmp_path / "part.safetensors")
+    message = refused(2, tmp_path / "part.safetensors")
+    assert f"holds {part} only, no UNet: give it as --{part.lower().replace(' ', '-')} beside" in message
 
 
 def test_nested_bins_are_named(tmp_path, refused):
@@ -648,45 +591,29 @@ def test_nested_bins_are_named(tmp_path, refused):
 
 
 BROKEN = [
-    (b"", "is empty"),
-    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4\n", "is a git-LFS pointer"),
-    (b"<!DOCTYPE html><html>", "is a web page"), (b"\n  <html>", "is a web page"),
+    (b"", "is empty"), (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "is a git-LFS pointer"),
+    (b"\n  <html>", "is a web page"), (b"junk" * 9, "is not a model file"), (b"GGUF\x03", "is not a model"),
     (b"\xff\xff\xff\x00\x00\x00\x00\x00{" + b" " * 50, "is truncated"),
-    (b"\x10\x00\x00\x00\x00\x00\x00\x00{" + b" " * 50, "truncated or damaged"),
-    (b"junk" * 9, "is not a model file"), (b"config\nfile\nwith\ntext", "is not a model file"),
-    (b"\x00" * 99, "is not a model file"), (b"{}", "is not a model file"),
+    (b"\x10\x00\x00\x00\x00\x00\x00\x00{" + b" " * 50, "is damaged"),
     (b"\x02\x00\x00\x00\x00\x00\x00\x00{}", "holds no named tensors"),
-    (b"\x80\x02}q\x00.", "truncated or damaged"), (b"\x80", "truncated or damaged"),
-    (b"PK\x03\x04" * 9, "damaged"),
-    (b"c\n", "is not a model file"), (b"\x80\x02]q\x00(", "truncated or damaged"),
-    (b"GGUF\x03", "is not a model"),
-]
+    (b"\x80\x02}q\x00.", "truncated or damaged"), (b"PK\x03\x04" * 9, "damaged")]
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "model.ckpt"])
-@pytest.mark.parametrize("content, message", BROKEN, ids=identify(BROKEN))
-def test_broken_files(tmp_path, refused, content, message, name):
-    (tmp_path / name).write_bytes(content)
-    assert message in refused(2, tmp_path / name)
-
-
-def test_broken_files_in_folders_and_flags(folder, refused, tmp_path):
-    pointer = folder / "unet" / "diffusion_pytorch_model.safetensors"
-    pointer.write_text("version https://git-lfs.github.com/spec/v1\n")
-    assert "unet/diffusion_pytorch_model.safetensors is a git-LFS pointer" in refused(2, folder)
-    assert "is a git-LFS pointer" in refused(2, "--unet", pointer, "--vae", folder, "--text-encoder", folder)
+@pytest.mark.parametrize("content, message", BROKEN, ids=[message for _, message in BROKEN])
+def test_broken_files(tmp_path, refused, content, message):
+    (tmp_path / "model.ckpt").write_bytes(content)
+    assert message in refused(2, tmp_path / "model.ckpt")
 
 
 @pytest.mark.parametrize("zipped", [None, True, False])
-@pytest.mark.parametrize("part", [0.3, 0.999])
-def test_truncated_files(tmp_path, states, refused, zipped, part):
+def test_truncated_files(tmp_path, states, refused, zipped):
     path, state = tmp_path / "model", states["vae"]
     if zipped is None:
         save_file(own(state), path)
     else:
         torch.save(state, path, _use_new_zipfile_serialization=zipped)
-    path.write_bytes(path.read_bytes()[:int(path.stat().st_size * part)])
-    assert "truncated or damaged" in refused(2, path)
+    path.write_bytes(path.read_bytes()[:int(path.stat().st_size * 0.9)])
+    assert "is truncated" in refused(2, path)
 
 
 def test_torchscript(tmp_path, refused):
@@ -694,12 +621,10 @@ def test_torchscript(tmp_path, refused):
     assert "is a TorchScript program" in refused(2, tmp_path / "ViT-L-14.pt")
 
 
-@pytest.mark.parametrize("content", [torch.zeros(3), [torch.zeros(3)], {}, {"state_dict": {}}, 3,
-                                     {"a": {"b": 3}}])
+@pytest.mark.parametrize("content", [torch.zeros(3), {"state_dict": {}}, {"a": {"b": 3}}])
 def test_pickles_without_named_tensors(tmp_path, refused, content):
     torch.save(content, tmp_path / "model.ckpt")
-    message = refused(2, tmp_path / "model.ckpt")
-    assert "holds no named tensors" in message or "no model that this project knows" in message
+    assert "holds no named tensors" in refused(2, tmp_path / "model.ckpt")
 
 
 # The right kind with wrong tensors
@@ -710,33 +635,23 @@ def drop(state, name):
 
 @pytest.mark.parametrize("change, message", [
     (lambda s: drop(s, UNET + "out.2.bias"),
-     "its UNet is not Stable Diffusion 1.5's, 1 differences: missing conv_out.bias"),
-    (lambda s: s.update({UNET + "extra.weight": torch.ones(1)}), "1 differences: unexpected extra.weight"),
+     "its UNet is not Stable Diffusion 1.5's: 1 missing (conv_out.bias)"),
+    (lambda s: s.update({UNET + "extra.weight": torch.ones(1)}), "1 unexpected (extra.weight)"),
     (lambda s: s.update({UNET + "out.2.bias": torch.ones(5)}), "conv_out.bias is (5,), expected (4,)"),
-    (lambda s: drop(s, UNET + ATTENTION),
-     "missing down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"),
-    (lambda s: drop(s, "first_stage_model.decoder.conv_in.weight"), "missing decoder.conv_in.weight"),
+    (lambda s: drop(s, "first_stage_model.decoder.conv_in.weight"), "missing (decoder.conv_in.weight"),
     (lambda s: drop(s, "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"),
-     "missing text_model.embeddings.token_embedding.weight"),
+     "missing (text_model.embeddings.token_embedding.weight"),
     (lambda s: s.update({"cond_stage_model.transformer.final_layer_norm.bias": torch.ones(32)}),
      "has text_model.final_layer_norm.bias twice"),
     (lambda s: s.update({UNET + "out.2.bias": torch.ones(4, dtype=torch.int8)}),
      "conv_out.bias is I8, not floating point"),
     (lambda s: s.update({UNET + "out.2.bias": torch.tensor([1, 2, float("nan"), 4])}),
-     "conv_out.bias has values that"),
-    (lambda s: s.update({UNET + "out.2.bias": torch.tensor(1.0)}), "conv_out.bias is (), expected (4,)")])
+     "conv_out.bias has values that")])
 def test_wrong_tensors(tmp_path, states, refused, change, message):
     state = own(ldm(states))
     change(state)
     save_file(state, tmp_path / "model.safetensors")
     assert message in refused(3, tmp_path / "model.safetensors")
-
-
-def test_the_message_lists_five(tmp_path, states, refused):
-    state = {k.replace("ff.net", "mlp.net"): v for k, v in ldm(states).items()}
-    save_file(own(state), tmp_path / "model.safetensors")
-    message = refused(3, tmp_path / "model.safetensors")
-    assert "128 differences" in message and message.count("missing") == 5
 
 
 def test_values_that_half_precision_cannot_hold(tmp_path, states, refused):
@@ -770,10 +685,8 @@ class Call:
 @pytest.mark.parametrize("call, name", [
     (lambda marker: Call(os.system, f"touch {marker}"), "posix.system"),
     (lambda marker: Call(eval, f"open({str(marker)!r}, 'w')"), "eval"),
-    (lambda marker: Call(exec, f"open({str(marker)!r}, 'w')"), "exec"),
-    (lambda marker: Call(subprocess.check_call, ["touch", str(marker)]), ".check_call"),
-    (lambda marker: Call(shutil.copy, "/etc/hostname", str(marker)), "shutil.copy")])
-@pytest.mark.parametrize("kind", ["zip", "legacy", *range(6)])
+    (lambda marker: Call(subprocess.check_call, ["touch", str(marker)]), ".check_call")])
+@pytest.mark.parametrize("kind", ["zip", "legacy", 2])
 def test_pickles_never_run_code(tmp_path, refused, call, name, kind):
     marker, path = tmp_path / "marker", tmp_path / "model.ckpt"
     value = {"state_dict": {UNET + "out.2.bias": torch.ones(4)}, "callbacks": call(marker)}
@@ -801,11 +714,23 @@ def lightning(monkeypatch):
     assert "pytorch_lightning.callbacks" not in sys.modules
 
 
+def settings() -> dict:
+    """What training scripts leave beside the tensors, as the real libraries write it."""
+    found = {"args": argparse.Namespace(lr=1e-4, output=Path("runs/a")), "started": datetime.datetime.now(),
+             "counts": collections.defaultdict(int, {"a": 1}), "loss": np.float64(0.5), "rate": np.arange(3),
+             "seen": {1, 2}, "counter": collections.Counter("ab")}
+    try:
+        import omegaconf
+    except ImportError:
+        return found
+    return {**found, "config": omegaconf.OmegaConf.create({"lr": 1e-4, "layers": [1, 2], "net": {"dim": 3}})}
+
+
 @pytest.mark.parametrize("zipped", [True, False])
 def test_lightning_checkpoints(tmp_path, out, states, expected, lightning, monkeypatch, zipped):
     state = lightning.ModelCheckpoint()
     state.best_model_score = np.float64(0.5)
-    value = {"state_dict": ldm(states), "epoch": 3,
+    value = {"state_dict": ldm(states), "epoch": 3, "settings": settings(),
              "hyper_parameters": lightning.AttributeDict(lr=1e-4, names=["a"]),
              "callbacks": {lightning.ModelCheckpoint: {"best": np.float64(0.5)}, "x": state}}
     torch.save(value, tmp_path / "model.ckpt", _use_new_zipfile_serialization=zipped)
@@ -813,7 +738,7 @@ def test_lightning_checkpoints(tmp_path, out, states, expected, lightning, monke
         monkeypatch.delitem(sys.modules, name)
     record = convert(tmp_path / "model.ckpt", "--output", out)["conversion"]
     agree(out, expected)
-    assert record["dropped"] == {"callbacks": 1, "epoch": 1, "hyper_parameters": 1}
+    assert record["dropped"] == {"callbacks": 1, "epoch": 1, "hyper_parameters": 1, "settings": 1}
     assert not any(isinstance(name, tuple) for name in torch.serialization.get_safe_globals())
 
 
@@ -829,21 +754,18 @@ def test_lightning_names_hide_no_call(tmp_path, refused, lightning, monkeypatch)
 
 # Writing
 
-@pytest.mark.parametrize("error", [OSError("No space left on device"), MemoryError(),
-                                   RuntimeError("DefaultCPUAllocator: can't allocate memory")])
-@pytest.mark.parametrize("at", [0, 1, 2])
-def test_a_failure_leaves_nothing(monkeypatch, saved, tmp_path, refused, error, at):
-    real, calls = conversion.write_tensors, []
+def test_a_failure_leaves_nothing(monkeypatch, saved, tmp_path, refused):
+    real, calls = parts.write_tensors, []
 
     def write(part, path, *rest):
         calls.append(path)
-        if len(calls) > at:
+        if len(calls) > 1:
             path.write_bytes(b"half")
-            raise error
+            raise OSError("No space left on device")
         real(part, path, *rest)
-    monkeypatch.setattr(conversion, "write_tensors", write)
+    monkeypatch.setattr(parts, "write_tensors", write)
     refused(1, saved)
-    assert len(calls) == at + 1 and not list(tmp_path.iterdir())
+    assert len(calls) == 2 and not list(tmp_path.iterdir())
 
 
 def test_a_failure_leaves_the_old_folder(monkeypatch, saved, out, refused):
@@ -852,7 +774,7 @@ def test_a_failure_leaves_the_old_folder(monkeypatch, saved, out, refused):
 
     def fail(value, path):
         raise OSError("No space left on device")
-    monkeypatch.setattr(conversion, "write_json", fail)
+    monkeypatch.setattr(convert_sd15, "write_json", fail)
     assert "No space left" in refused(1, saved)
     assert contents(out) == before
 
@@ -870,8 +792,7 @@ def test_values_are_read_only_after_all_checks(tmp_path, states, refused, monkey
 
     def forbidden(*rest):
         raise AssertionError("read")
-    monkeypatch.setattr(conversion, "read_value", forbidden)
-    monkeypatch.setattr(conversion, "digest", forbidden)
+    monkeypatch.setattr(parts, "read_value", forbidden)
     refused(3, tmp_path / "model.safetensors")
 
 
@@ -901,27 +822,13 @@ def test_a_termination_leaves_nothing(tmp_path, saved):
     assert done.returncode == 143 and done.stderr == "" and os.listdir(tmp_path) == []
 
 
-def test_progress_is_shown_on_a_terminal(tmp_path, saved):
-    terminal, theirs = pty.openpty()
-    with subprocess.Popen([sys.executable, str(SCRIPT), saved, "--output", tmp_path / "out"], stderr=theirs,
-                          stdout=subprocess.DEVNULL,
-                          env={**os.environ, "TQDM_NCOLS": "80", "TQDM_NROWS": "24"}):
-        os.close(theirs)
-        shown = b""
-        with suppress(OSError):  # how a terminal ends
-            while chunk := os.read(terminal, 4096):
-                shown += chunk
-    os.close(terminal)
-    assert b"hashing" in shown and b"writing: 100%" in shown
-
-
 @pytest.mark.parametrize("types", [[torch.float64, torch.float16, torch.float32], [torch.bfloat16]])
 def test_files_are_as_safetensors_writes_them(tmp_path, types):
     state = {f"t{i}": torch.randn(shape).to(types[i % len(types)])
              for i, shape in enumerate([(3,), (), (2, 5), (0, 4), (7, 1, 1), (1,)])}
     lazy = {k: Lazy(tuple(v.shape), v.dtype, lambda v=v: v) for k, v in state.items()}
-    part = Part(lazy, tmp_path, "test", {})
-    conversion.write_tensors(part, tmp_path / "ours.safetensors", None, tqdm(disable=True))
+    part = Part(lazy, tmp_path, {})
+    parts.write_tensors(part, tmp_path / "ours.safetensors", None, tqdm(disable=True))
     save_file(state, tmp_path / "theirs.safetensors")
     ours, theirs = (load_file(tmp_path / f"{name}.safetensors") for name in ("ours", "theirs"))
     assert ours.keys() == theirs.keys()
@@ -930,7 +837,7 @@ def test_files_are_as_safetensors_writes_them(tmp_path, types):
 
 
 @pytest.mark.parametrize("suffix, flags, limit", [
-    ("safetensors", [], 0.3), ("safetensors", ["--dtype", "fp16"], 0.3), ("ckpt", ["--dtype", "fp16"], 1.3)])
+    ("safetensors", [], 0.3), ("ckpt", ["--dtype", "fp16"], 1.3)])
 def test_memory(tmp_path, states, suffix, flags, limit):
     """What a larger file takes beyond a small one: a part of itself, or all where a pickle is mapped."""
     with torch.device("meta"):

@@ -20,8 +20,8 @@ from models.vae import VAEConfig
 from moa import add_moa, load_moa
 from moa import write_moa
 from images import read_settings
-from weights.checkpoints import Refusal
-from weights.parts import load_vae
+from weights.checkpoints import Notes, Refusal
+from weights.parts import open_part
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [path for path in sorted(ROOT.rglob("*.py")) if not {".cache", "runs", "tests"} & set(path.parts)]
@@ -67,7 +67,7 @@ def test_an_archive_that_unpacks_to_more_than_it_is(tmp_path):
     with pytest.raises(WeightsError, match="would unpack to 10000"):
         read_checkpoint(path)
     with pytest.raises(Refusal, match="would unpack to 10000"):
-        load_vae(str(path))
+        open_part(str(path), "vae", "off", Notes())
 
 
 def test_dictionaries_that_hold_each_other(tmp_path):
@@ -76,7 +76,7 @@ def test_dictionaries_that_hold_each_other(tmp_path):
         b"}q%c(X\1\0\0\0ah%cX\1\0\0\0bh%cu" % (k, k - 1, k - 1) for k in range(1, 30)) + b"."
     for pickled in (grown, b"\x80\x02}q\0X\1\0\0\0ah\0s."):
         with pytest.raises(Refusal, match="no named tensors"):
-            load_vae(str(pack(tmp_path / "x.ckpt", pickled)))
+            open_part(str(pack(tmp_path / "x.ckpt", pickled)), "vae", "off", Notes())
 
 
 @pytest.mark.parametrize("header", [
@@ -86,14 +86,14 @@ def test_dictionaries_that_hold_each_other(tmp_path):
 def test_headers_that_claim_terabytes(header, length, tmp_path):
     path = tmp_path / "x.safetensors"
     path.write_bytes((length or len(header)).to_bytes(8, "little") + header)
-    with pytest.raises(WeightsError, match="not a readable safetensors file"):
+    with pytest.raises(WeightsError, match="is truncated|is damaged"):
         read_tensors(path)
 
 
 def test_sizes_that_claim_any_number_of_layers():
     for cfg in (VAEConfig(layers=10 ** 9), VAEConfig(channels=(32,) * (MOST_LAYERS + 1))):
         with pytest.raises(WeightsError, match=f"more than {MOST_LAYERS}"):
-            build_empty("vae", cfg)
+            build_empty(cfg)
 
 
 @pytest.mark.parametrize("change", [{"prompt": {"text_dim": 16, "image_dim": 16, "hidden": 10 ** 6}},
@@ -152,14 +152,13 @@ def test_more_people_than_any_picture_shows(tmp_path):
 # Writing -----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("unexpected pos 64")])
-def test_what_cannot_be_written_is_named_with_what_it_needs(error, tmp_path):
+def test_what_cannot_be_written_is_named(error, tmp_path):
     def fail(temporary: Path) -> None:
         temporary.write_bytes(b"half")
         raise error
     (tmp_path / "x.pt").write_bytes(b"before")
-    message = r"x.pt cannot be written \(.*\): it needs 3.0 MB, .* MB are free"
-    with pytest.raises(OSError, match=message) as found:
-        write_whole(tmp_path / "x.pt", fail, 3_000_000)
+    with pytest.raises(OSError, match=r"x.pt cannot be written \(.*\): what was there before") as found:
+        write_whole(tmp_path / "x.pt", fail)
     assert len(str(found.value).splitlines()) == 1
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"x.pt": b"before"}
 

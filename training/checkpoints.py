@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from models.load import PARTS, read_checkpoint, tensor_bytes, write_whole
+from models.load import PARTS, read_checkpoint, write_whole
 from training.stage import Stage
 
 
@@ -40,10 +40,8 @@ class Run:
                  for name, values in (("parameters", self.trained), ("average", self.averages))}
         state = {"run": self.identity, "step": step, **parts, "optimizer": self.optimizer.state_dict(),
                  "moa": self.stage.moa_config()}
-        moments = [value for one in state["optimizer"]["state"].values() for value in one.values()]
-        tensors = [*state["parameters"].values(), *state["average"].values(), *moments]
         write_whole(self.output / "checkpoints" / f"{step:06d}.pt",
-                    lambda temporary: torch.save(state, temporary), tensor_bytes(tensors))
+                    lambda temporary: torch.save(state, temporary))
         for old in list_checkpoints(self.output)[:-keep]:
             old.unlink()
 

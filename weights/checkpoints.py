@@ -2,8 +2,6 @@
 
 Headers and shapes are read first, values when they are asked for. What a checkpoint is of, `parts` finds out.
 """
-import json
-import pickletools
 import re
 import warnings
 import zipfile
@@ -14,20 +12,22 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import huggingface_hub
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from models.load import check_archive
+from models import load
+from models.load import WeightsError, check_archive, what_is_wrong
 
 # The parts of a base model, which are also diffusers' folders.
 REQUIRED = ("unet", "vae", "text_encoder")
 
 
-class Refusal(Exception):
-    """The source cannot be converted; the message says what it is, why, and what to do."""
+class Refusal(WeightsError):
+    """A file cannot be used; the message says what it is, why, and what to do."""
 
-    code: int
+    code: int  # exit status of the converters
 
 
 class WrongKind(Refusal):
@@ -62,7 +62,6 @@ State = dict[str, Lazy]
 class Notes:
     """What config.json tells about the conversion, besides the models' sizes."""
 
-    files: list[Path] = field(default_factory=list)
     dropped: Counter = field(default_factory=Counter)
     repaired: list[str] = field(default_factory=list)
 
@@ -72,24 +71,9 @@ class Notes:
 def open_file(path: Path, notes: Notes) -> State:
     """The tensors of a safetensors file or a pickle. Raises Refusal."""
     with path.open("rb") as file:
-        head = file.read(64)
-    length, size = int.from_bytes(head[:8], "little"), path.stat().st_size
-    if not head:
-        raise WrongKind(f"{path} is empty (0 bytes): download it again")
-    if head.startswith(b"version https://git-lfs"):
-        raise WrongKind(f"{path} is a git-LFS pointer (it starts so), not the file: run `git lfs pull`")
-    if head.lstrip().startswith(b"<"):
-        raise WrongKind(f"{path} is a web page (it starts with <): the download needs a login")
-    if head[8:9] == b"{" and length > size - 8:
-        raise WrongKind(f"{path} is truncated ({size} bytes, its header alone {length}): download it again")
-    notes.files.append(path)
-    if head[8:9] == b"{":
-        state = open_safetensors(path)
-    elif head.startswith((b"PK", b"\x80")) or pickle_globals(path):
-        state = open_pickle(path, notes)
-    else:
-        raise WrongKind(f"{path} is not a model file (it starts with {head[:8]!r}): give a "
-                                  ".safetensors or .ckpt")
+        head = file.read(9)
+    pickled = head.startswith((b"PK", b"\x80")) and head[8:9] != b"{"
+    state = open_pickle(path, notes) if pickled else open_safetensors(path)
     if not state:
         raise WrongKind(f"{path} holds no named tensors: it is no checkpoint")
     return state
@@ -102,7 +86,7 @@ def open_safetensors(path: Path) -> State:
             return {k: Lazy(tuple(s.get_shape()), FLOATS.get(s.get_dtype(), s.get_dtype()),
                             partial(read_tensor, path, k)) for k, s in slices.items()}
     except SafetensorError as error:
-        raise WrongKind(f"{path} is truncated or damaged ({error}): download it again") from error
+        raise WrongKind(f"{path} {what_is_wrong(path, error)}") from error
 
 
 def read_tensor(path: Path, name: str) -> Tensor:
@@ -116,7 +100,7 @@ def open_pickle(path: Path, notes: Notes) -> State:
     found = load_pickle(path)
     if not isinstance(found, dict):
         return {}
-    if isinstance(found.get("state_dict"), dict):
+    while isinstance(found.get("state_dict"), dict):
         notes.dropped.update(str(k) for k in found if k != "state_dict")
         found = found["state_dict"]
     try:
@@ -136,7 +120,7 @@ def flatten(prefix: str, tree: dict, seen: set[int]) -> Iterator[tuple[str, Lazy
 
 
 class StandIn:
-    """Takes the place of a Lightning object in a pickle: accepts anything and does nothing."""
+    """Takes the place of an object in a pickle: accepts anything and does nothing."""
 
     def __new__(cls, *args, **kwargs):
         return super().__new__(cls)
@@ -148,10 +132,18 @@ class StandIn:
         pass
 
 
-# The only names besides tensors' own that a checkpoint may mention; each becomes inert.
+class EmptyDict:
+    """The same for kinds of dicts, which the unpickler fills only when they are exactly that."""
+
+    def __new__(cls, *args, **kwargs):
+        return {}
+
+
+# What training scripts leave beside tensors. A checkpoint may mention these names; each becomes inert.
 INERT = re.compile(
-    r"(pytorch_lightning|lightning|omegaconf)\..+|numpy\.(core|_core)\.multiarray\.scalar|numpy\.dtype")
-TENSORS = re.compile(r"torch\.|collections\.OrderedDict$|_codecs\.encode$")
+    r"(pytorch_lightning|lightning|lightning_fabric|omegaconf|numpy|pathlib|datetime|typing)\..+|"
+    r"(builtins|__builtin__)\.(dict|list|set|tuple|int|float|str|bool|object|frozenset|complex)|"
+    r"collections\.\w+|argparse\.Namespace")
 
 
 def load_pickle(path: Path):
@@ -166,36 +158,19 @@ def load_pickle(path: Path):
                 return torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         except Exception as error:  # a hostile file can make the unpickler raise anything
             asked = re.search(r"GLOBAL (\S+)", str(error))
-            name = asked[1] if asked else next(iter(pickle_globals(path)), None)
-            if asked and INERT.fullmatch(name) and name not in allowed:
-                # The unpickler fills dicts only when they are exactly that.
-                allowed[name] = dict if name.endswith("Dict") else type("StandIn", (StandIn,), {})
+            name = asked and (asked[1] if "." in asked[1] else f"builtins.{asked[1]}")
+            if name and INERT.fullmatch(name) and name not in allowed:
+                kind = EmptyDict if re.search("dict$|Counter$", name, re.IGNORECASE) else StandIn
+                allowed[name] = type(kind.__name__, (kind,), {})
             elif name:
                 raise Unsafe(f"{path} is an unsafe pickle: it asks for {name}, which could run code. "
-                                      "Nothing was run: find the .safetensors of this model") from error
+                             "Nothing was run: find the .safetensors of this model") from error
             elif "TorchScript" in str(error):
-                raise WrongKind(f"{path} is a TorchScript program, not a checkpoint: take the "
-                                          ".safetensors or the Hugging Face layout") from error
+                raise WrongKind(f"{path} is a TorchScript program, not a checkpoint: take the .safetensors "
+                                "or the Hugging Face layout") from error
             else:
                 raise WrongKind(f"{path} is truncated or damaged, or no PyTorch checkpoint "
-                              f"({type(error).__name__}: {str(error)[:90]}): download it again") from error
-
-
-def pickle_globals(path: Path) -> list[str]:
-    """What a bare pickle would import besides tensors, read without unpickling; [] for other files."""
-    strings, names = [""] * 2, []
-    with path.open("rb") as file:
-        started = file.read(1) == b"\x80"
-        file.seek(0)
-        try:
-            for op, value, _ in pickletools.genops(file):
-                if op.name in ("GLOBAL", "STACK_GLOBAL"):
-                    names.append(value.replace(" ", ".") if value else ".".join(strings[-2:]))
-                elif isinstance(value, str):
-                    strings.append(value)
-        except Exception:  # no pickle, or one cut short
-            names = names if started else []
-    return [name for name in names if not TENSORS.match(name)]
+                                f"({type(error).__name__}: {str(error)[:90]}): download it again") from error
 
 
 # 2. Finding files: a file, a folder or a repository.
@@ -226,7 +201,6 @@ def locate(source: str) -> Path:
     if not elsewhere or re.search(r"\.(safetensors|ckpt|bin|pth?)$", source):
         raise WrongKind(f"{source} does not exist: give a file, a folder or a Hugging Face repository")
     try:
-        import huggingface_hub  # comes with open_clip
         files = [Path(f.rfilename) for f in huggingface_hub.HfApi().repo_info(source, timeout=20).siblings]
         wanted = [str(Path(folder, name)) for folder in (".", *REQUIRED)
                   for name in choose(f.name for f in files if f.parent == Path(folder))]
@@ -241,9 +215,6 @@ def locate(source: str) -> Path:
 
 
 def read_json(path: Path) -> dict:
-    """A JSON object, {} where there is none. Raises Refusal."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (ValueError, RecursionError) as error:
-        raise WrongTensors(f"{path} is not valid JSON: {error}") from error
+    """A JSON object, {} where there is none. Raises WeightsError."""
+    value = load.read_json(path) if path.is_file() else {}
     return value if isinstance(value, dict) else {}

@@ -1,34 +1,30 @@
-"""Read a ControlNet of Stable Diffusion 1.5 in any of its usual layouts, and convert it into a folder."""
-import argparse
-from dataclasses import asdict
+"""Read a ControlNet of Stable Diffusion 1.5 in any of its usual layouts."""
 from pathlib import Path
 
 from models.controlnet import ControlNet
-from models.load import build_config, write_json
-from weights.checkpoints import Notes, State, WrongKind, choose, locate, open_file, read_json
-from weights.conversion import DTYPES, check_output, digest, staged, write_parts
-from weights.parts import FOREIGN, OWN, TAKES, Part, build, fit, refuse_foreign, rename
+from models.load import build_config
+from weights.checkpoints import Notes, State, WrongKind, locate, open_file, read_json
+from weights.names import FOREIGN, TAKES, refuse_foreign, rename, unwrap
+from weights.parts import Part, build, open_folder
 
 PART, PREFIX = "controlnet", "control_model."
 WANTED = "a ControlNet of Stable Diffusion 1.5"
 
 
 def open_controlnet(source: str, notes: Notes) -> Part:
-    """The ControlNet of a file, folder or repository. Raises Refusal and WeightsError."""
+    """The ControlNet of a file, folder or repository. Raises WeightsError."""
     path = locate(source)
     folder = path if path.is_dir() else path.parent
     config, own = read_json(folder / "config.json"), folder / f"{PART}.safetensors"
     if PART in config and own in (path, path / own.name):
-        return Part(open_file(own, notes), path, OWN, config, build_config(config, PART))
+        return Part(open_file(own, notes), path, config, build_config(config, PART))
     if path.is_file():
         of_file = config if config.get("_class_name") == "ControlNetModel" else {}
         return find_controlnet(open_file(path, notes), path, of_file, notes)
     if config.get("_class_name") not in (None, "ControlNetModel"):
         raise WrongKind(f"{path} is no ControlNet of this project's kind (config.json says "
                         f"{config['_class_name']}): {TAKES}; give {WANTED}")
-    state: State = {}
-    for name in choose(file.name for file in path.iterdir()):
-        state |= open_file(path / name, notes)
+    state = open_folder(path, notes)
     if not state:
         raise WrongKind(f"{path} is no folder of a ControlNet: it has no {own.name} with its config.json and "
                         "no diffusion_pytorch_model.safetensors or .bin")
@@ -40,19 +36,19 @@ def find_controlnet(state: State, path: Path, settings: dict, notes: Notes) -> P
     if "difference" in state or path.name.startswith("diff_"):
         raise WrongKind(f"{path} is only the difference between a ControlNet and its base model: give the "
                         "whole ControlNet")
-    inside = any(key.startswith(PREFIX) for key in state)
-    found = {key: tensor for key, tensor in state.items() if key.startswith(PREFIX) or not inside}
+    inside = any(PREFIX in key for key in state)
+    found = {key: tensor for key, tensor in state.items() if PREFIX in key or not inside}
     notes.dropped.update(key.split(".")[0] for key in state.keys() - found.keys())
     refuse_foreign(found, path, FOREIGN, WANTED)
+    found = {short: found[name] for name, short in unwrap(found).items()}
     names = {key: rename(PART, key.removeprefix(PREFIX)) for key in found}
     if not any(name.startswith("controlnet_cond_embedding.") for name in names.values()):
         raise WrongKind(f"{path} is no ControlNet (it has neither input_hint_block nor "
                         f"controlnet_cond_embedding, its first names are {', '.join(list(state)[:3])}): give "
                         f"{WANTED}")
-    if "shuffle" in path.name:  # nothing inside the file tells
+    if "shuffle" in f"{path.parent.name} {path.name}".lower():  # nothing inside the file tells
         settings = {**settings, "global_pool_conditions": True}
-    theirs = any(key.removeprefix(PREFIX).startswith("input_hint_block.") for key in found)
-    part = Part({}, path, "LDM" if theirs else "diffusers", settings)
+    part = Part({}, path, settings)
     for key, tensor in found.items():
         part.add(names[key], key, tensor)
     return part
@@ -61,26 +57,6 @@ def find_controlnet(state: State, path: Path, settings: dict, notes: Notes) -> P
 def load_controlnet(source: str) -> ControlNet:
     """The ControlNet of anything that can be converted, for inference in float32.
 
-    Raises Refusal, WeightsError and SafetensorError.
+    Raises WeightsError.
     """
     return build(PART, open_controlnet(source, Notes()))
-
-
-def convert(args: argparse.Namespace) -> None:
-    notes = Notes()
-    part = open_controlnet(args.source, notes)
-    check_output(args, [PART])
-    fit(PART, part, notes)
-    if part.layout == OWN:
-        record = part.settings.get("conversion")
-    else:
-        record = {"source": part.path.resolve().name, "layout": part.layout,
-                  "sha256": dict(map(digest, dict.fromkeys(notes.files))),
-                  "dropped": dict(notes.dropped), "repaired": notes.repaired}
-    with staged(args.output) as folder:
-        write_parts({PART: part}, {PART: folder / f"{PART}.safetensors"}, DTYPES[args.dtype])
-        write_json({PART: asdict(part.cfg), "conversion": record}, folder / "config.json")
-    pooled = ", whose residuals are pooled" if part.cfg.global_pool else ""
-    print(f"ControlNet{pooled}: {len(part.tensors)} tensors from {part.path} ({part.layout})")
-    for line in (*notes.repaired, f"written to {args.output}"):
-        print(line)

@@ -10,13 +10,15 @@ a converted folder loads faster and is checked once.
 Exit codes are those of weights/convert_sd15.py.
 """
 import argparse
-import signal
 import sys
 from pathlib import Path
 
-# A script has only its own folder on the path. Torch is imported after the flags are read.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script has only its own folder there
+from models.load import describe_sizes, whole_folder, write_json
+from weights.checkpoints import Notes
+from weights.controlnet import PART, open_controlnet
 from weights.convert_sd15 import run
+from weights.parts import DTYPES, check_output, fit, write_parts
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -25,17 +27,32 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("source", metavar="SOURCE", help="file, folder or repository of a ControlNet, or an earlier output")
     add("--output", type=Path, required=True, metavar="FOLDER", help="the folder to write")
-    add("--dtype", choices=["keep", "fp16", "fp32"], default="keep",
-        help="of the written tensors (default: as they are)")
+    add("--dtype", choices=list(DTYPES), default="keep", help="of the written tensors (default: as they are)")
     return parser.parse_args(argv)
+
+
+def convert(args: argparse.Namespace) -> None:
+    """Write the folder, whole or not at all. Raises WeightsError and OSError."""
+    notes = Notes()
+    part = open_controlnet(args.source, notes)
+    own = part.cfg is not None  # an earlier output
+    check_output(args, [PART])
+    fit(PART, part, notes)
+    record = part.settings.get("conversion") if own else {
+        "source": part.path.resolve().name, "dropped": dict(notes.dropped), "repaired": notes.repaired}
+    with whole_folder(args.output) as folder:
+        write_parts({PART: part}, {PART: folder / f"{PART}.safetensors"}, DTYPES[args.dtype])
+        write_json({PART: describe_sizes(part.cfg), "conversion": record}, folder / "config.json")
+    pooled = ", whose residuals are pooled" if part.cfg.global_pool else ""
+    print(f"ControlNet{pooled}: {len(part.tensors)} tensors from {part.path}")
+    for line in (*notes.repaired, f"written to {args.output}"):
+        print(line)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    from weights.controlnet import convert
     run(lambda: convert(args))
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that temporary files go
     main()

@@ -11,23 +11,20 @@ import signal
 import sys
 from pathlib import Path
 
-# A script has only its own folder on the path. Torch is imported after the flags are read.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script has only its own folder there
 from models.errors import one_line
+from models.load import read_checkpoint
+from moa import write_moa
 
 
 def export(checkpoint: Path, output: Path) -> None:
     """Write the MoA file `output`, whole or not at all. Raises WeightsError, ValueError and OSError."""
-    from models.load import read_checkpoint
-    from moa import write_moa
     state = read_checkpoint(checkpoint)
     if state["moa"] is None:
         raise ValueError(f"{checkpoint} is of the stage {state['run'].get('stage')}: only moa has a MoA file")
     if any(name.startswith("image_encoder.") for name in state["average"]):
         raise ValueError(f"{checkpoint} trains the image encoder too (image_layers), which a MoA file cannot "
                          "hold: the run writes both at its end")
-    if output.exists() and not output.is_file():
-        raise ValueError(f"--output {output} is no file: give the name of one")
     if output.resolve() == checkpoint.resolve():
         raise ValueError(f"--output {output} is the checkpoint itself: give another name")
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -42,10 +39,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint of train.py moa")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the MoA file to write")
     args = parser.parse_args(argv)
-    from safetensors import SafetensorError
     try:
         export(args.checkpoint, args.output)
-    except (ValueError, OSError, SafetensorError) as error:
+    except (ValueError, OSError) as error:
         print("error:", one_line(error), file=sys.stderr)
         sys.exit(2)
 

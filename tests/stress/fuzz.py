@@ -51,7 +51,7 @@ from models import WeightsError, load, load_models
 from models.clip_text import open_clip
 from models.controlnet import ControlNet
 from models.load import ALL_PARTS, load_part, read_config, read_tensors, save_part
-from weights.lora import LoRAError, LoRASetting
+from weights.lora import LoRASetting
 from images import read_masks, read_picture, read_settings, save_png
 from pipeline import Pipeline
 from subjects import bind_rows, bind_subjects
@@ -60,10 +60,10 @@ from tests.layouts import ldm, ldm_controlnet, ldm_vae, under
 from tests.test_build import add_picture
 from tests.test_data import write_folder
 from tests.test_train import SMALL
-from weights import conversion, convert_sd15, parts
-from weights.checkpoints import Notes, Refusal
+from weights import convert_sd15, parts
+from weights.checkpoints import Notes
 from weights.controlnet import load_controlnet
-from weights.parts import check_together, fit, load_vae, read_value
+from weights.parts import check_together, fit, open_part, read_value
 
 SECONDS, BYTES = 10, 3 << 30  # that one case may take
 Read = Callable[[], object]
@@ -370,7 +370,11 @@ def checkpoints(folder: Path) -> Case:
 
 # Converting --------------------------------------------------------------------------------------
 
-CONVERTING = (Refusal, WeightsError, OSError, MemoryError, SafetensorError)  # what `run` there expects
+CONVERTING = (WeightsError, OSError, MemoryError, SafetensorError)  # what `run` there expects
+
+
+def read_vae(path: Path) -> None:
+    parts.build("vae", open_part(str(path), "vae", "off", Notes()))
 
 
 @cache
@@ -390,7 +394,7 @@ def pickles(folder: Path) -> Case:
     def case(rng: random.Random) -> Read:
         chosen = spoil_tensors(state, rng) if rng.random() < 0.2 else state
         value = rng.choice((chosen, {"state_dict": chosen, "callbacks": {"x": np.float64(1)}, "epoch": 3}))
-        return partial(load_vae, str(put(folder / "vae.ckpt", spoil_pickle(value, rng))))
+        return partial(read_vae, put(folder / "vae.ckpt", spoil_pickle(value, rng)))
     return case
 
 
@@ -399,7 +403,7 @@ def ldm_files(folder: Path) -> Case:
     state = ldm_vae(plain_states()["vae"])
 
     def case(rng: random.Random) -> Read:
-        return partial(load_vae, str(put(folder / "vae.safetensors", spoil_safetensors(state, rng))))
+        return partial(read_vae, put(folder / "vae.safetensors", spoil_safetensors(state, rng)))
     return case
 
 
@@ -411,11 +415,11 @@ def whole_models(folder: Path) -> Case:
         """All that `convert` does before it writes."""
         notes = Notes()
         args = convert_sd15.parse_args([str(source), "--output", str(folder / "out"), "--ema", ema])
-        parts, base = conversion.gather(args, notes)
+        parts, base = convert_sd15.gather(args, notes)
         for name, part in parts.items():
             fit(name, part, notes)
         check_together(parts)
-        conversion.describe(args, parts, base, notes)
+        convert_sd15.describe(args, parts, base, notes)
         for part in parts.values():
             for key in list(part.tensors)[::50]:
                 read_value(part, key, torch.float32)
@@ -440,7 +444,7 @@ def diffusers_folders(folder: Path) -> Case:
         for name, value in files.items():
             put(folder / "model" / name, spoil_json(value, rng) if rng.random() < 0.6 else
                 json.dumps(value).encode())
-        return partial(load_vae, str(folder / "model"))
+        return partial(read_vae, folder / "model")
     return case
 
 
@@ -463,7 +467,7 @@ def controlnets(folder: Path) -> Case:
     return case
 
 
-@family("LoRA", LoRAError)
+@family("LoRA", WeightsError)
 def loras(folder: Path) -> Case:
     from tests.test_lora import diffusers, kohya, make_lora, peft, peft_metadata
     pipeline = Pipeline(load_models(copy_world(folder / "world")))
@@ -768,7 +772,7 @@ def spare() -> None:
     """In this process: do not do again what no broken byte changes, which is half of the time."""
     for name in ("kaiming_uniform_", "uniform_", "normal_"):
         setattr(torch.nn.init, name, unless_empty(getattr(torch.nn.init, name)))
-    parts.build_empty = kept(parts.build_empty, lambda part, cfg: (part, repr(cfg)))
+    parts.build_empty = kept(parts.build_empty, repr)
     parts.rename = lru_cache(10_000)(parts.rename)
     open_clip().tokenizer.SimpleTokenizer = cache(open_clip().tokenizer.SimpleTokenizer)
 
