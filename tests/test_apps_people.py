@@ -325,15 +325,14 @@ def test_page_command(command, tmp_path, monkeypatch):
     assert list(tmp_path.rglob("*.png"))
 
 
-@pytest.mark.parametrize("inversion", ["fixed-point", "negative-prompt"])
-def test_round_trip_of_a_real_picture(tmp_path, capsys, inversion):
-    """Measured: 63.4 dB with fixed-point iterations, 32.8 dB without, to the VAE's reconstruction."""
+def test_round_trip_of_a_real_picture(tmp_path, capsys):
+    """Measured: 63.4 dB to the VAE's reconstruction."""
     examples, edit = ROOT / "examples", importlib.import_module("apps.edit")
     edit.main(["--image", str(examples / "couple.png"), "--mask", str(examples / "couple_mask.png"),
                "--source-prompt", "a person and a person", "--keep", "1", "--subject",
-               f"2={examples / 'zoe.png'}", "--inversion", inversion, "--output", str(tmp_path / "e")])
+               f"2={examples / 'zoe.png'}", "--output", str(tmp_path / "e")])
     vae, picture = map(float, re.findall(r"([\d.]+) dB", capsys.readouterr().out))
-    assert vae > (50 if inversion == "fixed-point" else 30) and picture > 24
+    assert vae > 50 and picture > 24
     changed = np.abs(pixels(tmp_path / "e" / "002.png") - pixels(tmp_path / "e" / "001.png")).mean(-1)
     swapped, edge = changed[20:, 66:120].mean(), changed[:, :16].mean()
     assert swapped > 2 * edge, (swapped, edge)
