@@ -135,8 +135,10 @@ def test_a_folder_as_diffusers_saves_it(tmp_path):
         assert max(errors(*(OUTPUTS["controlnet"](m, cfg) for m in (net, theirs))).values()) < LIMIT
 
 
-def test_shuffle_is_known_by_its_name(theirs, tmp_path):
-    source = put(ldm_controlnet(theirs.state_dict()), tmp_path / "control_v11e_sd15_shuffle.pth")
+@pytest.mark.parametrize("name", ["control_v11e_sd15_shuffle.pth",
+                                  "Control_V11e_Shuffle/diffusion_pytorch_model.safetensors"])
+def test_shuffle_is_known_by_its_name(name, theirs, tmp_path):
+    source = put(ldm_controlnet(theirs.state_dict()), tmp_path / "there" / name)
     assert load_controlnet(str(source)).cfg == replace(SMALL_CONTROLNET, global_pool=True)
 
 

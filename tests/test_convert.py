@@ -836,21 +836,18 @@ def test_files_are_as_safetensors_writes_them(tmp_path, types):
     assert (tmp_path / "ours.safetensors").stat().st_size == (tmp_path / "theirs.safetensors").stat().st_size
 
 
-@pytest.mark.parametrize("suffix, flags, limit", [
-    ("safetensors", [], 0.3), ("ckpt", ["--dtype", "fp16"], 1.3)])
-def test_memory(tmp_path, states, suffix, flags, limit):
-    """What a larger file takes beyond a small one: a part of itself, or all where a pickle is mapped."""
+def test_memory(tmp_path, states):
+    """What a larger file takes beyond a small one: a part of itself."""
     with torch.device("meta"):
         wide = UNet(UNetConfig(channels=(128, 256, 384, 384), context_dim=32)).state_dict()
     larger = {**states, "unet": {k: torch.zeros(v.shape) for k, v in wide.items()}}
     peaks, sizes = [], []
     for number, source in enumerate((states, larger)):
-        file = put(ldm(source), tmp_path / f"{number}.{suffix}")
-        peaks.append(measure("weights/convert_sd15.py", file, "--output", tmp_path / f"out{number}",
-                             *flags)[1])
+        file = put(ldm(source), tmp_path / f"{number}.safetensors")
+        peaks.append(measure("weights/convert_sd15.py", file, "--output", tmp_path / f"out{number}")[1])
         sizes.append(file.stat().st_size / 1e9)
     assert sizes[1] - sizes[0] > 0.25
-    assert peaks[1] - peaks[0] < limit * (sizes[1] - sizes[0])
+    assert peaks[1] - peaks[0] < 0.3 * (sizes[1] - sizes[0])
 
 
 # Everything at once, as at full size

@@ -150,6 +150,7 @@ def join_vision(state: State) -> None:
     if tensor := state.pop("visual_projection.weight", None):
         state["visual.proj"] = Lazy(tensor.shape[::-1], tensor.dtype, lambda: tensor.read().T)
 
+
 # 2. Sizes, from shapes; what shapes cannot tell comes from config.json or is SD1.5's.
 
 # Field of our config -> its name in diffusers' or transformers' config.json.
