@@ -86,14 +86,15 @@ def parse_args() -> argparse.Namespace:
         help="steps from line to line of metrics.jsonl (default 50)")
     add("--checkpoint-every", type=positive, default=1000, metavar="STEPS",
         help="steps from one checkpoint to the next (default 1000)")
-    add("--samples-every", type=positive, metavar="STEPS",
-        help="steps from one sample sheet to the next (default: as --checkpoint-every)")
+    add("--samples-every", type=int, metavar="STEPS",
+        help="steps from one sample sheet to the next; 0 draws none (default: as --checkpoint-every)")
     add("--keep", type=positive, default=1, metavar="N",
         help="how many checkpoints stay, the newest (default 1)")
     add("--resume", action="store_true", help="go on from the run's newest checkpoint, if there is one")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default auto)")
     args = parser.parse_args()
-    args.samples_every = args.samples_every or args.checkpoint_every
+    if args.samples_every is None:
+        args.samples_every = args.checkpoint_every
     return args
 
 
@@ -260,7 +261,7 @@ def train(stage: Stage, args: argparse.Namespace) -> None:
         if stopping:
             message = f"step {done} is saved in {args.output}; go on with --resume"
             raise StopRequested(stop[0] if stop else signal.SIGTERM, message)
-        if writes and (done == config.steps or done % args.samples_every == 0):
+        if writes and args.samples_every and (done == config.steps or done % args.samples_every == 0):
             with averaged(trained, average):
                 stage.sheet(args.output / "samples" / f"{done:06d}.png")
             log.show(done)

@@ -127,7 +127,7 @@ def tree(pipeline: Pipeline) -> Iterator[str]:
     size, layer = latent_size(pipeline), 0
     yield f"{'':74}{'frozen':>10}{'trained':>10}{'routers':>10}"
     yield row("text_encoder", f"77 tokens -> (77, {text.cfg.dim})", text)
-    yield row("image_encoder", f"{square(image.cfg.image_size)} -> ({image.cfg.output_dim},)", image)
+    yield row("image_encoder", f"-> ({image.cfg.output_dim},)", image)
     yield row("vae", f"{square(size * vae.cfg.factor)} <-> (4, {size}, {size})", vae)
     yield row("prompt", f"f ({prompt.cfg.image_dim},), token ({prompt.cfg.text_dim},), t, l -> token", prompt)
     yield row("unet", f"(4, {size}, {size}), t, tokens -> (4, {size}, {size})", unet)

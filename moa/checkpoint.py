@@ -72,6 +72,8 @@ def load_moa(unet: nn.Module, path: str | Path) -> MultimodalPrompt:
         prompt = MultimodalPrompt(PromptConfig(**config["prompt"])).to(weight.device, weight.dtype)
         if not isinstance(next(unet.transformer_blocks()).attn1, MixtureOfAttention):
             add_moa(unet, config["router_hidden"])
+        # Older files have frequencies of the raw timestep and layer.
+        units = torch.tensor(PositionalEncoding.units) / torch.tensor(config.get("encoding_units", (1, 1)))
     except (KeyError, TypeError, RuntimeError, ValueError) as error:
         raise ValueError(f"{path} is not a MoA file: its config cannot be used: {error}") from error
     prompt.encoding.float()  # phases need full precision
@@ -82,8 +84,6 @@ def load_moa(unet: nn.Module, path: str | Path) -> MultimodalPrompt:
     if wrong:
         raise ValueError(f"{path} does not fit this UNet: {len(wrong)} tensors are missing, unexpected "
                          f"or of another shape, such as {', '.join(wrong[:5])}")
-    # Older files have frequencies of the raw timestep and layer.
-    units = torch.tensor(PositionalEncoding.units) / torch.tensor(config.get("encoding_units", (1, 1)))
     state[FREQUENCIES] = state[FREQUENCIES] * units[:, None]
     with torch.no_grad():
         for key, value in state.items():  # state_dict's tensors are the parameters' own memory

@@ -89,12 +89,6 @@ class ControlNet(UNetEncoder):
         return residuals
 
 
-def guess_ramp(count: int) -> list[float]:
-    """Guess mode's factors of `count` residuals: from 0.1 at the finest to 1 in the middle, as diffusers
-    spaces them. The paper's code has 0.825^(12-i), which differs by less than 0.6 %."""
-    return torch.logspace(-1, 0, count).tolist()
-
-
 def add_residuals(several: Iterable[list[Tensor]]) -> list[Tensor]:
     """The sum over ControlNets; [] of none."""
     return [sum(residuals) for residuals in zip(*several, strict=True)]

@@ -105,7 +105,7 @@ def test_from_photographs_to_a_picture(photos, models, tmp_path):
     command("-m", "data.build", photos, "--output", tmp_path / "data")
     command("-m", "data.build", "--check", tmp_path / "data")
     command("train.py", "moa", "--weights", "weights/toyworld", "--data", tmp_path / "data", "--steps", 2,
-            "--batch-size", 2, "--log-every", 1, "--output", tmp_path / "run")
+            "--batch-size", 2, "--log-every", 1, "--samples-every", 0, "--output", tmp_path / "run")
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["step"] == 2
     command("sample.py", "--weights", tmp_path / "run", "--subject", photos / "zoe.jpg", "--steps", 2,
