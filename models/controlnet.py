@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 
-import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
