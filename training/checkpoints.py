@@ -69,7 +69,7 @@ class Run:
                         if value.shape != read[name].shape:
                             raise KeyError(name)
                         value.copy_(read[name])
+            self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
         except (KeyError, AttributeError, TypeError) as error:
             raise ValueError(f"{path} is of another run: a model of other sizes, {error}") from error
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
         return state["step"]
