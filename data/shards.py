@@ -95,11 +95,13 @@ class Shards:
     def open(self, number: int) -> dict[str, Tensor]:
         """All rows of one file."""
         if number not in self.files:
-            path = shard_path(self.folder, number)
+            path, count = shard_path(self.folder, number), len(shards_of(self.count)[number])
             try:
                 with safe_open(path, "pt") as file:
-                    names = list(file.keys())
-                    self.files[number] = {name: file.get_tensor(name) for name in names}
+                    rows = {name: file.get_tensor(name) for name in list(file.keys())}
+                if any(value.shape[:1] != (count,) for value in rows.values()):
+                    raise OSError(f"it does not hold {count} rows")
             except (OSError, SafetensorError) as error:
                 raise ShardError(f"{path} cannot be read, remove it: {error}") from error
+            self.files[number] = rows
         return self.files[number]

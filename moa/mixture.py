@@ -73,11 +73,10 @@ class MixtureOfAttention(nn.Module):
     def forward(self, z: Tensor, context: Tensor | ExpertContext | None = None) -> Tensor:
         """(B, N, D), and for cross-attention a context -> (B, N, D). A tensor goes to all experts."""
         prior_context, subject_context = self.contexts(context)
-        out = self.prior(z, prior_context)
         if self.prior_only:
-            return out
+            return self.prior(z, prior_context)
         r = self.routing(z)  # (B, N, E)
-        out = r[..., :1] * out
+        out = r[..., :1] * self.prior(z, prior_context)
         for e, expert in enumerate(self.experts[1:], 1):
             out = out + r[..., e:e + 1] * expert(z, subject_context)
         return out

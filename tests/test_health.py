@@ -20,6 +20,7 @@ from tests.stress.kill import write_base
 from tests.test_train import Killed, metrics_of, run, small_place
 from toyworld.rendered import render_cache
 from training import MoAStage, distributed, log
+from training.encode import Encoded
 
 LISTS = ("prior_weight_people_by_layer", "prior_weight_background_by_layer", "subject_attention_by_layer")
 NORMS = ("gradient_norm_experts", "gradient_norm_routers", "gradient_norm_prompt")
@@ -135,9 +136,9 @@ def test_forced_routers_are_read_back():
 
 def test_nobody_in_the_batch_is_zero(monkeypatch):
     stage = moa_stage(null_probability=1.0)
-    encoded = stage.encoded
-    monkeypatch.setattr(stage, "encoded", lambda step, turn: {
-        **(batch := encoded(step, turn)), "masks": torch.zeros_like(batch["masks"])})
+    encoded = Encoded.__call__
+    monkeypatch.setattr(Encoded, "__call__", lambda self, step, turn: {
+        **(batch := encoded(self, step, turn)), "masks": torch.zeros_like(batch["masks"])})
     stage.loss(stage.batch(0))[0].backward()
     health = stage.health()
     assert health["prior_weight_people_by_layer"] == [0.0] * 16

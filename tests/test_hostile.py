@@ -9,10 +9,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 
-import train
 from data.fastcomposer import DataError, open_picture
 from models import WeightsError
 from models.load import MOST_LAYERS, build_empty, read_checkpoint, read_tensors, write_whole
@@ -161,44 +159,3 @@ def test_what_cannot_be_written_is_named(error, tmp_path):
         write_whole(tmp_path / "x.pt", fail)
     assert len(str(found.value).splitlines()) == 1
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"x.pt": b"before"}
-
-
-def test_a_second_process_is_refused_until_the_first_has_ended(tmp_path):
-    hold = ("import pathlib, sys, train\n"
-            "with train.claimed(pathlib.Path(sys.argv[1])): print('held', flush=True), sys.stdin.read()")
-    with subprocess.Popen([sys.executable, "-c", hold, tmp_path], cwd=ROOT, stdin=subprocess.PIPE,
-                          stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout.readline() == "held\n"
-        with (pytest.raises(ValueError, match="another process is training into"),
-              train.claimed(tmp_path)):
-            pass
-        other.kill()
-    assert (tmp_path / "lock").exists()  # of a killed process, and holds nobody off
-    with train.claimed(tmp_path):
-        pass
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("seed", [-1, 2 ** 32, 10 ** 30])
-def test_seeds_that_no_generator_takes(seed, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["train.py", "vae", "--output", "x", "--seed", str(seed)])
-    with pytest.raises(SystemExit):
-        train.parse_args()
-    assert "--seed must be in" in capsys.readouterr().err
-
-
-def test_an_optimizer_s_state_that_fits_no_parameter(tmp_path):
-    p = torch.nn.Parameter(torch.ones(3))
-    optimizer = torch.optim.AdamW([p], fused=True)
-    p.sum().backward()
-    optimizer.step()
-    state = {"run": {}, "step": 1, "parameters": {"p": p.detach()}, "average": {"p": p.detach()},
-             "optimizer": optimizer.state_dict(), "moa": None}
-    for spoil in (lambda s: s["state"][0].pop("exp_avg"), lambda s: s["state"].update({7: {}}),
-                  lambda s: s.update(state=[1]), lambda s: s["state"][0].update(exp_avg=torch.ones(4))):
-        broken = {**state, "optimizer": optimizer.state_dict()}
-        broken["optimizer"]["state"] = {k: dict(v) for k, v in broken["optimizer"]["state"].items()}
-        spoil(broken["optimizer"])
-        torch.save(broken, tmp_path / "1.pt")
-        with pytest.raises(ValueError, match="of another run: a model of other sizes"):
-            train.load_checkpoint(tmp_path / "1.pt", {}, {"p": p}, {"p": p.detach()}, optimizer)

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -129,3 +130,15 @@ def test_a_process_that_hangs_ends_the_job(stressed, start):
     wait_for_text(place, "error: another process of this run did not answer for 0:00:20", 120)
     os.kill(stopped, signal.SIGCONT)  # torchrun would wait for it for another 30 seconds
     assert torchrun.wait(60) != 0
+
+
+def test_processes_meet_again_after_a_restart():
+    """In a store that still holds what dead processes wrote, one of them only half of it."""
+    store, names = dist.HashStore(), set()
+    store.set("hello 1", "of a dead process")
+    for _ in range(2):
+        with ThreadPoolExecutor(3) as pool:
+            found = set(pool.map(lambda rank: distributed.meet(store, rank, 3), range(3)))
+        assert len(found) == 1
+        names |= found
+    assert len(names) == 2

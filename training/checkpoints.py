@@ -56,18 +56,18 @@ class Run:
                      if k in state["run"] and state["run"][k] != v]
         if different:
             raise ValueError(f"{path} is of another run: {', '.join(different)}")
-        moments = state["optimizer"]["state"]
-        shapes = {number: p.shape for number, p in enumerate(self.trained.values())}
         try:
+            moments = state["optimizer"]["state"]
+            for p, moment in zip(self.trained.values(), moments.values(), strict=False):
+                if not moment["exp_avg"].shape == moment["exp_avg_sq"].shape == p.shape:
+                    raise KeyError("optimizer")
             with torch.no_grad():
                 for values, read in ((self.trained, state["parameters"]), (self.averages, state["average"])):
                     for name, value in values.items():
                         if value.shape != read[name].shape:
                             raise KeyError(name)
                         value.copy_(read[name])
-            if any(moment["exp_avg"].shape != shapes[number] for number, moment in moments.items()):
-                raise KeyError("optimizer")
+            self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
         except (KeyError, AttributeError, TypeError) as error:
             raise ValueError(f"{path} is of another run: a model of other sizes, {error}") from error
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
         return state["step"]

@@ -8,6 +8,8 @@ A process that dies ends the others: `torchrun` ends those of its machine, close
 all others. One that hangs, or whose machine is gone, ends them after `PATIENCE`.
 """
 import os
+import time
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -40,9 +42,33 @@ def start(device: torch.device) -> torch.device:
         torch.cuda.set_device(device)  # streams and graphs are the current one's
     if launched:
         with together():
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+            store, rank, size = next(dist.rendezvous("env://"))
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE, rank=rank,
+                                    world_size=size, store=dist.PrefixStore(meet(store, rank, size), store))
             _patient = dist.new_group(backend="gloo", timeout=DATA_PATIENCE)
     return device
+
+
+def meet(store: dist.Store, rank: int, size: int) -> str:
+    """A name that all processes of this start share, and no earlier start had.
+
+    `torchrun` keeps one store through its restarts, where the processes would find the addresses of
+    dead ones. How often it restarted is no name: on several machines it counts differently.
+    """
+    mine = uuid.uuid4().hex
+    if rank:
+        store.set(f"hello {rank}", mine)
+        while not store.check([f"welcome {mine}"]):
+            time.sleep(0.05)
+        name = store.get(f"welcome {mine}").decode()
+        store.set(f"{name} {rank}", "")
+        return name
+    for other in range(1, size):
+        while not store.check([f"{mine} {other}"]):
+            if store.check([f"hello {other}"]):  # perhaps of a process that is dead: then again
+                store.set(f"welcome {store.get(f'hello {other}').decode()}", mine)
+            time.sleep(0.05)
+    return mine
 
 
 def stop() -> None:

@@ -31,6 +31,7 @@ import zipfile
 from collections.abc import Callable
 from functools import cache, lru_cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -41,20 +42,20 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 import sample
-import train
 from apps import story
 from data import build
 from data.fastcomposer import DataError, read_ids, read_sample
-from data.shards import ShardError, Shards, build_shards, describe
+from data.shards import ShardError, Shards, build_shards
 from moa import load_moa
 from models import WeightsError, load, load_models
 from models.clip_text import open_clip
 from models.controlnet import ControlNet
 from models.load import ALL_PARTS, load_part, read_config, read_tensors, save_part
 from weights.lora import LoRASetting
-from images import read_masks, read_picture, read_settings, save_png
+from images import read_picture, read_settings, save_png
 from pipeline import Pipeline
-from subjects import bind_rows, bind_subjects
+from subjects import bind_rows, bind_subjects, read_masks
+from training.checkpoints import Run
 from tests.conftest import save_world
 from tests.layouts import ldm, ldm_controlnet, ldm_vae, under
 from tests.test_build import add_picture
@@ -341,12 +342,14 @@ def checkpoints(folder: Path) -> Case:
     optimizer.step()
     fresh = copy.deepcopy(optimizer.state_dict())
     run = {"stage": "vae", "seed": 0}
+    (folder / "checkpoints").mkdir(exist_ok=True)
     state = {"run": run, "step": 3, "parameters": {k: p.detach() for k, p in trained.items()},
              "average": averages, "optimizer": fresh, "moa": None}
 
     def read(path: Path) -> None:
         again = torch.optim.AdamW(trained.values(), fused=True)
-        train.load_checkpoint(path, run, trained, averages, again)
+        Run.resume(SimpleNamespace(output=path.parents[1], identity=run, trained=trained, averages=averages,
+                                   optimizer=again))
         module.zero_grad()
         module(torch.ones(1, 3)).sum().backward()
         again.step()
@@ -361,10 +364,10 @@ def checkpoints(folder: Path) -> Case:
             part = rng.choice(("parameters", "average"))
             value[part] = spoil_tensors(value[part], rng)
         if kind < 3:
-            torch.save(value, folder / "1.pt")
+            torch.save(value, folder / "checkpoints" / "000003.pt")
         else:
-            put(folder / "1.pt", spoil_pickle(value, rng))
-        return partial(read, folder / "1.pt")
+            put(folder / "checkpoints" / "000003.pt", spoil_pickle(value, rng))
+        return partial(read, folder / "checkpoints" / "000003.pt")
     return case
 
 
@@ -616,19 +619,14 @@ def built(folder: Path) -> Case:
 @family("the encoded cache", ShardError)
 def shards(folder: Path) -> Case:
     rows = {"latents": torch.rand(6, 4, 2, 2), "positions": torch.zeros(6, 2, dtype=torch.int64)}
-    description = {"samples": "a", "count": 6, "models": "b"}
-    describe(folder / "cache", description)
     build_shards(folder / "cache", 6, lambda numbers: [{k: v[list(numbers)] for k, v in rows.items()}], [0])
     file, = (folder / "cache").glob("*.safetensors")
 
     def read() -> None:
-        describe(folder / "cache", description)
         Shards(folder / "cache", 6).rows([0, 3, 5])
 
     def case(rng: random.Random) -> Read:
         put(file, spoil_safetensors(rows, rng))
-        put(folder / "cache" / "description.json", spoil_json(description, rng) if rng.random() < 0.3 else
-            json.dumps(description).encode())
         return read
     return case
 

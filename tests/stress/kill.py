@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import torch
 
-from models.load import PARTS, save_part
+from models.load import PARTS, read_config, save_part, write_json
 from tests.test_train import SMALL, STEPS, assert_same_run
 from train import list_checkpoints
 
@@ -52,6 +52,7 @@ def write_base(folder: Path) -> None:
     torch.manual_seed(0)
     for part, (cls, _) in PARTS.items():
         save_part(cls(SMALL[part]), folder, part)
+    write_json({**read_config(folder), "image_size": 128}, folder / "config.json")
 
 
 def write_data(folder: Path) -> None:
