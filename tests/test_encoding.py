@@ -26,7 +26,7 @@ LAYERS = torch.arange(16)
 def test_the_encoding_of_a_timestep_stays_itself_while_it_is_trained(units, steps, monkeypatch):
     """With the small preset, 25 steps apart. With raw timesteps it is soon another one."""
     monkeypatch.setattr(PositionalEncoding, "units", units)
-    config = make_config("toyworld", "moa", steps=steps, batch_size=2, samples=32)
+    config = make_config("toyworld", "moa", steps=steps, batch_size=1, samples=32)
     scenes = render_cache("scenes", config.samples)
     stage = STAGES["moa"](config, 0, torch.device("cpu"), scenes, SHIPPED, cache=ENCODED)
     encoding = stage.prompt.encoding

@@ -234,7 +234,7 @@ def test_the_script_runs_from_anywhere_without_diffusers(tmp_path, weights):
     assert json.loads((tmp_path / "out" / "model_index.json").read_text())["unet"][0] == "diffusers"
 
 
-def test_readme_command(tmp_path, monkeypatch):
+def test_documented_command(tmp_path, monkeypatch):
     ((folder, *rest),) = documented("weights/export_diffusers.py")
     monkeypatch.chdir(tmp_path)
     export_diffusers.main([str(ROOT / folder), *rest])

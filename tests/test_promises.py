@@ -174,7 +174,7 @@ def test_the_edits_as_a_reader_makes_them(tmp_path):
         assert done.returncode == 0, done.stderr
 
     run("train.py", "moa", "--weights", world, "--output", "run", "--samples", 8, "--steps", 2,
-        "--batch-size", 2, "--log-every", 1)
+        "--batch-size", 2, "--log-every", 1, "--samples-every", 0)
     lines = (tmp_path / "code" / "run" / "metrics.jsonl").read_text().splitlines()
     assert all(json.loads(line)["smooth"] > 0 for line in lines[1:])
     state = load_file(tmp_path / "code" / "run" / "moa.safetensors")

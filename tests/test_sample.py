@@ -456,7 +456,7 @@ def test_says_when_a_subject_is_foreign(draw, other_world):
     (["--weights", "missing"], "missing is not a weights folder"),
     (["--lora", "missing.safetensors:.5"], "--lora missing.safetensors:.5: missing.safetensors is not"),
     (["--lora", "ada.png:much"], "ada.png:much is not a file; give FILE[:SCALE"),
-    (["--lora", "ada.png"], "ada.png is not a safetensors file, it looks like a picture"),
+    (["--lora", "ada.png"], "ada.png is a picture: give a .safetensors file"),
     (["--lora-scope", "all"], "--lora-scope means nothing without --lora")],
     ids=lambda value: str(value)[:40])
 def test_refuses(refuse, flags, words):

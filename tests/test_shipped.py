@@ -22,8 +22,9 @@ SHIPPED = ROOT / "weights" / "toyworld"
 
 
 def documented(script: str) -> list[list[str]]:
-    """The arguments of all commands of one script in README and docs/apps.md that need no other weights."""
-    pages = "\n".join((ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "docs/apps.md"))
+    """The arguments of all commands of one script in three pages that need no other weights."""
+    pages = "\n".join((ROOT / page).read_text(encoding="utf-8")
+                      for page in ("README.md", "docs/apps.md", "docs/convert.md"))
     blocks = re.findall(r"^```\w*\n(.*?)^```", pages, re.S | re.M)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     return [shlex.split(line)[2:] for line in lines

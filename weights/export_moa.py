@@ -27,6 +27,8 @@ def export(checkpoint: Path, output: Path) -> None:
                          "hold: the run writes both at its end")
     if output.resolve() == checkpoint.resolve():
         raise ValueError(f"--output {output} is the checkpoint itself: give another name")
+    if output.is_dir():
+        raise ValueError(f"--output {output} is a folder: give a file's name")
     output.parent.mkdir(parents=True, exist_ok=True)
     write_moa({name.removeprefix("unet."): value for name, value in state["average"].items()},
               state["moa"], output)

@@ -74,6 +74,7 @@ def start(folder: Path, name: str, steps: int, *options: str, torchrun: tuple = 
     weights = [] if stage in ("vae", "classifier") else ["--weights", folder / "base"]
     command = [sys.executable, *(several if stage == "moa" else []), program, stage, *weights, *data,
                "--steps", steps, "--batch-size", 4, "--log-every", 1, "--checkpoint-every", 3, "--keep", KEEP,
+               "--samples-every", 0,
                "--device", "cpu", "--output", place / "run", *options]
     with open(place / "log.txt", "a") as log:
         return subprocess.Popen([str(c) for c in command], cwd=place, stdout=log, stderr=log,

@@ -43,9 +43,9 @@ MUTANTS = {
         "models/vae.py", "Downsample(channels[i], symmetric=False)",
         "Downsample(channels[i], symmetric=True)", "models::test_vae_equals_diffusers"),
     "LDM's decoder levels not reversed": (
-        "weights/parts.py", "3 - int(match[1])", "int(match[1])", "convert::test_ldm_safetensors"),
+        "weights/names.py", "3 - int(match[1])", "int(match[1])", "convert::test_ldm_safetensors"),
     "LDM's norms and convolutions swapped": (
-        "weights/parts.py", r'(r"\.out_layers\.0\.", ".norm2.")', r'(r"\.out_layers\.0\.", ".conv2.")',
+        "weights/names.py", r'(r"\.out_layers\.0\.", ".norm2.")', r'(r"\.out_layers\.0\.", ".conv2.")',
         "convert::test_ldm_safetensors"),
     "layers numbered from the last": (
         "moa/install.py", "    yield layer, \"self\", block.attn1",
