@@ -169,8 +169,8 @@ def load_pickle(path: Path):
                 raise WrongKind(f"{path} is a TorchScript program, not a checkpoint: take the .safetensors "
                                 "or the Hugging Face layout") from error
             else:
-                raise WrongKind(f"{path} is truncated or damaged, or no PyTorch checkpoint "
-                                f"({type(error).__name__}: {str(error)[:90]}): download it again") from error
+                raise WrongKind(f"{path} is truncated or damaged, or no PyTorch checkpoint but a pickle that "
+                                "could run code. Nothing was run: download it again") from error
 
 
 # 2. Finding files: a file, a folder or a repository.

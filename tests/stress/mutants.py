@@ -52,7 +52,7 @@ MUTANTS = {
         "    layer = 15 - layer\n        yield layer, \"self\", block.attn1",
         "moa::test_record_routing_has_all_layers_in_forward_order"),
     "the experts' weights swapped": (
-        "moa/mixture.py", "r[..., :1] * out", "r[..., 1:] * out",
+        "moa/mixture.py", "r[..., :1] * self.prior", "r[..., 1:2] * self.prior",
         "moa::test_forced_away_from_the_prior_it_is_all_personalized"),
     "the router loss on the people": (
         "moa/loss.py", "((1 - mask) * (1 - routing)) ** 2", "(mask * (1 - routing)) ** 2",
