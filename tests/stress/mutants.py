@@ -65,7 +65,7 @@ MUTANTS = {
         "training/moa.py", "if key.layer in self.config.router_layers]", "]",
         "health::test_the_losses_see_their_layers_only"),
     "guidance from the wrong half": (
-        "samplers/guidance.py", "uncond, cond = eps", "cond, uncond = eps",
+        "samplers/guidance.py", "uncond, cond = denoise", "cond, uncond = denoise",
         "samplers::test_guided_doubles_the_batch_and_extrapolates"),
     "alpha_bar from linear betas": (
         "samplers/schedule.py", "(first + (last - first) * t / (NUM_TIMESTEPS - 1)) ** 2",
