@@ -4,12 +4,13 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
@@ -21,6 +22,7 @@ from samplers import LABELS
 
 # Formats that Pillow decodes itself; for some others it starts programs.
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
+SRGB = ImageCms.createProfile("sRGB")
 FRAME = 125  # ms that a frame of an animation is shown
 MIN_SIDE = 16
 MAX_ASPECT = 10  # a sliver would be scaled up to gigabytes
@@ -32,9 +34,10 @@ GENERATED = """<x:xmpmeta xmlns:x="adobe:ns:meta/">
 </Iptc4xmpExt:DigitalSourceType></rdf:Description></rdf:RDF></x:xmpmeta>"""
 
 
-def read_picture(path: str | Path) -> Tensor:
-    """(3, H, W) in [0, 1] from any picture file: EXIF rotation applied, alpha over white, palette,
-    CMYK, greyscale and 16 bit brought to RGB; of an animation the first frame.
+def read_picture(path: str | Path, labels: bool = False) -> Tensor:
+    """(3, H, W) in [0, 1] from any picture file, as a viewer shows it: EXIF rotation and colour profile
+    applied, alpha over white, palette, CMYK, greyscale and 16 bit brought to RGB; of an animation the first
+    frame. labels: its colours are labels, so they stay as they are, and transparent is black.
 
     Raises ValueError naming the file and what is wrong with it.
     """
@@ -45,13 +48,16 @@ def read_picture(path: str | Path) -> Tensor:
     if not path.is_file():
         raise ValueError(f"{path} is not a file: give a picture file")
     try:
-        rgb = decode(path)
+        rgb = decode(path, labels)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{path} is none of {', '.join(FORMATS)}, or damaged: save it as JPEG or PNG"
+                         ) from error
     except Exception as error:  # decoders of broken files raise nearly anything
         raise ValueError(f"{path} cannot be used as a picture: {error or type(error).__name__}") from error
     return rearrange(torch.from_numpy(rgb), "h w c -> c h w").float() / 255
 
 
-def decode(path: Path) -> np.ndarray:
+def decode(path: Path, labels: bool = False) -> np.ndarray:
     """(H, W, 3) uint8."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about odd metadata
@@ -62,19 +68,43 @@ def decode(path: Path) -> np.ndarray:
                 raise ValueError(f"it has {width} x {height} pixels, both must be at least {MIN_SIDE}")
             if max(width, height) > MAX_ASPECT * min(width, height):
                 raise ValueError(f"its {width} x {height} pixels are too long and thin, crop it")
-            return np.array(to_rgb(ImageOps.exif_transpose(image)))
+            image = ImageOps.exif_transpose(image)
+            return np.array(to_rgb(image, "black", cut=True) if labels else to_rgb(to_srgb(image)))
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow mode -> RGB, transparent parts over white."""
-    if image.mode.startswith("I"):  # 16 bit greyscale: Pillow's own conversion would clip it to 255
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+def to_rgb(image: Image.Image, ground: str = "white", cut: bool = False) -> Image.Image:
+    """Any Pillow mode -> RGB, transparent parts over `ground`; with `cut` a pixel is either there or not."""
+    if image.mode.startswith("I"):  # more than 8 bits: Pillow's own conversion would clip them to 255
+        values = np.asarray(image).clip(0, 65535)
+        image = Image.fromarray((values >> (8 if values.max() > 255 else 0)).astype(np.uint8))
     if image.mode == "F":
         raise ValueError("pictures of floating-point numbers are not supported, save it as PNG")
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        if cut:
+            image.putalpha(image.getchannel("A").point(lambda alpha: 255 * (alpha > 127)))
+        image = Image.alpha_composite(Image.new("RGBA", image.size, ground), image)
     return image.convert("RGB")
+
+
+def to_srgb(image: Image.Image) -> Image.Image:
+    """A picture with a colour profile -> its colours in sRGB; a profile that cannot be used is left out, as
+    viewers do."""
+    if image.mode == "LAB":
+        return ImageCms.profileToProfile(image, ImageCms.createProfile("LAB"), SRGB, outputMode="RGB")
+    if not (data := image.info.get("icc_profile")) or image.mode not in ("RGB", "RGBA", "CMYK"):
+        return image
+    try:
+        profile = ImageCms.ImageCmsProfile(BytesIO(data))
+        if "sRGB" in ImageCms.getProfileDescription(profile):
+            return image
+        colours = image.convert("RGB") if image.mode == "RGBA" else image
+        colours = ImageCms.profileToProfile(colours, profile, SRGB, outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError):
+        return image
+    if image.mode == "RGBA":
+        colours.putalpha(image.getchannel("A"))
+    return colours
 
 
 def check_finite(values: Tensor, what: str) -> None:

@@ -129,8 +129,8 @@ def cut_people(picture: Tensor, keep: Sequence[int], mask: Path | None, boxes: S
 
 def read_masks(path: Path, picture: Tensor) -> list[Tensor]:
     """The people of a picture (3, H, W), each (H, W) bool, from a picture of the same size in which each has
-    a colour of their own and the rest is black. Raises ValueError."""
-    red, green, blue = (read_picture(path) * 255).round().long()
+    a colour of their own and the rest is black or transparent. Raises ValueError."""
+    red, green, blue = (read_picture(path, labels=True) * 255).round().long()
     if red.shape != picture.shape[1:]:
         sizes = [f"{width} x {height}" for height, width in (red.shape, picture.shape[1:])]
         raise ValueError(f"{path} has {sizes[0]} pixels, the picture {sizes[1]}: they must be alike")

@@ -156,6 +156,8 @@ def find_pictures(folder: Path) -> tuple[list[Path], list[str]]:
         owner = re.fullmatch(r"(.+?)(_mask\.png|_people\.txt|\.txt)", path.name)
         if owner and not {path.with_name(owner[1]), path.with_suffix("")} & names.keys():
             broken.append(f"{path}: there is no picture for it")
+        elif not owner and path.suffix.lower() not in SUFFIXES:
+            broken.append(f"{path}: not read, pictures are {', '.join(SUFFIXES)}")
     return [path for path in pictures if names[path.with_suffix("")] == 1], broken
 
 
@@ -230,6 +232,10 @@ def read_mask(path: Path, size: tuple[int, int], people: int, caption: str) -> n
             raise ValueError(f"the mask has {image.width} x {image.height} pixels, the picture (turned as "
                              f"its EXIF data say) {size[0]} x {size[1]}")
         mask = np.array(image)
+        if image.mode == "P" and "transparency" in image.info:  # nobody is where it is transparent
+            clear = image.info["transparency"]
+            clear = [clear] if isinstance(clear, int) else [i for i, a in enumerate(clear) if a < 128]
+            mask[np.isin(mask, clear)] = 0
     values = np.unique(mask[mask > 0]).tolist()
     if not values:
         raise ValueError("there is nobody on the mask")

@@ -221,14 +221,25 @@ def test_files_without_a_picture_and_pictures_of_one_name(pictures, tmp_path, ca
     add_picture(pictures / "sub", "a_people")  # its caption is nobody's list of names
     Image.new("RGB", (40, 30)).save(pictures / "sub" / "twice.png")
     (pictures / ".hidden.jpg").write_bytes(b"")
-    (pictures / "readme.md").write_text("not for us")
+    (pictures / "film.mp4").write_bytes(b"")
     assert run(pictures, "--output", tmp_path / "data") == 1
     listed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("broken")]
-    assert len(listed) == 3
+    assert len(listed) == 4
     assert "twice: 2 pictures have this name" in listed[0]
-    assert "lone.txt: there is no picture for it" in listed[1]
-    assert "lone_mask.png: there is no picture for it" in listed[2]
+    assert "film.mp4: not read, pictures are .jpg" in listed[1]
+    assert "lone.txt: there is no picture for it" in listed[2]
+    assert "lone_mask.png: there is no picture for it" in listed[3]
     assert len(read_ids(tmp_path / "data", "train")) == 2
+
+
+@pytest.mark.parametrize("clear", [1, bytes([255, 0, 255])])
+def test_nobody_is_where_a_palette_is_transparent(tmp_path, clear):
+    labels = np.array([[0, 1, 2]] * 3, np.uint8)
+    mask = Image.fromarray(labels, "P")
+    mask.putpalette([0, 0, 0, 255, 0, 0, 0, 255, 0])
+    mask.save(tmp_path / "a_mask.png", transparency=clear)
+    assert np.array_equal(build.read_mask(tmp_path / "a_mask.png", (3, 3), 2, "a man and a woman"),
+                          labels * (labels != 1))
 
 
 def test_pictures_without_people(pictures, tmp_path, capsys):

@@ -170,6 +170,18 @@ def test_a_file_of_any_step_can_be_loaded(whole, tmp_path, capsys):
             assert torch.equal(found[name.removeprefix("unet.")], value.half().float())
 
 
+@pytest.mark.parametrize("older", [True, False])
+def test_a_broken_newest_checkpoint_is_told_a_cure(whole, older, tmp_path, capsys):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    if older:
+        shutil.copy(whole / "checkpoints" / "000004.pt", tmp_path / "run" / "checkpoints")
+    (tmp_path / "run" / "checkpoints" / "000006.pt").write_bytes(b"")
+    assert run("moa", "--weights", whole, "--steps", 8, "--output", tmp_path / "run", "--resume") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert ("remove it, and --resume goes on from" in error and "000004.pt" in error) if older else (
+        "start the run anew" in error)
+
+
 @pytest.mark.parametrize(("content", "match"), [
     ("half", "is not a checkpoint that can be read: "), ("empty", "it is damaged"),
     ("pickle", "or a pickle that could run code"), ("torch pickle", "or a pickle that could run code"),

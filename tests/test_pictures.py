@@ -8,10 +8,11 @@ from contextlib import suppress
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 
 import images
 from images import NO_MAP, PERSONALIZED, PRIOR, RoutingSheet, labelled, page, read_picture
+from subjects import read_masks
 
 H, W = 24, 32
 RGB = np.random.default_rng(0).integers(0, 256, (H, W, 3), dtype=np.uint8)
@@ -89,6 +90,58 @@ def test_reads_16_bit_grey(tmp_path, name):
     values = np.random.default_rng(1).integers(0, 65536, (H, W), dtype=np.uint16)
     Image.fromarray(values).save(tmp_path / name)
     assert np.array_equal(read(tmp_path / name), grey(values >> 8))
+
+
+def test_reads_8_bit_values_in_32(tmp_path):
+    values = np.random.default_rng(1).integers(0, 256, (H, W), dtype=np.int32)
+    Image.fromarray(values).save(tmp_path / "a.tiff")
+    assert np.array_equal(read(tmp_path / "a.tiff"), grey(values))
+
+
+def test_colour_profiles_are_applied(tmp_path):
+    """A profile with its primaries swapped; a damaged one is left out."""
+    swapped = ImageCms.createProfile("sRGB")
+    data = bytearray(ImageCms.ImageCmsProfile(swapped).tobytes())
+    table = {bytes(data[i:i + 4]): i for i in range(132, 132 + 12 * int.from_bytes(data[128:132], "big"), 12)}
+    red, blue = table[b"rXYZ"] + 4, table[b"bXYZ"] + 4
+    data[red:red + 8], data[blue:blue + 8] = data[blue:blue + 8], data[red:red + 8]
+    data = bytes(data).replace("sRGB".encode("utf-16-be"), "swap".encode("utf-16-be"))
+    picture = Image.new("RGB", (W, H), (200, 20, 20))
+    picture.save(tmp_path / "a.png", icc_profile=data)
+    assert np.abs(read(tmp_path / "a.png") - (20, 20, 200)).max() <= 3
+    picture.putalpha(255)
+    picture.save(tmp_path / "b.png", icc_profile=data)
+    assert np.abs(read(tmp_path / "b.png") - (20, 20, 200)).max() <= 3
+    picture.save(tmp_path / "c.png", icc_profile=data[:200])
+    assert np.array_equal(read(tmp_path / "c.png")[0, 0], (200, 20, 20))
+
+
+def test_reads_lab(tmp_path):
+    srgb, lab = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
+    picture = Image.new("RGB", (W, H), (200, 60, 20))
+    ImageCms.profileToProfile(picture, srgb, lab, outputMode="LAB").save(tmp_path / "a.tiff")
+    assert np.abs(read(tmp_path / "a.tiff") - (200, 60, 20)).max() <= 4
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "P"])
+def test_labels_are_black_where_they_are_transparent(tmp_path, mode):
+    labels = np.zeros((H, W, 4), np.uint8)
+    labels[:, :8] = 255, 0, 0, 255
+    labels[:, 8:16] = 0, 255, 0, 100  # a soft edge
+    labels[:, 16:] = 255, 255, 255, 0
+    image = Image.fromarray(labels)
+    if mode == "P":
+        image = image.convert("RGB").quantize(8)
+        image.info["transparency"] = image.getpixel((20, 0))
+    image.save(tmp_path / "a.png")
+    person, *others = read_masks(tmp_path / "a.png", torch.zeros(3, H, W))[::-1]
+    assert len(others) == (mode == "P") and person[:, :8].all() and not person[:, 16:].any()
+
+
+def test_what_is_no_picture_is_told_a_cure(tmp_path):
+    (tmp_path / "a.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(99))
+    with pytest.raises(ValueError, match="a.heic is none of PNG, JPEG, .*: save it as JPEG or PNG"):
+        read_picture(tmp_path / "a.heic")
 
 
 def test_reads_16_bit_rgb(tmp_path):

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from models.load import PARTS, read_checkpoint, write_whole
+from models.load import PARTS, WeightsError, read_checkpoint, write_whole
 from training.stage import Stage
 
 
@@ -51,7 +51,11 @@ class Run:
         if not (found := list_checkpoints(self.output)):
             return 0
         path = found[-1]
-        state = read_checkpoint(path)
+        try:
+            state = read_checkpoint(path)
+        except WeightsError as error:
+            cure = f"remove it, and --resume goes on from {found[-2]}" if found[1:] else "start the run anew"
+            raise WeightsError(f"{error}; {cure}") from error
         different = [f"{k} {state['run'].get(k)}, not {v}" for k, v in self.identity.items()
                      if k in state["run"] and state["run"][k] != v]
         if different:
