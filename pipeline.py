@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from images import to_images
-from moa import (ExpertContext, MultimodalPrompt, base_modules, belongs_to_encoder, force_routing, load_moa,
+from moa import (ExpertContext, MultimodalPrompt, base_modules, training_of, force_routing, load_moa,
                  scale_personalized, sparse_routing)
 from models import Models, load_models
 from models.clip_text import Tokenizer
@@ -143,6 +143,7 @@ class Pipeline:
     prompt: MultimodalPrompt | None = None
     merged: MergedLoRAs | None = None
     trained_on: dict[str, Tensor] | None = None  # where the image features of the training's people lie
+    max_people: int | None = None  # of one picture of the training
 
     @classmethod
     def load(cls, weights: str | Path, moa: str | Path | None = None, device: str | torch.device = "cpu",
@@ -156,7 +157,8 @@ class Pipeline:
         path = Path(weights) / "subjects.safetensors"
         trained_on = read_tensors(path) if path.exists() else None
         prompt = load_moa(models.unet, moa)
-        if belongs_to_encoder(moa) and Path(moa).resolve().parent != Path(weights).resolve():
+        trained = training_of(moa)
+        if trained.get("image_layers") and Path(moa).resolve().parent != Path(weights).resolve():
             raise ValueError(f"{moa} was trained together with its image encoder, which lies beside it: give "
                              f"--weights {Path(moa).parent}")
         width = models.image_encoder.cfg.output_dim if models.image_encoder else prompt.cfg.image_dim
@@ -165,7 +167,7 @@ class Pipeline:
         if sizes != wanted:
             raise ValueError(f"{moa} was trained with other models than those in {weights}: its text tokens, "
                              f"image features and layers are {wanted}, here they are {sizes}")
-        return cls(models, prompt, trained_on=trained_on)
+        return cls(models, prompt, trained_on=trained_on, max_people=trained.get("max_people"))
 
     def __call__(self, prompt: str, subjects: Mapping[str, str | Path] | None = None, seed: int = 0,
                  **options) -> Image.Image:
@@ -239,8 +241,12 @@ class Pipeline:
                       ) -> list[Subject]:
         """The subjects of a prompt for `generate`, with the image feature (F,) of each.
 
-        Raises ValueError for a word that is not known or that lies behind the last token.
+        Raises ValueError for more of them than training had, a word that is not known or that lies behind
+        the last token.
         """
+        if self.max_people is not None and len(subjects) > self.max_people:
+            raise ValueError(f"{len(subjects)} subjects: these weights were trained on at most "
+                             f"{self.max_people} people in a picture, and would mix them up")
         return [Subject(find_token(self.models.tokenize, prompt, subject), feature)
                 for subject, feature in zip(subjects, features, strict=True)]
 

@@ -121,9 +121,9 @@ def config_in(file: safe_open) -> dict | None:
     return json.loads((file.metadata() or {}).get("moa", "null"))
 
 
-def belongs_to_encoder(path: str | Path) -> bool:
-    """Whether a MoA file was trained together with an image encoder, which it does not hold."""
+def training_of(path: str | Path) -> dict:
+    """How a MoA file says that it was trained: the preset's values; empty where it says nothing."""
     with safe_open(path, "pt") as file:
         settings = config_in(file).get("settings")
     preset = settings.get("preset") if isinstance(settings, dict) else None
-    return isinstance(preset, dict) and bool(preset.get("image_layers"))
+    return preset if isinstance(preset, dict) else {}

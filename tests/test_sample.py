@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import pipeline
@@ -495,3 +496,16 @@ def test_stops_cleanly(draw, place, monkeypatch, capsys, error, code, words):
         draw("--num", 2, "--output", "new", "--save-routing", "r.png")
     assert stopped.value.code == code and words in capsys.readouterr().err
     assert sorted(os.listdir()) == ["ada.png", "bob.png"]
+
+
+def test_refuses_more_people_than_training_had(draw, refuse, other_world):
+    prompt, three = "a woman and a man and a girl", ["--subject", "ada.png"] * 3
+    draw(*three, prompt=prompt, weights=other_world)  # its file does not say how many there were
+    state = load_file(other_world / "moa.safetensors")
+    with safe_open(other_world / "moa.safetensors", "pt") as file:
+        config = json.loads(file.metadata()["moa"])
+    config["settings"] = {"preset": {"max_people": 2}}
+    save_file(state, other_world / "moa.safetensors", {"moa": json.dumps(config)})
+    assert "3 subjects: these weights were trained on at most 2" in refuse(
+        *three, prompt=prompt, weights=other_world)
+    draw(*three[:4], prompt=prompt, weights=other_world)
