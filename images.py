@@ -50,8 +50,8 @@ def read_picture(path: str | Path, labels: bool = False) -> Tensor:
     try:
         rgb = decode(path, labels)
     except UnidentifiedImageError as error:
-        raise ValueError(f"{path} is none of {', '.join(FORMATS)}, or damaged: save it as JPEG or PNG"
-                         ) from error
+        raise ValueError(f"{path} cannot be used as a picture: it is none of {', '.join(FORMATS)}, or "
+                         "damaged. Save it as JPEG or PNG") from error
     except Exception as error:  # decoders of broken files raise nearly anything
         raise ValueError(f"{path} cannot be used as a picture: {error or type(error).__name__}") from error
     return rearrange(torch.from_numpy(rgb), "h w c -> c h w").float() / 255

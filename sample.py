@@ -141,6 +141,8 @@ def plan_files(args: argparse.Namespace) -> tuple[list[Path], Path | None]:
         folder = output if output.is_dir() else output.with_suffix("")
         files = [folder / f"{k:03d}.png" for k in range(args.num)]
         sheet = folder / "sheet.png" if args.num > 1 else None
+        if there := next((file for file in (*files, sheet) if file and file.exists()), None):
+            raise ValueError(f"--output {folder} holds {there.name} of an earlier run: give another folder")
     check_writable("--output", files[0])
     if args.save_routing:
         check_picture("--save-routing", args.save_routing, others=[*files, sheet or files[0]])

@@ -140,7 +140,7 @@ def test_labels_are_black_where_they_are_transparent(tmp_path, mode):
 
 def test_what_is_no_picture_is_told_a_cure(tmp_path):
     (tmp_path / "a.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(99))
-    with pytest.raises(ValueError, match="a.heic is none of PNG, JPEG, .*: save it as JPEG or PNG"):
+    with pytest.raises(ValueError, match="a.heic cannot be used .* none of PNG, JPEG, .* Save it as JPEG"):
         read_picture(tmp_path / "a.heic")
 
 

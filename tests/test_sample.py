@@ -509,3 +509,11 @@ def test_refuses_more_people_than_training_had(draw, refuse, other_world):
     assert "3 subjects: these weights were trained on at most 2" in refuse(
         *three, prompt=prompt, weights=other_world)
     draw(*three[:4], prompt=prompt, weights=other_world)
+
+
+def test_a_folder_of_an_earlier_run_is_left_alone(draw, refuse, place):
+    draw("--num", 2, "--output", "several")
+    assert "holds 000.png of an earlier run" in refuse("--num", 2, "--output", "several")
+    (place / "several" / "000.png").unlink()
+    (place / "several" / "001.png").unlink()
+    assert "holds sheet.png of an earlier run" in refuse("--num", 2, "--output", "several")
