@@ -164,7 +164,7 @@ def test_means_of_vectors_and_scalars():
 
 
 def test_a_run_logs_its_health(place, monkeypatch):
-    assert run("moa", "--steps", 3, "--weights", "base", "--output", place / "run") == 0
+    assert run("moa", "--steps", 3, "--samples-every", 3, "--weights", "base", "--output", place / "run") == 0
     for line in metrics_of(place / "run"):
         assert all(len(line[name]) == 16 for name in LISTS)
         total = sum(line[name] ** 2 for name in NORMS) ** 0.5

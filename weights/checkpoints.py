@@ -156,6 +156,8 @@ def load_pickle(path: Path):
             with inert, warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # about pickle protocols and TorchScript
                 return torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        except WeightsError as error:
+            raise WrongKind(f"{path}: {error}") from error
         except Exception as error:  # a hostile file can make the unpickler raise anything
             asked = re.search(r"GLOBAL (\S+)", str(error))
             name = asked and (asked[1] if "." in asked[1] else f"builtins.{asked[1]}")
