@@ -323,13 +323,13 @@ class RoutingSheet:
     def add(self, step: int, t: int, routing: dict, x0: Tensor, attention: dict | None = None) -> None:
         """Keep the maps of the step that just ended; none when the prior drew it alone.
 
-        routing: {(l, kind): (B or 2B, N, 2)}; of a guided batch the half with the prompt comes last.
+        routing: {(l, kind): (B or 2B, N, E)}; of a guided batch the half with the prompt comes last.
         x0: (B, 4, h, w). attention: {l: (B or 2B, H, N, S)} of the named subjects' tokens, of which the
         mean over heads is kept.
         """
         self.size = x0.shape[-2:]
         if step in self.shown and len(self.columns) < len(self.shown):
-            maps = {key: r[-len(x0)][None, :, 1].float().cpu() for key, r in routing.items()}
+            maps = {key: r[-len(x0)][None, :, 1:].sum(-1).float().cpu() for key, r in routing.items()}
             for layer, a in (attention or {}).items():
                 each = a[-len(x0)].mean(0).float().cpu()  # (N, S)
                 maps |= {(layer, name): each[None, :, s] for s, name in enumerate(self.names)}

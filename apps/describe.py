@@ -167,9 +167,9 @@ def stages(unet: UNet) -> Iterator[tuple[str, object, int]]:
 
 
 def experts(mixture: MixtureOfAttention) -> str:
-    """The widths of the two experts, and of the router's layers."""
-    prior, linear = mixture.prior, [m for m in mixture.router.f.modules() if isinstance(m, Linear)]
-    widths = " -> ".join(map(str, [linear[0].in_features, *(layer.out_features for layer in linear)]))
+    """The widths of an expert, and of the router's linear layers."""
+    prior, linear = mixture.prior, [m for m in mixture.router.modules() if isinstance(m, Linear)]
+    widths = " -> ".join(map(str, [prior.to_q.in_features, *(layer.out_features for layer in linear)]))
     return (f"q {prior.to_q.in_features}, k and v {prior.to_k.in_features}, {prior.heads} heads; "
             f"router {widths}")
 
@@ -224,7 +224,7 @@ def explain_layer(mixture: MixtureOfAttention, z: Tensor, out: Tensor, text: Ten
     heads, width = mixture.prior.heads, z.shape[-1] // mixture.prior.heads
     keys = z if text is None else text
     yield line("Z, a token per pixel", z.shape, "", "MixtureOfAttention")
-    yield line("C, prior: T; personalized: T_pers[l]" if text is not None else "C = Z for both experts",
+    yield line("C, prior: T; personalized: T_pers[l]" if text is not None else "C = Z for all experts",
                keys.shape, "sec. 3.2.1")
     yield line(f"Q = Z W_q, {heads} heads, per expert", (1, heads, z.shape[1], width), "Eq. 2, 3",
                "CrossAttention")
@@ -232,8 +232,10 @@ def explain_layer(mixture: MixtureOfAttention, z: Tensor, out: Tensor, text: Ten
     yield line("A = Softmax(Q K^T / sqrt(d))", (1, heads, z.shape[1], keys.shape[1]), "Eq. 1",
                "fused, never stored")
     yield line("Attention: A V, heads joined, W_out", z.shape, "Eq. 1")
-    yield line("R = Softmax(f(Z))", (*z.shape[:2], 2), "Eq. 5, 7", "Router")
-    yield line("Z' = R_0 * prior + R_1 * personalized", out.shape, "Eq. 4, 6", "MixtureOfAttention")
+    yield line("R = Softmax(f(Z))", (*z.shape[:2], len(mixture.names)), "Eq. 5, 7",
+               type(mixture.router).__name__)
+    mix = " + ".join(f"R_{e} * {name}" for e, name in enumerate(mixture.names))
+    yield line(f"Z' = {mix}", out.shape, "Eq. 4, 6", "MixtureOfAttention")
 
 
 def line(what: str, shape, equation: str, where: str = "") -> str:
