@@ -182,8 +182,8 @@ class Pipeline:
         """Draw with these LoRAs from now on, in place of earlier ones; with none as before.
 
         Scope "attn" changes the prior experts' attention only, so that people stay as they are (the
-        paper's Fig. 21), and the text encoder where a `text_scale` says so. "all" changes whatever the
-        files hold: the prior experts and the layers that both experts share.
+        paper's Fig. 21). "all" changes whatever the files hold: the prior experts and the layers that both
+        experts share.
         Raises LoRAError, a ValueError, and changes nothing then.
         """
         if self.merged is None:

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from data.build import COLORS, NOUNS, TILE, find_people, find_pictures, read_picture
 from data.fastcomposer import MAX_PEOPLE, DataError, naming
+from data.shards import whole
 
 CAPTIONER = "Salesforce/blip2-opt-2.7b"
 SEGMENTER = "facebook/mask2former-swin-base-coco-instance"
@@ -103,25 +104,24 @@ def annotate(pictures: list[Path], args: argparse.Namespace) -> list[str]:
                 broken.append(str(error))
     if todo := [path for path in good if caption_of(path) is None]:
         for path, caption in captions(todo, args):
-            write(path.with_suffix(".txt"), f"{caption}\n".encode())
-    named = [path for path in good if find_people(caption_of(path), nouns)[1]]
+            with whole(path.with_suffix(".txt")) as temporary:
+                temporary.write_text(f"{caption}\n", encoding="utf-8")
+    words = {path: len(find_people(caption_of(path), nouns)[1]) for path in good}
     broken += [f"{path}: its caption names nobody: {caption_of(path)!r}"
-               for path in good if path not in named]
-    if todo := [path for path in named if not mask_of(path).exists()]:
+               for path, count in words.items() if not count]
+    if todo := [path for path, count in words.items() if count and not mask_of(path).exists()]:
         for path, people in masks(todo, args):
             share = np.array([person.mean() for person in people])
-            words = find_people(caption_of(path), nouns)[1]
             large = [people[i] for i in np.argsort(-share) if share[i] >= args.min_share]
             if not large:
                 broken.append(f"{path}: " + (f"the largest person covers {share.max():.2%} of it"
                                              if len(share) else "nobody was found on it"))
                 continue
             mask = np.zeros(large[0].shape, np.uint8)
-            for number, person in enumerate(large[:min(args.max_people, len(words))], 1):
+            for number, person in enumerate(large[:min(args.max_people, words[path])], 1):
                 mask[person & (mask == 0)] = number
-            temporary = path.with_name(f".{path.stem}_mask.tmp")
-            Image.fromarray(mask).save(temporary, "PNG")
-            temporary.replace(mask_of(path))
+            with whole(mask_of(path)) as temporary:
+                Image.fromarray(mask).save(temporary, "PNG")
     return broken
 
 
@@ -133,13 +133,6 @@ def caption_of(path: Path) -> str | None:
 
 def mask_of(path: Path) -> Path:
     return path.with_name(f"{path.stem}_mask.png")
-
-
-def write(path: Path, content: bytes) -> None:
-    """Whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(content)
-    temporary.replace(path)
 
 
 def captions(todo: list[Path], args: argparse.Namespace) -> Iterator[tuple[Path, str]]:
