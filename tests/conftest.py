@@ -30,6 +30,18 @@ from models.vae import AutoencoderKL, VAEConfig
 WORDS = "a and woman man girl old on the beach , riding bike"
 
 
+# The tests of moa, models and samplers themselves. The others are run without counting lines, which would
+# cost a third of their time.
+COUNTED = ("test_moa", "test_models", "test_samplers", "test_controlnet", "test_load", "test_promises",
+           "test_promises_sampler", "test_promises_encoder")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.stem not in COUNTED:
+            item.add_marker("no_cover")
+
+
 def small_models(dim: int = 16, channels: tuple[int, ...] = (8, 16, 16, 16),
                  cells: tuple[int, ...] = (8, 8, 8, 8)) -> dict[str, torch.nn.Module]:
     encode = open_clip().tokenizer.SimpleTokenizer().encode

@@ -9,6 +9,7 @@ a few operations only, nothing is exchanged between processes, and kernels are t
 """
 import runpy
 import sys
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 import torch
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_map_only
 
 GPU = "gpu"
 aten = torch.ops.aten
@@ -65,11 +66,27 @@ class PretendGPU(TorchDispatchMode):
         return run(function, args, kwargs or {})
 
 
+def tensors_of(values: Iterable) -> Iterator[torch.Tensor]:
+    """Those of an operation's arguments, which are nested in lists at most."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from tensors_of(value)
+
+
+def raw(value):
+    """An argument as the CPU takes it."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(raw, value))
+    return value.raw if isinstance(value, OnGPU) else value
+
+
 def run(function, args: tuple, kwargs: dict):
     """An operation, on the CPU; its results are where its tensors were, or where `device` says."""
-    flat, structure = tree_flatten((args, kwargs))
+    flat = list(tensors_of((*args, *kwargs.values())))
     inside = [x for x in flat if isinstance(x, OnGPU)]
-    outside = any(isinstance(x, torch.Tensor) and not isinstance(x, OnGPU) and x.ndim for x in flat)
+    outside = any(not isinstance(x, OnGPU) and x.ndim for x in flat)
     to_gpu = bool(inside)
     if function is aten.copy_.default:
         to_gpu = isinstance(args[0], OnGPU)
@@ -78,7 +95,7 @@ def run(function, args: tuple, kwargs: dict):
     indexed = function in INDEXED and isinstance(args[0], OnGPU)
     if inside and outside and function not in COPIES and not indexed:
         raise RuntimeError(f"{function}: expected all tensors on the same device, found {GPU}:0 and cpu")
-    args, kwargs = tree_unflatten([x.raw if isinstance(x, OnGPU) else x for x in flat], structure)
+    args, kwargs = raw(args), {name: raw(value) for name, value in kwargs.items()}
     if kwargs.get("device") is not None and to_gpu:
         kwargs["device"] = torch.device("cpu")
     known = {id(x.raw): x for x in inside}  # what is changed in place stays itself

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import resource
+import runpy
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import pytest
 import torch
 from layouts import (CONTROLNET_LAYOUTS, LAYOUTS, WEIGHTS, ema_copies, extras, half, hugging_face_names, ldm,
                      ldm_unet, ldm_vae, old_vae, openai_names, own, put, under)
-from parity_full import LIMIT, OUTPUTS, SMALL, errors, measure, prove, public, randomize
+from parity_full import LIMIT, OUTPUTS, ROOT, SMALL, errors, measure, prove, public, randomize
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
@@ -857,6 +858,13 @@ def test_proof_at_small_sizes(tmp_path, capfd, monkeypatch):
     for name, layouts in (("LAYOUTS", LAYOUTS), ("CONTROLNET_LAYOUTS", CONTROLNET_LAYOUTS)):
         first = next(iter(layouts))
         monkeypatch.setattr(parity_full, name, {first: layouts[first]})
+
+    def in_this_process(script: str, *arguments) -> tuple[float, float]:
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+        return 0.0, 0.0
+
+    monkeypatch.setattr(parity_full, "measure", in_this_process)
     prove(SMALL, tmp_path, 64)
     rows = capfd.readouterr().out
     assert all(f"| {name}" in rows for name in (next(iter(LAYOUTS)), next(iter(CONTROLNET_LAYOUTS))))

@@ -21,7 +21,7 @@ T = torch.arange(0, 1000, 50)
 LAYERS = torch.arange(16)
 
 
-@pytest.mark.parametrize("units, steps", [(PositionalEncoding.units, 200), ((1, 1), 80)],
+@pytest.mark.parametrize("units, steps", [(PositionalEncoding.units, 200), ((1, 1), 60)],
                          ids=["scaled", "raw"])
 def test_the_encoding_of_a_timestep_stays_itself_while_it_is_trained(units, steps, monkeypatch):
     """With the small preset, 25 steps apart. With raw timesteps it is soon another one."""
