@@ -288,12 +288,18 @@ def heading(text: str, width: int, margin: int = 8) -> Image.Image:
     return image
 
 
+def photo_image(photo: Tensor) -> Image.Image:
+    """A photo (3, H, W) in [0, 1], or a person alone (4, H, W) over white."""
+    there = photo[3].bool() if len(photo) == 4 else torch.tensor(True)
+    return to_images(torch.where(there, photo[:3], 1.0)[None] * 2 - 1)[0]
+
+
 def portrait(photos: Sequence[Tensor], size: tuple[int, int]) -> Image.Image:
-    """Photos (3, H, W) in [0, 1] beside each other on white, in a picture of this (width, height)."""
+    """Photos beside each other on white, in a picture of this (width, height)."""
     tile = Image.new("RGB", size, "white")
     for k, photo in enumerate(photos):
         left, right = size[0] * k // len(photos), size[0] * (k + 1) // len(photos)
-        small = ImageOps.contain(to_images(photo[None] * 2 - 1)[0], (max(1, right - left), size[1]))
+        small = ImageOps.contain(photo_image(photo), (max(1, right - left), size[1]))
         tile.paste(small, ((left + right - small.width) // 2, (size[1] - small.height) // 2))
     return tile
 

@@ -26,7 +26,7 @@ from models.clip_text import Tokenizer
 from models.controlnet import ControlNet, add_residuals
 from models.load import load_part, read_tensors
 from samplers import NUM_TIMESTEPS, SAMPLERS, guided, timesteps_of
-from subjects import PEOPLE, BoundSubject, bind_subjects, read_photos
+from subjects import PEOPLE, BoundSubject, bind_subjects, on_grey, on_noise, read_photos
 from weights.lora import LoRASetting, MergedLoRAs
 
 DECODED = 64 * 64  # latent pixels that are decoded at a time
@@ -216,11 +216,13 @@ class Pipeline:
 
     def encode_photos(self, subjects: Sequence[BoundSubject], photos: Sequence[Sequence[Tensor]]
                       ) -> list[Tensor]:
-        """The image feature (F,) of each subject, of several photos (3, H, W) their mean. Warns of each that
+        """The image feature (F,) of each subject, of several photos their mean. photos: (3, H, W) as they
+        are, or people alone (4, h, w), who are shown as in training. Warns of each that
         is like nobody whom the weights were trained on."""
         means = []
+        cut = on_grey if self.models.config.get("world") == "toyworld" else on_noise
         for subject, several in zip(subjects, photos, strict=True):
-            features = [self.encode_subjects(photo[None])[0] for photo in several]
+            features = [self.encode_subjects(cut(photo)[None])[0] for photo in several]
             for feature, file in zip(features, subject.files, strict=True):
                 self.warn_if_foreign(feature, file)
             means.append(sum(features) / len(features))

@@ -38,13 +38,13 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
-from images import (RoutingSheet, check_finite, labelled, page, read_picture, read_settings, save_png,
-                    thumbnail, to_images)
+from images import (RoutingSheet, check_finite, labelled, page, photo_image, read_picture, read_settings,
+                    save_png, thumbnail, to_images)
 from models.errors import fail, one_line
 from models.load import remove_leftovers
 from pipeline import Control, Pipeline, Subject, pick_device, reuse_memory
 from samplers import SAMPLERS
-from subjects import SUBJECT, BoundSubject, bind_subjects, read_photos
+from subjects import SUBJECT, BoundSubject, bind_subjects, file_of, read_photos
 from weights.checkpoints import Refusal
 from weights.controlnet import load_controlnet
 from weights.lora import LoRASetting
@@ -71,6 +71,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--subject", action="append", default=[], metavar=SUBJECT,
         help="photo of a person, or several of the same one; bound to the prompt's words for people in "
              "order, to WORD, or by N=FILE to the N-th of them; repeatable")
+    add("--subject-mask", action="append", default=[], type=Path, metavar="FILE",
+        help="who is where on a subject's photo, as data.build reads it: they are cut out; one for each "
+             "subject (default: NAME_mask.png beside NAME.jpg, where there is one)")
     add("--output", type=Path, default=Path("sample.png"), metavar="PATH",
         help="a .png, or a folder (default sample.png; for several pictures a folder of that name)")
     add("--num", type=int, default=1, metavar="N",
@@ -94,8 +97,8 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("--save-routing has nothing to show with --prior-only: leave one of them out")
     files, sheet = plan_files(args)
     subjects = bind_subjects(args.prompt, args.subject)
-    keep_inputs(args, subjects, [*files, sheet, args.save_routing])
-    photos = read_photos(subjects)
+    keep_inputs(args, subjects, [*files, sheet, args.save_routing], args.subject_mask)
+    photos = read_photos(subjects, args.subject_mask)
     pipeline = load(args, people=bool(subjects))
     people = [] if args.prior_only else pipeline.make_subjects(
         args.prompt, subjects, pipeline.encode_photos(subjects, photos))
@@ -112,7 +115,7 @@ def run(args: argparse.Namespace) -> None:
             save(image, file, {**settings, "seed": seed})
             tiles.append((thumbnail(image), f"seed {seed}"))
 
-    portraits = [(thumbnail(to_images(photo[None] * 2 - 1)[0]), f"{subject.word}={Path(file).name}")
+    portraits = [(thumbnail(photo_image(photo)), f"{subject.word}={Path(file).name}")
                  for subject, several in zip(subjects, photos, strict=True)
                  for file, photo in zip(subject.files, several, strict=True)]
     if sheet:
@@ -169,9 +172,9 @@ def run_file(args: argparse.Namespace) -> None:
 
     Everything that is wrong with a line is said before the first picture.
     """
-    if args.subject or args.save_routing or args.num != 1:
-        raise ValueError("--from-file goes without --subject, --num and --save-routing: its lines say what "
-                         "to draw")
+    if args.subject or args.subject_mask or args.save_routing or args.num != 1:
+        raise ValueError("--from-file goes without --subject, --subject-mask, --num and --save-routing: its "
+                         "lines say what to draw")
     args.seed = args.seed or 0  # not random, so that a second run finds the pictures of the first
     check(args)
     folder = args.output.with_suffix("") if args.output.suffix == ".png" else args.output
@@ -444,7 +447,7 @@ def check_writable(flag: str, path: Path) -> None:
 def keep_inputs(args: argparse.Namespace, subjects: Sequence[BoundSubject], outputs: Sequence[Path | None],
                 others: Sequence[Path] = ()) -> None:
     """Raise ValueError if an output would replace a picture that is read."""
-    read = [*(file for subject in subjects for file in subject.files), *args.control_image, *others]
+    read = [*(file_of(file) for subject in subjects for file in subject.files), *args.control_image, *others]
     taken = {Path(file).resolve() for file in read}
     for output in outputs:
         if output and output.resolve() in taken:

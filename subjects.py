@@ -1,21 +1,26 @@
 """Who is put into a picture: which word of the prompt each subject stands for, and the photos of each."""
 import math
 import re
+import warnings
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor
 
+from data.pictures import cut_out, mask_of, read_mask
 from images import read_picture
 
 # Words that a subject may stand for when it is given without WORD=.
 PEOPLE = ("man", "woman", "boy", "girl", "person", "kid", "child", "baby", "guy", "lady", "gentleman",
           "father", "mother", "dad", "mom", "son", "daughter", "grandfather", "grandmother", "friend")
-SUBJECT = "[WORD=]FILE[,FILE...]"
+SUBJECT = "[WORD=]FILE[#N][,FILE[#N]...]"
 MOST_COLOURS = 20  # of a mask; one with soft edges has hundreds
-CUT_GROUND, CUT_SIDE = 0.85, 1.1  # around a person cut from a picture: grey, and the square's side
+CUT_GROUND, CUT_SIDE = 0.85, 1.1  # around a person in the small world: grey, and the square's side
 
 
 class BoundSubject(NamedTuple):
@@ -60,12 +65,14 @@ def bind_rows(prompt: str, rows: Sequence[str], keep: Sequence[str] = ()) -> lis
 
 
 def split_subject(argument: str) -> tuple[str | None, list[str]]:
-    """[WORD=]FILE[,FILE...] -> word or None, files. A path that has one of these marks itself is told by
-    existing, or by a / before the =. Raises ValueError."""
+    """[WORD=]FILE[#N][,FILE[#N]...] -> word or None, files with their #N.
+
+    A path that has one of these marks itself is told by existing, or by a / before the =. Raises ValueError.
+    """
     word, equals, rest = argument.partition("=")
     if not equals or "/" in word or Path(argument).exists():
         word, rest = "", argument
-    files = [rest] if Path(rest).exists() else [file.strip() for file in rest.split(",")]
+    files = [rest] if file_of(rest).exists() else [file.strip() for file in rest.split(",")]
     if not all(files):
         raise ValueError(f"subject {argument!r}: the name of a file is empty")
     return word.strip().lower() or None, files
@@ -101,9 +108,55 @@ def no_word(prompt: str, word: str | None, argument: str) -> str:
             f"{', '.join(PEOPLE[:6])}, ..., or say WORD={argument} with a word of the prompt")
 
 
-def read_photos(subjects: Sequence[BoundSubject]) -> list[list[Tensor]]:
-    """The pictures of each subject, (3, H, W) in [0, 1]. Raises ValueError naming the file."""
-    return [[read_picture(file) for file in subject.files] for subject in subjects]
+def split_number(file: str) -> tuple[Path, int | None]:
+    """FILE#N -> FILE and N, the number of a person on it; None without #N, and where a file has that name."""
+    found = re.fullmatch(r"(.+)#(\d{1,9})", file)
+    return (Path(found[1]), int(found[2])) if found and not Path(file).exists() else (Path(file), None)
+
+
+def file_of(file: str) -> Path:
+    """FILE#N -> FILE."""
+    return split_number(file)[0]
+
+
+def read_photos(subjects: Sequence[BoundSubject], masks: Sequence[Path] = ()) -> list[list[Tensor]]:
+    """The photos of each subject, as `read_photo` gives them.
+
+    masks: for each subject its photo's, in place of the file NAME_mask.png beside it. Raises ValueError.
+    """
+    if masks and (len(masks) != len(subjects) or any(len(subject.files) > 1 for subject in subjects)):
+        raise ValueError(f"{len(masks)} --subject-mask for {len(subjects)} --subject: give one for each, of "
+                         "one photo each; others need a NAME_mask.png beside them")
+    return [[read_photo(file, mask) for file in subject.files]
+            for subject, mask in zip_longest(subjects, masks)]
+
+
+def read_photo(file: str, mask: Path | None = None) -> Tensor:
+    """A picture (3, H, W) in [0, 1], or of one with a mask a person alone, (4, h, w) as in `cut_person`.
+
+    file: FILE, or FILE#N for person N of the mask; without N it is the largest. mask: as `read_mask` reads
+    it, NAME_mask.png by default. Raises ValueError naming the file.
+    """
+    path, number = split_number(file)
+    picture = read_picture(path)
+    mask = mask or mask_of(path)
+    if not mask.exists():
+        if number is None and mask == mask_of(path):
+            return picture
+        raise ValueError(f"{file}: there is no {mask} that says who is where")
+    try:
+        labels = read_mask(mask, (picture.shape[2], picture.shape[1]))
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{mask}: {error}") from error
+    people = dict(zip(*np.unique(labels[labels > 0], return_counts=True), strict=True))
+    if number is None:
+        number = max(people, key=people.get)
+        if len(people) > 1:
+            warnings.warn(f"{path} shows {len(people)} people, the largest is taken; "
+                          f"{path.name}#1 to #{max(people)} say who", stacklevel=2)
+    elif number not in people:
+        raise ValueError(f"{file}: the people on {mask} are {', '.join(map(str, people))}")
+    return cut_person(picture, torch.from_numpy(labels == number))
 
 
 # --- people cut from a picture ---
@@ -157,15 +210,29 @@ def box_mask(box: str, picture: Tensor) -> Tensor:
 
 
 def cut_person(picture: Tensor, mask: Tensor) -> Tensor:
-    """A person of a picture as a photo of their own: on light grey, whole, in the middle of a square.
-
-    picture: (3, H, W) in [0, 1]. mask: (H, W) bool, not empty. Returns (3, S, S) in [0, 1].
-    """
+    """A person of a picture (3, H, W): (4, h, w) in [0, 1], cropped to the mask (H, W) bool, which is not
+    empty and becomes the fourth channel."""
     rows, columns = mask.any(1).nonzero().flatten(), mask.any(0).nonzero().flatten()
-    box = slice(None), slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
-    person = torch.where(mask, picture, CUT_GROUND)[box]
-    side = math.ceil(max(person.shape[1:]) * CUT_SIDE)
-    square = torch.full((3, side, side), CUT_GROUND)
-    top, left = ((side - length) // 2 for length in person.shape[1:])
-    square[:, top:top + person.shape[1], left:left + person.shape[2]] = person
+    return torch.cat([picture, mask[None]])[:, rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
+
+
+def on_noise(person: Tensor) -> Tensor:
+    """A photo (3, h, w), or a person alone (4, h, w) on noise, as training from photos shows them:
+    (3, h, w)."""
+    if len(person) == 3:
+        return person
+    pixels = rearrange((person[:3] * 255).round().byte(), "c h w -> h w c").numpy()
+    alone = cut_out(pixels, person[3].bool().numpy(), np.random.default_rng(0))
+    return rearrange(torch.from_numpy(alone), "h w c -> c h w") / 255
+
+
+def on_grey(person: Tensor) -> Tensor:
+    """A photo (3, h, w), or a person alone (4, h, w) as the small world's references show them: on light
+    grey, whole, in the middle of a square (3, S, S)."""
+    if len(person) == 3:
+        return person
+    height, width = person.shape[1:]
+    side = math.ceil(max(height, width) * CUT_SIDE)
+    square, (top, left) = torch.full((3, side, side), CUT_GROUND), ((side - height) // 2, (side - width) // 2)
+    square[:, top:top + height, left:left + width] = torch.where(person[3].bool(), person[:3], CUT_GROUND)
     return square

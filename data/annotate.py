@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from data.build import COLORS, NOUNS, TILE, find_people, find_pictures, read_picture
 from data.fastcomposer import MAX_PEOPLE, DataError, naming
+from data.pictures import mask_of
 from data.shards import whole
 
 CAPTIONER = "Salesforce/blip2-opt-2.7b"
@@ -129,10 +130,6 @@ def caption_of(path: Path) -> str | None:
     """The caption beside a picture; None where there is none yet."""
     file = path.with_suffix(".txt")
     return " ".join(file.read_text(encoding="utf-8-sig").split()) if file.exists() else None
-
-
-def mask_of(path: Path) -> Path:
-    return path.with_name(f"{path.stem}_mask.png")
 
 
 def captions(todo: list[Path], args: argparse.Namespace) -> Iterator[tuple[Path, str]]:

@@ -44,7 +44,6 @@ from data.fastcomposer import (
     DataError,
     find_places,
     naming,
-    open_picture,
     open_sample,
     people_of,
     read_ids,
@@ -53,6 +52,7 @@ from data.fastcomposer import (
     repeated_ids,
     square,
 )
+from data.pictures import mask_of, open_picture, read_mask
 from data.processes import in_processes
 from models.errors import one_line
 
@@ -186,8 +186,14 @@ def convert(index: int, path: Path, output: Path, nouns: tuple[str, ...] | None)
                              "plural need their number, as in 'two women'")
     instances = np.zeros((picture.height, picture.width), np.uint8)
     if words:
-        with naming(mask_path := path.with_name(f"{path.stem}_mask.png")):
-            instances = read_mask(mask_path, picture.size, len(words), caption)
+        with naming(mask_of(path)):
+            mask = read_mask(mask_of(path), picture.size)
+            numbers = np.unique(mask[mask > 0]).tolist()
+            if numbers[-1] > len(words):
+                shown = ", ".join(map(str, numbers[:8])) + (", ..." if len(numbers) > 8 else "")
+                raise ValueError(f"persons {shown} on the mask, words for a person in {caption!r}: "
+                                 f"{len(words)}")
+            instances = mask.astype(np.uint8)
     names = read_names(path.with_name(f"{path.stem}_people.txt"), len(words))
     image_id = f"{index:09d}"
     segments = []
@@ -221,30 +227,6 @@ def read_picture(path: Path) -> Image.Image:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
-
-
-def read_mask(path: Path, size: tuple[int, int], people: int, caption: str) -> np.ndarray:
-    """(H, W) uint8 person numbers from 1 to `people`, 0 where nobody is."""
-    with open_picture(path, ("PNG",)) as image:
-        if image.mode not in ("1", "L", "P", "I", "I;16"):
-            raise ValueError(f"a mask is greyscale or palette, not {image.mode}")
-        if image.size != size:
-            raise ValueError(f"the mask has {image.width} x {image.height} pixels, the picture (turned as "
-                             f"its EXIF data say) {size[0]} x {size[1]}")
-        mask = np.array(image)
-        if image.mode == "P" and "transparency" in image.info:  # nobody is where it is transparent
-            clear = image.info["transparency"]
-            clear = [clear] if isinstance(clear, int) else [i for i, a in enumerate(clear) if a < 128]
-            mask[np.isin(mask, clear)] = 0
-    values = np.unique(mask[mask > 0]).tolist()
-    if not values:
-        raise ValueError("there is nobody on the mask")
-    if values == [255]:
-        mask, values = mask > 0, [1]
-    if values[-1] > people:
-        shown = ", ".join(map(str, values[:8])) + (", ..." if len(values) > 8 else "")
-        raise ValueError(f"persons {shown} on the mask, words for a person in {caption!r}: {people}")
-    return mask.astype(np.uint8)
 
 
 def read_names(path: Path, people: int) -> dict[int, str]:

@@ -19,7 +19,6 @@ import json
 import re
 import secrets
 import sys
-import warnings
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
@@ -32,6 +31,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from data.augment import augment_reference
+from data.pictures import cut_out, open_picture
 from data.sample import CACHE_ROOT, Sample, pad_subjects
 from data.processes import in_processes
 from models.errors import one_line
@@ -88,15 +88,6 @@ def sample_path(folder: Path, image_id: str, suffix: str) -> Iterator[Path]:
         if not path.resolve().is_relative_to(folder.resolve()):
             raise ValueError("a link out of the dataset's folder")
         yield path
-
-
-@contextmanager
-def open_picture(path: Path, formats: tuple[str, ...]) -> Iterator[Image.Image]:
-    """A picture file in one of these formats; one of more than Pillow's 89 million pixels is an error."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(path, formats=formats) as image:
-            yield image
 
 
 def open_sample(folder: Path, image_id: str) -> Opened:
@@ -214,10 +205,7 @@ def find_segment(opened: Opened, number: int) -> tuple[Image.Image, np.ndarray, 
 def cut_reference(picture: Image.Image, mask: np.ndarray, bbox: list[int], size: int,
                   rng: np.random.Generator, augmented: bool) -> np.ndarray:
     """A subject alone: on noise, cropped to its bbox, padded to a square. (size, size, 3) uint8."""
-    x1, y1, x2, y2 = bbox
-    pixels = np.asarray(picture.crop(bbox))
-    noise = rng.integers(0, 255, pixels.shape, np.uint8)
-    alone = Image.fromarray(np.where(mask[y1:y2, x1:x2, None], pixels, noise))
+    alone = Image.fromarray(cut_out(np.asarray(picture), mask, rng, bbox))
     if augmented and rng.random() < 0.5 and alone.height > alone.width:
         alone = alone.crop((0, 0, alone.width, alone.width))  # what FastComposer's zoom comes down to
     side = max(alone.size)

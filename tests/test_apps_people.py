@@ -140,11 +140,7 @@ def by_hand(world, keep, box, steps=3, guidance_scale=1.0, iterations=3, negativ
     """The round trip and the edit of couple.png, from the parts: a box of the first person, bob.png."""
     pipeline = Pipeline.load(world, world / "moa.safetensors")
     picture, bob = images.read_picture("couple.png"), images.read_picture("bob.png")
-    x0, y0, x1, y1 = box
-    side = round(np.ceil(1.1 * max(y1 - y0, x1 - x0)))
-    cut = torch.full((3, side, side), 0.85)
-    top, left = (side - y1 + y0) // 2, (side - x1 + x0) // 2
-    cut[:, top:top + y1 - y0, left:left + x1 - x0] = picture[:, y0:y1, x0:x1]
+    cut = subjects.on_noise(subjects.cut_person(picture, subjects.box_mask(",".join(map(str, box)), picture)))
     photos = (cut, bob) if keep == 1 else (bob, cut)
     features = [pipeline.encode_subjects(photo[None])[0] for photo in photos]
     people = [Subject(*pair) for pair in zip((2, 5), features, strict=True)]
@@ -183,14 +179,16 @@ def test_people_are_counted_from_the_left(draw):
         assert torch.equal(found[0], expected)
 
 
-def test_a_cut_person_stands_on_grey():
+def test_a_cut_person_stands_on_noise_or_on_grey():
     picture, mask = torch.rand(3, 20, 30), torch.zeros(20, 30, dtype=torch.bool)
     mask[4:14, 6:9] = True
     mask[5, 7] = False
-    cut = subjects.cut_person(picture, mask)
-    assert cut.shape == (3, 11, 11)
-    assert torch.equal(cut[:, 2:10, 4:7], picture[:, 6:14, 6:9])
-    assert bool((cut[:, 1, 5] == 0.85).all()) and bool((cut[:, :, :4] == 0.85).all())
+    person = subjects.cut_person(picture, mask)
+    assert torch.equal(person[:3], picture[:, 4:14, 6:9]) and person.shape == (4, 10, 3)
+    noise, grey, there = subjects.on_noise(person), subjects.on_grey(person), mask[4:14, 6:9]
+    assert noise.shape == (3, 10, 3) and (noise - picture[:, 4:14, 6:9])[:, there].abs().max() < 1 / 255
+    assert grey.shape == (3, 11, 11) and torch.equal(grey[:, 2:10, 4:7], picture[:, 6:14, 6:9])
+    assert bool((grey[:, 1, 5] == 0.85).all()) and bool((grey[:, :, :4] == 0.85).all())
 
 
 def test_a_picture_is_scaled_and_cut_around_its_middle():

@@ -10,6 +10,7 @@ from PIL import Image
 from data import build
 import toyworld
 from data.fastcomposer import SUFFIXES, Folder, read_ids, read_sample
+from data.pictures import read_mask
 from tests.test_data import BROKEN, write_folder
 
 GRAY = (128, 128, 128)
@@ -238,7 +239,7 @@ def test_nobody_is_where_a_palette_is_transparent(tmp_path, clear):
     mask = Image.fromarray(labels, "P")
     mask.putpalette([0, 0, 0, 255, 0, 0, 0, 255, 0])
     mask.save(tmp_path / "a_mask.png", transparency=clear)
-    assert np.array_equal(build.read_mask(tmp_path / "a_mask.png", (3, 3), 2, "a man and a woman"),
+    assert np.array_equal(read_mask(tmp_path / "a_mask.png", (3, 3)),
                           labels * (labels != 1))
 
 

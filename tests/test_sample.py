@@ -316,6 +316,7 @@ def test_where_moa_and_a_person_start(world):
 
 
 def test_file_names_of_every_kind(draw, place):
+    assert split_subject("a.png#2,b") == (None, ["a.png#2", "b"])
     assert split_subject("Man=a,b") == ("man", ["a", "b"]) and split_subject("a@b") == (None, ["a@b"])
     for name in ("a=b.png", "a,b.png", "Zoë 笑.png"):
         shutil.copy("ada.png", name)

@@ -81,17 +81,20 @@ def references_of(scene: toyworld.Scene, number: int, which: int) -> np.ndarray:
     return np.stack([toyworld.render_reference(s.identity, 10 * number + which) for s in scene.subjects])
 
 
-def subjects_of(pipeline: Pipeline, scene: toyworld.Scene, photos: np.ndarray,
+def subjects_of(pipeline: Pipeline, scene: toyworld.Scene, photos: Sequence[np.ndarray],
                 start: int = START) -> list[Subject]:
-    """The subjects of a scene for `Pipeline.generate`, there at timesteps below `start`."""
-    features = pipeline.encode_subjects(to_picture(photos) / 2 + 0.5)
+    """The subjects of a scene for `Pipeline.generate`, there at timesteps below `start`. photos: one of each,
+    (H, W, 3) uint8."""
+    features = [pipeline.encode_subjects(to_picture(photo[None]) / 2 + 0.5)[0] for photo in photos]
     positions = [len(pipeline.models.tokenize.encode(scene.caption[:s.end])) for s in scene.subjects]
     return [Subject(p, f, start) for p, f in zip(positions, features, strict=True)]
 
 
 def draw_cases(pipeline: Pipeline, classifier: Classifier, numbers: Sequence[int], start: int = START,
+               photos: Callable[[toyworld.Scene, int, int], Sequence[np.ndarray]] = references_of,
                **options) -> tuple[list[Case], dict[str, float]]:
-    """Draw a batch of cases and have them read; options are those of `Pipeline.generate`.
+    """Draw a batch of cases and have them read; options are those of `Pipeline.generate`. photos: the
+    pictures of a scene's subjects, as `references_of` gives them.
 
     Returns the cases and the seconds per picture of the prior and of MoA, taken in turns. MoA's is that of
     the second subjects: recording slows down the first.
@@ -109,7 +112,7 @@ def draw_cases(pipeline: Pipeline, classifier: Classifier, numbers: Sequence[int
         pictures.append(to_uint8(images))
         readings.append(read(classifier, images))
 
-    subjects = [[subjects_of(pipeline, pair[k], references_of(pair[k], number, k), start)
+    subjects = [[subjects_of(pipeline, pair[k], photos(pair[k], number, k), start)
                  for number, pair in zip(numbers, scenes, strict=True)] for k in range(2)]
     generate(None)
     with record_routing(pipeline.models.unet) as routing:
