@@ -47,6 +47,7 @@ from samplers import SAMPLERS
 from subjects import SUBJECT, BoundSubject, bind_subjects, file_of, read_photos
 from weights.checkpoints import Refusal
 from weights.controlnet import load_controlnet
+from weights.hub import find_moa, find_weights
 from weights.lora import LoRASetting
 
 SHIPPED = Path(__file__).resolve().parent / "weights" / "toyworld"
@@ -298,8 +299,10 @@ def add_flags(parser: argparse.ArgumentParser, seeds: Sequence[int] = (), withou
         help="faster: pixels to which the routers give no more than this are left to the prior, such as 0.1 "
              "(default 0, none)")
     add = parser.add_argument_group("models").add_argument
-    add("--weights", type=Path, default=SHIPPED, metavar="FOLDER", help="default: the small world")
-    add("--moa", type=Path, metavar="FILE", help="default: moa.safetensors in the weights folder")
+    add("--weights", type=Path, default=SHIPPED, metavar="FOLDER",
+        help="a folder, or user/name or user/name@revision on the hub (default: the small world)")
+    add("--moa", type=Path, metavar="FILE",
+        help="a file, or a name on the hub (default: moa.safetensors in the weights folder)")
     add("--lora", action="append", default=[], metavar="FILE[:SCALE]",
         help="a style: a LoRA's .safetensors, and how much of it (default 1); repeatable, in any order")
     add("--lora-scope", choices=["attn", "all"],
@@ -483,6 +486,8 @@ def load_pipeline(args: argparse.Namespace, moa: bool | None = True, people: boo
     `args.controls` what else steers the pictures. Raises ValueError.
     """
     args.checker = find_checker(args.checker)
+    args.weights = find_weights(args.weights)
+    args.moa = find_moa(args.moa) if args.moa else None
     args.lora = [split_lora(argument) for argument in args.lora]
     file = args.moa or args.weights / "moa.safetensors"
     if args.moa and not file.is_file():

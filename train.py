@@ -49,6 +49,7 @@ from training import (SD15, LoRAStage, MoAStage, RecordedStep, Stage, StageError
                       distributed)
 from training.checkpoints import Run, list_checkpoints
 from training.log import Log
+from weights.hub import find_weights
 
 STAGES: dict[str, type[Stage]] = {"moa": MoAStage, "lora": LoRAStage, **TOYWORLD_STAGES}
 PRESETS = {"toyworld": TOYWORLD, "sd15": SD15}
@@ -64,7 +65,8 @@ def parse_args() -> argparse.Namespace:
         help="folder of the run: a new one, or with --resume perhaps that of an earlier run")
     add("--preset", default="toyworld", choices=PRESETS, help="sizes and hyperparameters (default toyworld)")
     add("--weights", type=Path, metavar="FOLDER",
-        help="folder with the models that the stage builds on (all but vae and classifier)")
+        help="folder with the models that the stage builds on, or its name on the hub (all but vae and "
+             "classifier)")
     add("--moa", type=Path, metavar="FILE", help="MoA file to go on from (moa; default: from the base model)")
     add("--data", type=Path, metavar="FOLDER",
         help="dataset in FastComposer's layout (default: the small world, rendered)")
@@ -121,6 +123,8 @@ def main() -> None:
     reuse_memory()
     stage = None
     try:
+        if args.weights:
+            args.weights = find_weights(args.weights)
         check(args)
         if args.data and not args.samples:
             args.samples = len(read_ids(args.data, "train"))
