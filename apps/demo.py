@@ -13,11 +13,13 @@ import json
 import os
 import random
 import re
+import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 from queue import SimpleQueue
@@ -48,8 +50,9 @@ FIRST = ("woman", "fair", "red", "short", "yes", "no", "blue", "plain", "trouser
 SECOND = ("man", "brown", "black", "curly", "no", "no", "orange", "stripes", "trousers", "gray")
 KINDS = {"self-attention": "self", "cross-attention": "cross", "mean of all": None}
 INTRO = """# Mixture-of-Attention
-Design people or upload photos, say what is to be seen, and compare: what the base model draws, and the same
-picture with your people in it. [What is this?](https://arxiv.org/abs/2404.11565)"""
+Design people or upload photos, and compare the base model's picture with the same one with them in it."""
+MASK = """A greyscale picture as large as the photo: 1 in the pixels of one person, 2 in the next one's, 0
+elsewhere. Then click on a person in the photo; without a click the largest is taken."""
 FIRST_DRAW = "Draw a picture first."
 CSS = """
 .gradio-container {max-width: 1200px !important; margin: auto !important}
@@ -86,6 +89,7 @@ def run(args: argparse.Namespace) -> None:
         # folder. Its own fonts would come from Google.
         os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1",
                        "GRADIO_TEMP_DIR": f"{folder}/cache"}
+        print(f"loading {os.path.relpath(args.weights)} ...", flush=True)
         try:
             import gradio
         except ImportError as error:
@@ -131,13 +135,35 @@ class Studio:
         image.save(file)
         return str(file)
 
+    def mask(self, person: str | None, upload: str) -> str:
+        """A copy of a person's photo, with a mask of the same size beside it. Raises ValueError."""
+        if not person:
+            raise ValueError("upload the photo before its mask")
+        photo, labels = Path(person.partition("#")[0]), read_picture(upload, labels=True)
+        width, height = Image.open(photo).size
+        if labels.shape[1:] != (height, width) or not labels.any() or (labels != labels[0]).any():
+            raise ValueError(f"{Path(upload).name} must be a greyscale picture of {width} x {height} pixels, "
+                             "1, 2, ... in the pixels of each person and 0 elsewhere")
+        file = self.new_file(photo.stem)
+        shutil.copy(photo, file)
+        to_images(labels[None] * 2 - 1)[0].convert("L").save(mask_of(file))
+        return str(file)
+
     def settings(self, prompt: str, seed: float, steps: float, strength: float) -> argparse.Namespace:
-        """The flags with what the page says. Raises ValueError."""
-        if not find_words(prompt, PEOPLE):
-            raise ValueError(f"nobody in the prompt to stand for: write one of {', '.join(PEOPLE[:6])}, ...")
+        """The flags with what the page says. Raises ValueError that names the field."""
+        named, most = len(find_words(prompt, PEOPLE)), self.pipeline.max_people
+        if not named:
+            raise ValueError(f"Prompt: nobody in it to stand for, write one of {', '.join(PEOPLE[:6])}, ...")
+        if most is not None and named > most:
+            raise ValueError(f"Prompt: {named} people, these weights were trained on at most {most} in a "
+                             "picture, and would mix them up")
         args = argparse.Namespace(**{**vars(self.args), "prompt": prompt, "seed": int(seed or 0),
                                      "steps": int(steps), "strength": float(strength)})
-        check(args)
+        try:
+            check(args)
+        except ValueError as error:
+            flag, said = str(error).split(maxsplit=1)
+            raise ValueError(f"{flag.strip('-').capitalize()}: {said}") from error
         return args
 
     def people(self, args: argparse.Namespace, rows: list[list[str]]
@@ -156,14 +182,14 @@ class Studio:
             def watch(step: int, steps: int, t: int, x0: Tensor) -> None:
                 record(step, steps, t, x0)
                 seen = step < steps and step % max(1, round(steps / PREVIEWS)) == 0
-                show({"done": step / steps,
-                      **({"pictures": list(map(args.checker, to_images(self.pipeline.decode(x0))))}
-                         if seen else {})})
-            pictures = list(generate_images(args, self.pipeline, [args.prompt] * 2, [args.seed] * 2,
-                                            [None, people], watch))
+                pictures = map(args.checker, to_images(self.pipeline.decode(x0))) if seen else ()
+                show({"done": step / steps, **dict(zip(("prior", "mixed"), pictures, strict=False))})
+            prior, mixed = generate_images(args, self.pipeline, [args.prompt] * 2, [args.seed] * 2,
+                                           [None, people], watch)
         file = self.new_file(f"seed-{args.seed}")
-        save_png(pictures[1], file, settings_of(args, subjects))
-        return {"pictures": pictures, "sheet": sheet, "file": str(file)}
+        save_png(mixed, file, settings_of(args, subjects))
+        return {"prior": prior, "mixed": mixed,
+                "drawn": {"picture": mixed, "sheet": sheet, "file": str(file)}}
 
     def swap(self, show: Callable, args: argparse.Namespace, photos: list[str]) -> dict:
         """One after the other in the place of the first person, under their names."""
@@ -176,10 +202,12 @@ class Studio:
         return {"strip": [(row[0], name) for row, name in zip(rows, names, strict=True)]}
 
     def morph(self, show: Callable, args: argparse.Namespace, photos: list[str]) -> dict:
-        """From the first person to the second, all in the first one's place."""
-        _, (first, last) = self.people(args, [[photo] for photo in photos])
-        people = [[replace(first[0], feature=feature)]
-                  for feature in interpolate(first[0].feature, last[0].feature, FRAMES)]
+        """From the first person to the one of the last photo, in the first one's place. Who else is in the
+        picture stays."""
+        *drawn, last = photos
+        _, ((first, *others), (other, *_)) = self.people(args, [drawn, [last, *drawn[1:]]])
+        people = [[replace(first, feature=feature), *others]
+                  for feature in interpolate(first.feature, other.feature, FRAMES)]
         return {"frames": list(generate_images(args, self.pipeline, [args.prompt] * FRAMES,
                                                [args.seed] * FRAMES, people, counting(show)))}
 
@@ -219,6 +247,18 @@ class Studio:
         return " ".join(re.sub(rf"{re.escape(str(self.folder))}/(cache/)?\w+/", "", str(message)).split())
 
 
+def mask_of(photo: Path) -> Path:
+    """Where the mask of a photo lies, if it has one."""
+    return photo.with_name(f"{photo.stem}_mask.png")
+
+
+def person_at(person: str, x: int, y: int) -> str:
+    """PHOTO or PHOTO#N, the person of number N at a pixel of its mask; without #N the largest of all."""
+    photo = person.partition("#")[0]
+    number = Image.open(mask_of(Path(photo))).getpixel((x, y)) if mask_of(Path(photo)).exists() else 0
+    return f"{photo}#{number}" if number else photo
+
+
 def counting(show: Callable) -> Callable:
     """For `generate_images`: says how far it is."""
     return lambda step, steps, t, x0: show({"done": step / steps})
@@ -228,16 +268,16 @@ def heat_map(drawn: dict | None, kind: str, layer: int, step: int) -> tuple:
     """The picture below the weight of the personalized expert, and what there is to see."""
     if not drawn:
         return None, FIRST_DRAW
-    sheet, picture = drawn["sheet"], drawn["pictures"][1]
+    sheet, picture = drawn["sheet"], drawn["picture"]
     t, maps = sheet.columns[min(step, len(sheet.columns)) - 1]
     weights = maps.get((layer, KINDS[kind]))
+    tile = sheet.tile(weights)
     if KINDS[kind] is None:
         tile, colours = sheet.mean(picture.size)
         said = f"Weight of the personalized expert, mean over all layers and steps: {colours}."
     elif weights is None:
-        return picture, f"t = {t}: the prior draws this step alone."
+        said = f"t = {t}: the prior draws this step alone."
     else:
-        tile = sheet.tile(weights)
         said = (f"Block l = {layer}, t = {t}: the personalized expert gets {weights.mean():.2f} on average, "
                 f"{weights.min():.2f} to {weights.max():.2f}. Dark is 0, yellow 1.")
     return Image.blend(picture, tile.resize(picture.size, Image.Resampling.NEAREST), 0.6), said
@@ -249,41 +289,48 @@ def heat_map(drawn: dict | None, kind: str, layer: int, step: int) -> tuple:
 def build(gr, studio: Studio):
     """All that a visitor sees, and what happens when they touch it."""
     args, layers = studio.args, len(list(studio.pipeline.models.unet.transformer_blocks()))
+    about, off = (ROOT / "README.md").read_text("utf-8").split("\n\n")[1], {"interactive": False}
     with gr.Blocks(title="Mixture-of-Attention", analytics_enabled=False, delete_cache=(3600, 7200)) as page:
         gr.Markdown(INTRO)
+        with gr.Accordion("What is this?", open=False):
+            gr.Markdown(f"{about}\n\nThe rest is in `README.md`, beside the code of this page.")
+        # On a phone the columns stand below each other, row by row.
         with gr.Row():
             with gr.Column(scale=2, min_width=320):
                 prompt = gr.Textbox(EXAMPLES[0], label="Prompt", lines=2, elem_id="prompt")
+                with gr.Row():
+                    first, first_chance = person(gr, studio, "First person", FIRST)
+                    second, second_chance = person(gr, studio, "Second person", SECOND)
+                with gr.Row():
+                    start = gr.Button("Draw", variant="primary", scale=2, min_width=140, elem_id="draw")
+                    again = gr.Button("New seed", min_width=140, elem_id="again")
+            with gr.Column(scale=3, min_width=320):
+                status = gr.Markdown("Both pictures show here while they grow.", elem_id="status")
+                with gr.Row():
+                    prior = picture(gr, "Base model", "prior")
+                    mixed = picture(gr, "With your people", "mixed")
+                download = gr.DownloadButton("Download, settings inside", size="sm", **off)
+        with gr.Row():
+            with gr.Column(scale=2, min_width=320):
                 examples = gr.Dataset(components=[gr.Textbox(visible=False)], samples=[[e] for e in EXAMPLES],
                                       label="For example")
-                with gr.Row():
-                    first, *first_shown = person(gr, studio, "First person", FIRST)
-                    second, *second_shown = person(gr, studio, "Second person", SECOND)
                 if studio.small_world:
-                    design(gr, studio, "Design the first person", FIRST, first, *first_shown)
-                    design(gr, studio, "Design the second person", SECOND, second, *second_shown)
+                    design(gr, studio, "Design the first person", FIRST, first, first_chance)
+                    design(gr, studio, "Design the second person", SECOND, second, second_chance)
                 both = gr.Checkbox(True, label="Second person, too, if the prompt names two")
-                seed = gr.Number(args.seed, label="Seed", precision=0, minimum=0)
+                seed = gr.Number(args.seed, label="Seed", precision=0, elem_id="seed")
                 steps = gr.Slider(1, max(50, args.steps), args.steps, step=1, label="Steps", buttons=[])
                 strength = gr.Slider(0, max(2, args.strength), args.strength, step=0.05, buttons=[],
                                      label="Strength of the people (1: as trained)")
             with gr.Column(scale=3, min_width=320):
-                with gr.Row():
-                    start = gr.Button("Draw", variant="primary", scale=2, min_width=140, elem_id="draw")
-                    again = gr.Button("New seed", min_width=140, elem_id="again")
-                status = gr.Markdown("Both pictures show here while they grow.", elem_id="status", height=32)
-                with gr.Row():
-                    prior = picture(gr, "Base model", "prior")
-                    mixed = picture(gr, "With your people", "mixed")
-                download = gr.DownloadButton("Download, settings inside", size="sm", interactive=False)
                 drawn, frames = gr.State(), gr.State()
                 with gr.Tab("Routers"), gr.Row():
                     with gr.Column(min_width=280):
-                        kind = gr.Radio(list(KINDS), value="self-attention", label="Routers of")
+                        kind = gr.Radio(list(KINDS), value="self-attention", label="Routers of", **off)
                         layer = gr.Slider(0, layers - 1, min(10, layers - 1), step=1, buttons=[],
-                                          label="Transformer block l", elem_id="layer")
-                        step = gr.Slider(1, args.steps, args.steps * 3 // 4, step=1, buttons=[],
-                                         label="Step, from noise to picture", elem_id="step")
+                                          label="Transformer block l", elem_id="layer", **off)
+                        step = gr.Slider(1, max(2, args.steps), max(1, args.steps * 3 // 4), step=1,
+                                         buttons=[], label="Step, from noise to picture", **off)
                         said = gr.Markdown(FIRST_DRAW, elem_id="said")
                     heat = picture(gr, "Weight of the personalized expert", "heat")
                 with gr.Tab("Swap"):
@@ -293,67 +340,64 @@ def build(gr, studio: Studio):
                 with gr.Tab("Morph"), gr.Row():
                     with gr.Column(min_width=280):
                         morph = gr.Button("Draw from the first to the second person", elem_id="morph")
-                        amount = gr.Slider(0, 1, 0.5, step=1 / (FRAMES - 1), buttons=[], elem_id="amount",
-                                           label="How much of the second")
+                        amount = gr.Slider(0, 1, 0.5, step=1 / (FRAMES - 1), buttons=[],
+                                           label="How much of the second", **off)
                     frame = picture(gr, "Between the two", "frame")
 
-        def follow(work: Callable, photos: list, *values) -> Iterator[dict]:
-            """What is shown, with a line that says how far it is."""
+        def show(work: Callable, outputs: dict, first: str | None, second: str | None, both: bool,
+                 prompt: str, *values) -> Iterator[dict]:
+            """What `work` draws, in the outputs of these names, in place of what was there, with a line that
+            says how far it is or what is wrong."""
+            photos = [first, second] if both and len(find_words(prompt, PEOPLE)) > 1 else [first]
+            if work == studio.morph:
+                photos += [second]
+            cleared = dict.fromkeys(outputs.values())
+            yield {**cleared, status: "Waiting."}
             try:
                 if None in photos:
-                    who = ("first", "second")[photos.index(None)]
-                    raise ValueError(f"Upload a photo of the {who} person.")
-                for value in studio.live(work, photos, *values):
-                    for warning in value.get("warnings", ()):
-                        gr.Warning(warning)
-                    yield {**value, "line": f"Drawing: {value['done']:.0%}" if "done" in value else "Done."}
-            except (ValueError, OSError) as error:
-                raise gr.Error(studio.clean(error), print_exception=False) from error
+                    raise ValueError(f"{'Second' if first else 'First'} person: upload a photo.")
+                for value in studio.live(work, photos, prompt, *values):
+                    warned = "".join(f"\n\n**Warning:** {each}" for each in sorted(value.get("warnings", ())))
+                    yield {status: f"Drawing: {value['done']:.0%}" if "done" in value else f"Done.{warned}",
+                           **{outputs[name]: value[name] for name in outputs if name in value}}
+            except Exception as error:
+                yield {**cleared, status: f"**{studio.clean(error)}**"}
+                if not isinstance(error, (ValueError, OSError)):  # not the visitor's to mend
+                    raise
 
-        def in_prompt(first: str | None, second: str | None, both: bool, prompt: str) -> list:
-            return [first, second] if both and second and len(find_words(prompt, PEOPLE)) > 1 else [first]
+        def fit(drawn: dict | None, kind: str, step: int) -> list:
+            """What can be asked of the picture."""
+            columns = len(drawn["sheet"].columns) if drawn else args.steps
+            maps = bool(drawn) and KINDS[kind] is not None
+            return [gr.update(value=drawn and drawn["file"], interactive=bool(drawn)),
+                    gr.update(interactive=bool(drawn)), gr.update(interactive=maps),
+                    gr.update(interactive=maps, maximum=max(2, columns), value=min(step, columns))]
 
-        def on_draw(first, second, both, kind, layer, step, prompt, *values):
-            for value in follow(studio.draw, in_prompt(first, second, both, prompt), prompt, *values):
-                shown = zip((prior, mixed), value.get("pictures", ()), strict=False)  # none on the way
-                update = {status: value["line"], **dict(shown)}
-                if "sheet" in value:
-                    update |= dict(zip((heat, said), heat_map(value, kind, layer, step), strict=True))
-                    update |= {drawn: value, download: gr.update(value=value["file"], interactive=True)}
-                yield update
+        def pick(frames: list | None, amount: float) -> tuple:
+            frame = frames[round(amount * (FRAMES - 1))] if frames else None
+            return frame, gr.update(interactive=bool(frames))
 
-        def on_swap(first, second, both, prompt, *values):
-            for value in follow(studio.swap, in_prompt(first, second, both, prompt), prompt, *values):
-                yield {status: value["line"], **({strip: value["strip"]} if "strip" in value else {})}
+        def settle(prompt: str) -> list:
+            return [gr.update(interactive=len(find_words(prompt, PEOPLE)) > fewer) for fewer in (1, 0)]
 
-        def on_morph(first, second, amount, *values):
-            for value in follow(studio.morph, [first, second], *values):
-                done = value.get("frames")
-                yield {status: value["line"], **({frames: done, frame: pick(done, amount)} if done else {})}
-
-        def pick(frames: list | None, amount: float):
-            return frames[round(amount * (FRAMES - 1))] if frames else None
-
-        def fit(drawn: dict, step: int):
-            columns = len(drawn["sheet"].columns)
-            return gr.update(maximum=columns, value=min(step, columns))
-
-        values = [prompt, seed, steps, strength]
         busy = {"concurrency_id": "model", "concurrency_limit": 1, "show_progress": "minimal",
                 "show_progress_on": status}
         quick = {"show_progress": "hidden", "trigger_mode": "always_last"}
-        drawing = [on_draw, [first, second, both, kind, layer, step, *values],
-                   [status, prior, mixed, drawn, heat, said, download]]
-        for asked in (start.click, prompt.submit,
-                      again.click(lambda: random.randrange(10_000), None, seed, **quick).then):
-            asked(*drawing, **busy).success(fit, [drawn, step], step, **quick)
-        swap.click(on_swap, [first, second, both, *values], [status, strip], **busy)
-        morph.click(on_morph, [first, second, amount, *values], [status, frames, frame], **busy)
-        gr.on([kind.change, layer.change, step.change], heat_map, [drawn, kind, layer, step], [heat, said],
-              **quick)
+        seeded = again.click(lambda: random.randrange(10_000), None, seed, **quick)
+        draw = {"prior": prior, "mixed": mixed, "drawn": drawn}
+        for asked, work, outputs in (
+                (start.click, studio.draw, draw), (prompt.submit, studio.draw, draw),
+                (seeded.then, studio.draw, draw), (swap.click, studio.swap, {"strip": strip}),
+                (morph.click, studio.morph, {"frames": frames})):
+            asked(partial(show, work, outputs), [first, second, both, prompt, seed, steps, strength],
+                  [status, *outputs.values()], **busy)
+        gr.on([drawn.change, kind.change], fit, [drawn, kind, step], [download, kind, layer, step], **quick)
+        gr.on([drawn.change, kind.change, layer.change, step.change], heat_map, [drawn, kind, layer, step],
+              [heat, said], **quick)
+        gr.on([frames.change, amount.change], pick, [frames, amount], [frame, amount], **quick)
+        gr.on([page.load, prompt.change], settle, prompt, [both, strength], **quick)
         # In the browser, so that no click on Draw can be faster.
         examples.click(None, examples, prompt, js=f"(k) => {json.dumps(EXAMPLES)}[k]")
-        amount.change(pick, [frames, amount], frame, **quick)
     return page
 
 
@@ -364,8 +408,8 @@ def picture(gr, label: str, name: str):
 
 
 def person(gr, studio: Studio, title: str, looks: tuple[str, ...]) -> tuple:
-    """Somebody to be uploaded or, in the small world, designed: the state that holds their picture file,
-    the picture, and the button for somebody else."""
+    """Somebody to be uploaded or, in the small world, designed: the state that holds their picture file, with
+    #N for one of several people in it, and the button for somebody else."""
     portrait = studio.portrait(*looks) if studio.small_world else None
     with gr.Column(min_width=140):
         file = gr.State(portrait)
@@ -373,18 +417,32 @@ def person(gr, studio: Studio, title: str, looks: tuple[str, ...]) -> tuple:
                          elem_classes=["picture", "portrait"])
         upload = gr.UploadButton("Upload a photo", size="sm", file_types=["image"])
         chance = gr.Button("Somebody else", size="sm", visible=studio.small_world)
+        with gr.Accordion("Several in it?", open=False):
+            gr.Markdown(MASK)
+            mask = gr.UploadButton("Mask: who is where", size="sm", file_types=["image"])
 
-    def on_upload(upload: str) -> list[str]:
+    def on_upload(work: Callable[..., str], *values: str | None) -> str:
         try:
-            return [studio.photo(upload)] * 2
+            return work(*values)
         except ValueError as error:
-            raise gr.Error(studio.clean(error), print_exception=False) from error
+            raise gr.Error(f"{title}: {studio.clean(error)}", print_exception=False) from error
 
-    upload.upload(on_upload, upload, [file, image], show_progress="hidden")
-    return file, image, chance
+    def on_click(person: str, click: gr.SelectData) -> str:
+        return person_at(person, *click.index)
+
+    def on_change(person: str) -> dict:
+        photo, _, number = person.partition("#")
+        largest = ": the largest" if mask_of(Path(photo)).exists() else ""
+        return gr.update(value=photo, label=f"{title}: number {number}" if number else title + largest)
+
+    upload.upload(partial(on_upload, studio.photo), upload, file, show_progress="hidden")
+    mask.upload(partial(on_upload, studio.mask), [file, mask], file, show_progress="hidden")
+    image.select(on_click, file, file, show_progress="hidden")
+    file.change(on_change, file, image, show_progress="hidden")
+    return file, chance
 
 
-def design(gr, studio: Studio, title: str, looks: tuple[str, ...], file, image, chance) -> None:
+def design(gr, studio: Studio, title: str, looks: tuple[str, ...], file, chance) -> None:
     """Menus for the looks of a person of the small world, for the components of `person`."""
     attributes = {"noun": toyworld.NOUNS, **toyworld.ATTRIBUTES}
     with gr.Accordion(title, open=False), gr.Row():
@@ -395,11 +453,11 @@ def design(gr, studio: Studio, title: str, looks: tuple[str, ...], file, image, 
     def on_chance(noun: str) -> list[str]:
         someone = toyworld.sample_identity(default_rng(), "test", noun)
         looks = [getattr(someone, name) for name in attributes]
-        return [studio.portrait(*looks)] * 2 + looks
+        return [studio.portrait(*looks), *looks]
 
-    gr.on([menu.input for menu in menus], lambda *looks: [studio.portrait(*looks)] * 2, menus, [file, image],
-          show_progress="hidden", trigger_mode="always_last")
-    chance.click(on_chance, menus[0], [file, image, *menus], show_progress="hidden")
+    gr.on([menu.input for menu in menus], studio.portrait, menus, file, show_progress="hidden",
+          trigger_mode="always_last")
+    chance.click(on_chance, menus[0], [file, *menus], show_progress="hidden")
 
 
 if __name__ == "__main__":

@@ -41,17 +41,18 @@ def drawn(studio, work, photos, *values) -> dict:
 
 def test_pictures_are_those_of_the_pipeline(studio, photos, world):
     shown = list(studio.live(studio.draw, photos, *VALUES))
-    assert [value["done"] for value in shown[:-1]] == [0, 1 / 3, 2 / 3, 1] and "pictures" in shown[1]
+    assert [value["done"] for value in shown[:-1]] == [0, 1 / 3, 2 / 3, 1] and "mixed" in shown[1]
     pipeline = Pipeline.load(world, world / "moa.safetensors")
     features = pipeline.encode_subjects(torch.stack([read_picture(photo) for photo in photos]))
     people = [Subject(2, features[0]), Subject(5, features[1])]
     expected = pipeline.generate([VALUES[0]] * 2, [3, 3], [None, people], steps=3, guidance_scale=3.0)
-    for image, wanted in zip(shown[-1]["pictures"], to_images(expected), strict=True):
-        assert np.array_equal(image, wanted)
-    settings = read_settings(Path(shown[-1]["file"]))
+    for name, wanted in zip(("prior", "mixed"), to_images(expected), strict=True):
+        assert np.array_equal(shown[-1][name], wanted)
+    file = Path(shown[-1]["drawn"]["file"])
+    settings = read_settings(file)
     assert settings["prompt"] == VALUES[0] and settings["seed"] == 3
     assert settings["subjects"] == ["woman=a-b-c-1-d.png", "man=bob.png"]
-    assert not list(Path(shown[-1]["file"]).parent.glob("*.tmp"))
+    assert not list(file.parent.glob("*.tmp"))
 
 
 def test_previews_are_given_to_the_checker(studio, photos, monkeypatch):
@@ -60,7 +61,7 @@ def test_previews_are_given_to_the_checker(studio, photos, monkeypatch):
 
     monkeypatch.setattr(studio.args, "checker", never)
     shown = studio.live(studio.draw, photos, *VALUES)
-    assert "pictures" not in next(shown)
+    assert next(shown).keys() == {"done"}
     with pytest.raises(ValueError, match="not this one"):
         next(shown)
 
@@ -72,25 +73,24 @@ def test_two_pictures_have_to_fit_into_a_batch(capsys):
 
 
 def test_swap_and_morph_start_and_end_with_the_pictures(studio, photos):
-    prior, mixed = map(np.array, drawn(studio, studio.draw, photos)["pictures"])
+    result = drawn(studio, studio.draw, photos)
     strip = drawn(studio, studio.swap, photos)["strip"]
     assert [name for _, name in strip] == ["base", "first", "second"]
-    assert np.abs(np.array(strip[0][0]) - prior.astype(int)).max() <= 1
-    assert np.abs(np.array(strip[1][0]) - mixed.astype(int)).max() <= 1
-    assert (np.array(strip[2][0]) != mixed).any()
-    frames = drawn(studio, studio.morph, photos)["frames"]
+    frames = drawn(studio, studio.morph, [*photos, photos[1]])["frames"]
     assert len(frames) == demo.FRAMES and demo.FRAMES % 2  # the slider starts in the middle
-    for photo, frame in zip(photos, (frames[0], frames[-1]), strict=True):
-        alone = np.array(drawn(studio, studio.draw, [photo])["pictures"][1], dtype=int)
-        assert np.abs(np.array(frame) - alone).max() <= 1
+    base, first, second = (np.array(image, dtype=int) for image, _ in strip)
+    assert (first != second).any()  # in the first place; in the other one the second person stays
+    for image, wanted in ((result["prior"], base), (result["mixed"], first), (frames[0], first),
+                          (frames[-1], second)):
+        assert np.abs(np.array(image) - wanted).max() <= 1
 
 
 def test_heat_map(studio, photos):
     assert demo.heat_map(None, "self-attention", 0, 1) == (None, "Draw a picture first.")
-    result = drawn(studio, studio.draw, photos)
+    result = drawn(studio, studio.draw, photos)["drawn"]
     image, said = demo.heat_map(result, "cross-attention", 15, 99)
     t, maps = result["sheet"].columns[-1]
-    assert image.size == result["pictures"][1].size
+    assert image.size == result["picture"].size
     assert f"l = 15, t = {t}: the personalized expert gets {maps[15, 'cross'].mean():.2f} on average" in said
     assert "t = 999: the prior draws this step alone" in demo.heat_map(result, "self-attention", 0, 1)[1]
     said = demo.heat_map(result, "mean of all", 0, 1)[1]
@@ -98,11 +98,11 @@ def test_heat_map(studio, photos):
 
 
 def test_visitors_do_not_disturb_each_other(studio, photos):
-    alone = [np.array(drawn(studio, studio.draw, [photo])["pictures"][1]).tolist() for photo in photos]
+    alone = [np.array(drawn(studio, studio.draw, [photo])["mixed"]).tolist() for photo in photos]
     found = {}
 
     def visit(k):
-        found[k] = np.array(drawn(studio, studio.draw, [photos[k % 2]])["pictures"][1]).tolist()
+        found[k] = np.array(drawn(studio, studio.draw, [photos[k % 2]])["mixed"]).tolist()
 
     threads = [threading.Thread(target=visit, args=(k,)) for k in range(4)]
     for thread in threads:
@@ -116,13 +116,37 @@ def test_visitors_do_not_disturb_each_other(studio, photos):
 
 
 @pytest.mark.parametrize(("values", "said"), [
-    (("", 0, 3, 1.0), "nobody in the prompt"), (("a bike", 0, 3, 1.0), "nobody in the prompt"),
-    (("a woman", -1, 3, 1.0), "--seed must be in"), (("a woman", 0, 0, 1.0), "--steps must be in"),
+    (("", 0, 3, 1.0), "Prompt: nobody"), (("a bike", 0, 3, 1.0), "Prompt: nobody"),
+    (("a boy, a girl and a man", 0, 3, 1.0), "Prompt: 3 people, .* at most 2"),
+    (("a woman", -1, 3, 1.0), "Seed: must be in"), (("a woman", 0, 0, 1.0), "Steps: must be in"),
     (("a woman", 0, 3, 1.0), "more subjects than words")])
-def test_refusals(studio, photos, values, said):
+def test_refusals(studio, photos, values, said, monkeypatch):
+    monkeypatch.setattr(studio.pipeline, "max_people", 2)
     with pytest.raises(ValueError, match=said) as refusal:
         drawn(studio, studio.draw, photos, *values)
     assert str(studio.folder) not in studio.clean(refusal.value)
+
+
+def test_a_person_is_chosen_by_the_mask(studio, photos, tmp_path, monkeypatch):
+    values = np.zeros((40, 30), np.uint8)
+    values[:, 10:20], values[:, 20:] = 1, 2
+    Image.fromarray(values).save(tmp_path / "who.png")
+    photo = studio.mask(f"{photos[1]}#7", str(tmp_path / "who.png"))
+    assert np.array_equal(Image.open(photo), Image.open(photos[1]))
+    assert np.array_equal(Image.open(Path(photo).parent / "bob_mask.png"), values)
+    assert [demo.person_at(f"{photo}#1", x, 5) for x in (0, 15, 25)] == [photo, f"{photo}#1", f"{photo}#2"]
+    assert demo.person_at(photos[0], 15, 5) == photos[0]  # has no mask
+    read = []
+    monkeypatch.setattr(demo, "read_photos", lambda row: read.extend(row) or [[read_picture(photo)]])
+    settings = read_settings(Path(drawn(studio, studio.draw, [f"{photo}#2"])["drawn"]["file"]))
+    assert read[0].files == [f"{photo}#2"] and settings["subjects"] == ["woman=bob.png#2"]
+
+
+@pytest.mark.parametrize(("shape", "value"), [((40, 31), 1), ((40, 30), 0), ((40, 30, 3), (1, 0, 0))])
+def test_masks_that_do_not_fit(studio, photos, shape, value, tmp_path):
+    Image.fromarray(np.full(shape, value, np.uint8)).save(tmp_path / "who.png")
+    with pytest.raises(ValueError, match="who.png must be a greyscale picture of 30 x 40 pixels"):
+        studio.mask(photos[0], str(tmp_path / "who.png"))
 
 
 def test_warnings_are_passed_on(studio, photos):
@@ -134,7 +158,8 @@ def test_without_gradio(world, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(SystemExit, match="2"):
         demo.main(["--weights", str(world)])
-    error = capsys.readouterr().err
+    said, error = capsys.readouterr()
+    assert said.startswith("loading ") and str(world.name) in said
     assert error.count("\n") == 1 and "pip install -r requirements-demo.txt" in error
 
 
@@ -151,13 +176,17 @@ def test_default_looks_can_be_drawn(studio):
 @pytest.fixture(scope="module")
 def page_url(tmp_path_factory):
     pytest.importorskip("gradio")
-    process = subprocess.Popen([sys.executable, "-m", "apps.demo", "--port", "0", "--steps", "6"],
-                               cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    errors = tmp_path_factory.mktemp("page") / "errors"
+    with errors.open("w") as file:
+        process = subprocess.Popen([sys.executable, "-m", "apps.demo", "--port", "0", "--steps", "6"],
+                                   cwd=ROOT, stdout=subprocess.PIPE, stderr=file, text=True)
     try:
+        assert process.stdout.readline() == "loading weights/toyworld ...\n"
         yield process.stdout.readline().split()[1]
     finally:
         process.terminate()
         process.wait(30)
+    assert "Traceback" not in errors.read_text()  # of a visitor's mistake
 
 
 @pytest.fixture(scope="module")
@@ -202,9 +231,16 @@ def press(page, button: str) -> None:
     page.wait_for_function("document.querySelector('#status').innerText.includes('Drawing')", timeout=60_000)
 
 
-def wait(page) -> None:
-    page.wait_for_function("document.querySelector('#status').innerText.trim() == 'Done.'", timeout=60_000)
+def wait(page, line: str = "Done.", more: str = "") -> None:
+    """Until the status begins so and goes on with `more`."""
+    page.wait_for_function("([line, more]) => { const said = document.querySelector('#status').innerText; "
+                           "return said.startsWith(line) && said.includes(more) }", arg=[line, more],
+                           timeout=60_000)
     page.wait_for_timeout(300)
+
+
+def slider(page, name: str):
+    return page.get_by_role("slider", name=f"range slider for {name}")
 
 
 def source(page, name: str) -> str:
@@ -217,6 +253,7 @@ def test_a_visit(visit, tmp_path):
     page.get_by_text("a man reading a book on a mountain").click()
     assert page.input_value("#prompt textarea") == "a man reading a book on a mountain"
     page.get_by_text("a woman standing on the beach").last.click()
+    assert slider(page, "Transformer block l").is_disabled()
     page.get_by_text("Design the first person").click()
     page.get_by_label("hair color").first.click()
     page.get_by_role("option", name="pink").click()
@@ -231,8 +268,9 @@ def test_a_visit(visit, tmp_path):
     assert settings["prompt"] == "a woman standing on the beach" and settings["steps"] == 6
     assert settings["subjects"] == ["woman=woman-fair-pink-short-yes-no-blue-plain-trousers-black.png"]
 
+    page.wait_for_selector("#heat img")
     before, heat = page.inner_text("#said"), source(page, "heat")
-    page.get_by_role("slider", name="range slider for Transformer block l").fill("13")
+    slider(page, "Transformer block l").fill("13")
     page.wait_for_function("document.querySelector('#said').innerText.includes('l = 13')")
     assert page.inner_text("#said") != before
     page.wait_for_function(f"document.querySelector('#heat img').src != {heat!r}")
@@ -244,33 +282,49 @@ def test_a_visit(visit, tmp_path):
     assert page.evaluate("(e => e.offsetHeight - e.firstElementChild.offsetHeight)"
                          "(document.querySelector('#strip .grid-wrap'))") < 32  # no empty row below
     page.get_by_role("tab", name="Morph").click()
+    assert slider(page, "How much of the second").is_disabled()
     press(page, "#morph")
     wait(page)
+    page.wait_for_selector("#frame img")
     middle = source(page, "frame")
-    page.get_by_role("slider", name="range slider for How much of the second").fill("1")
+    slider(page, "How much of the second").fill("1")
     page.wait_for_function(f"document.querySelector('#frame img').src != {middle!r}")
 
 
-def test_uploads(visit, tmp_path):
+def test_on_a_phone(visit, tmp_path):
     page = visit(viewport={"width": 390, "height": 844}, color_scheme="dark")
     assert page.evaluate("document.documentElement.scrollWidth") == 390
+    draw, prior, seed = (page.locator(name).bounding_box() for name in ("#draw", "#prior", "#seed"))
+    assert draw["y"] + draw["height"] < 844 and prior["y"] < draw["y"] + 120 and seed["y"] > prior["y"]
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nno picture")
     upload = page.locator("input[type=file]").first
     upload.set_input_files(tmp_path / "broken.png")
-    page.get_by_text("broken.png cannot be used as a picture").wait_for()
-    Image.new("RGB", (100, 400), "lightblue").save(tmp_path / "tall.png")
+    page.get_by_text("First person: broken.png cannot be used as a picture").wait_for()
+    tall = Image.new("RGB", (100, 400), "lightblue")
+    tall.save(tmp_path / "tall.png")
     upload.set_input_files(tmp_path / "tall.png")
     page.wait_for_function("document.querySelector('.portrait img').src.includes('tall.png')")
     portrait = page.locator(".portrait img").first.bounding_box()
     assert portrait["height"] == pytest.approx(portrait["width"], abs=1)
-    upload.set_input_files(ROOT / "examples" / "mia.png")
-    page.wait_for_timeout(1000)
-    press(page, "#draw")
-    wait(page)
+    page.click("#draw")
+    wait(page, more="tall.png looks like nobody that these weights were trained on")
+    assert page.locator("#prior img, #mixed img").count() == 2
     page.fill("#prompt textarea", "a house")
     page.click("#draw")
-    page.get_by_text("nobody in the prompt").wait_for()
+    wait(page, "Prompt: nobody in it")
+    assert not page.locator("#prior img, #mixed img, #heat img").count()
+    assert slider(page, "Strength of the people (1: as trained)").is_disabled()
     assert page.evaluate("document.documentElement.scrollWidth") == 390
+
+    tall = Image.new("L", tall.size, 1)
+    tall.paste(2, (0, 200, 100, 400))
+    tall.save(tmp_path / "who.png")
+    page.get_by_text("Several in it?").first.click()
+    page.locator("input[type=file]").nth(1).set_input_files(tmp_path / "who.png")
+    page.get_by_text("First person: the largest").wait_for()
+    foot = {"x": portrait["width"] / 2, "y": portrait["height"] - 9}
+    page.locator(".portrait img").first.click(position=foot)
+    page.get_by_text("First person: number 2").wait_for()
 
 
 def test_two_visitors_at_once(visit):
