@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import moa.mixture
 import train
 from moa import load_moa
 from moa import read_moa
@@ -156,6 +157,33 @@ def test_an_exported_checkpoint_is_what_the_run_writes(ema, tmp_path, monkeypatc
     assert_same_file(tmp_path / "new" / "a.safetensors", output / "moa.safetensors")
     state = checkpoint_of(output)
     assert all(torch.equal(v, state["parameters"][k]) for k, v in state["average"].items()) == (ema == 0)
+
+
+class CountingRouter(moa.mixture.Router):
+    """Knows how often it was asked in training."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.register_buffer("asked", torch.zeros(()))
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        self.asked = self.asked + self.training
+        return super().forward(z)
+
+
+def asked_of(file: Path) -> set[float]:
+    return {value.item() for name, value in load_file(file).items() if name.endswith("router.asked")}
+
+
+def test_a_router_s_buffers_are_kept(tmp_path, monkeypatch):
+    """By a checkpoint that is gone on with, and by a file that is made of one."""
+    monkeypatch.setattr(moa.mixture, "Router", CountingRouter)
+    assert train_moa(tmp_path / "run", "--steps", 3, "--keep", 9) == 0
+    export_moa.export(tmp_path / "run" / "checkpoints" / "000002.pt", tmp_path / "two.safetensors")
+    assert asked_of(tmp_path / "two.safetensors") == {2}
+    (tmp_path / "run" / "checkpoints" / "000003.pt").unlink()
+    assert train_moa(tmp_path / "run", "--steps", 3, "--resume") == 0
+    assert asked_of(tmp_path / "run" / "moa.safetensors") == {3}
 
 
 def test_a_file_of_any_step_can_be_loaded(whole, tmp_path, capsys):

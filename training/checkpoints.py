@@ -17,8 +17,8 @@ def list_checkpoints(output: Path) -> list[Path]:
 
 
 class Run:
-    """What is trained, its moving averages and the optimizer, which all change in place. There is no random
-    state: noise is a function of the step."""
+    """What is trained, its moving averages, the buffers and the optimizer, all changed in place. There is no
+    random state: noise is a function of the step."""
 
     def __init__(self, output: Path, name: str, stage: Stage, trained: dict[str, Tensor],
                  averages: dict[str, Tensor], optimizer: torch.optim.Optimizer):
@@ -34,10 +34,17 @@ class Run:
         self.identity = {"stage": name, "seed": stage.seed, **recipe, "weights": checksum,
                          "pictures": stage.samples.key}
 
+    def buffers(self) -> dict[str, Tensor]:
+        """What the modules keep besides parameters, such as a router's running mean."""
+        module = self.stage.module
+        parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+        return {name: value for name, value in module.state_dict().items() if name not in parameters}
+
     def save(self, step: int, keep: int) -> None:
         """Write a checkpoint; of older ones `keep` - 1 stay."""
         parts = {name: {key: p.detach() for key, p in values.items()}
-                 for name, values in (("parameters", self.trained), ("average", self.averages))}
+                 for name, values in (("parameters", self.trained), ("average", self.averages),
+                                      ("buffers", self.buffers()))}
         state = {"run": self.identity, "step": step, **parts, "optimizer": self.optimizer.state_dict(),
                  "moa": self.stage.moa_config()}
         write_whole(self.output / "checkpoints" / f"{step:06d}.pt",
@@ -66,7 +73,8 @@ class Run:
                 if not moment["exp_avg"].shape == moment["exp_avg_sq"].shape == p.shape:
                     raise KeyError("optimizer")
             with torch.no_grad():
-                for values, read in ((self.trained, state["parameters"]), (self.averages, state["average"])):
+                for values, read in ((self.trained, state["parameters"]), (self.averages, state["average"]),
+                                     (self.buffers(), state.get("buffers", {}))):
                     for name, value in values.items():
                         if value.shape != read[name].shape:
                             raise KeyError(name)

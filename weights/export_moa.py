@@ -30,8 +30,8 @@ def export(checkpoint: Path, output: Path) -> None:
     if output.is_dir():
         raise ValueError(f"--output {output} is a folder: give a file's name")
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_moa({name.removeprefix("unet."): value for name, value in state["average"].items()},
-              state["moa"], output)
+    tensors = {**state["average"], **state.get("buffers", {})}
+    write_moa({name.removeprefix("unet."): value for name, value in tensors.items()}, state["moa"], output)
     print(f"{output}: step {state['step']} of {state['run'].get('steps')}")
 
 
