@@ -1,5 +1,6 @@
 """From three photographs to a picture, by small random models of the real classes."""
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +25,9 @@ from transformers import (
     SwinConfig,
 )
 
+import sample
 from data import annotate, build
+from weights import convert_sd15, export_diffusers
 
 ROOT = Path(__file__).parents[1]
 WORDS = ["<s>", "<pad>", "</s>", "<image>", "a", "man", "woman", "dog"]
@@ -104,12 +107,22 @@ def test_from_photographs_to_a_picture(photos, models, tmp_path):
 
     command("-m", "data.build", photos, "--output", tmp_path / "data")
     command("-m", "data.build", "--check", tmp_path / "data")
-    command("train.py", "moa", "--weights", "weights/toyworld", "--data", tmp_path / "data", "--steps", 2,
+    world = ROOT / "weights" / "toyworld"  # as a checkpoint of diffusers, and converted
+    export_diffusers.main([str(world), "--output", str(tmp_path / "checkpoint")])
+    convert_sd15.main([str(tmp_path / "checkpoint"), "--output", str(tmp_path / "base"),
+                       "--image-encoder", str(world / "image_encoder.safetensors")])
+    command("train.py", "moa", "--weights", tmp_path / "base", "--data", tmp_path / "data", "--steps", 2,
             "--batch-size", 2, "--log-every", 1, "--samples-every", 0, "--output", tmp_path / "run")
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["step"] == 2
-    command("sample.py", "--weights", tmp_path / "run", "--subject", photos / "zoe.jpg", "--steps", 2,
-            "--prompt", "a woman on the beach", "--output", tmp_path / "picture.png")
+    shutil.copy(photos / "mia.jpg", tmp_path)
+    drawn = []
+    for photo in (photos / "mia.jpg", photos / "mia.jpg#1", tmp_path / "mia.jpg"):  # the last has no mask
+        output = tmp_path / f"{len(drawn)}.png"
+        sample.main(["--weights", str(tmp_path / "run"), "--subject", str(photo), "--output", str(output),
+                     "--prompt", "a girl on the beach", "--steps", "2", "--seed", "0"])
+        drawn.append(np.array(Image.open(output)).tolist())
+    assert drawn[0] == drawn[1] != drawn[2]
 
 
 def test_it_goes_on_where_it_was_stopped(photos, models, monkeypatch):
