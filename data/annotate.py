@@ -25,8 +25,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from data.build import COLORS, NOUNS, TILE, find_people, find_pictures, read_picture
+from data.build import COLORS, NOUNS, TILE, beside, find_people, find_pictures, read_picture
 from data.fastcomposer import MAX_PEOPLE, DataError, naming
+from data.files import read_text
 from data.shards import whole
 
 CAPTIONER = "Salesforce/blip2-opt-2.7b"
@@ -127,12 +128,12 @@ def annotate(pictures: list[Path], args: argparse.Namespace) -> list[str]:
 
 def caption_of(path: Path) -> str | None:
     """The caption beside a picture; None where there is none yet."""
-    file = path.with_suffix(".txt")
-    return " ".join(file.read_text(encoding="utf-8-sig").split()) if file.exists() else None
+    file = beside(path, ".txt")
+    return " ".join(read_text(file).split()) if file.exists() else None
 
 
 def mask_of(path: Path) -> Path:
-    return path.with_name(f"{path.stem}_mask.png")
+    return beside(path, "_mask.png")
 
 
 def captions(todo: list[Path], args: argparse.Namespace) -> Iterator[tuple[Path, str]]:
@@ -192,7 +193,7 @@ def draw_sheet(pictures: list[Path]) -> Image.Image:
         x, y = place % columns * (TILE + 8), place // columns * height
         try:
             picture = read_picture(path)
-        except OSError:  # it has been named
+        except (OSError, ValueError):  # it has been named
             continue
         pixels = np.array(picture, np.float32)
         if mask_of(path).exists():

@@ -38,13 +38,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from data.files import as_shown, open_picture, read_text
 from data.fastcomposer import (
     MAX_PEOPLE,
     PERSON,
     DataError,
     find_places,
     naming,
-    open_picture,
     open_sample,
     people_of,
     read_ids,
@@ -57,6 +57,7 @@ from data.processes import in_processes
 from models.errors import one_line
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+BY_SYSTEMS = ("thumbs.db", "desktop.ini")  # what Windows puts into folders; others hide theirs by a dot
 NOUNS = ("man", "woman", "boy", "girl", "person", "kid", "child", "baby", "toddler", "teenager", "adult",
          "guy", "lady", "gentleman", "father", "mother", "dad", "mom", "son", "daughter", "brother",
          "sister", "husband", "wife", "bride", "groom", "grandfather", "grandmother", "grandpa", "grandma",
@@ -114,7 +115,7 @@ def build(args: argparse.Namespace) -> tuple[list[str], list[str]]:
     """Write the dataset. Returns a report and what was broken and left out. Raises DataError."""
     folder, output = args.folder, args.output
     if not folder.is_dir():
-        raise DataError(f"{folder} is not a folder")
+        raise DataError(f"{folder} is not a folder: give one, an archive unpacked")
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise DataError(f"{output} exists already: give another --output")
     if output.resolve().is_relative_to(folder.resolve()):
@@ -144,21 +145,29 @@ def build(args: argparse.Namespace) -> tuple[list[str], list[str]]:
 def find_pictures(folder: Path) -> tuple[list[Path], list[str]]:
     """The pictures of a folder, sorted, and a line for every file that is of no use.
     Raises DataError without a picture."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file()
+    files = sorted(path for path in folder.rglob("*")
+                   if path.is_file() and path.name.lower() not in BY_SYSTEMS
                    and not any(part.startswith(".") for part in path.relative_to(folder).parts))
     pictures = [path for path in files
-                if path.suffix.lower() in SUFFIXES and not path.name.endswith("_mask.png")]
+                if path.suffix.lower() in SUFFIXES and not path.name.lower().endswith("_mask.png")]
     if not pictures:
         raise DataError(f"{folder} holds no picture ({', '.join(SUFFIXES)})")
     names = Counter(path.with_suffix("") for path in pictures)
     broken = [f"{path}: {n} pictures have this name" for path, n in names.items() if n > 1]
     for path in files:
-        owner = re.fullmatch(r"(.+?)(_mask\.png|_people\.txt|\.txt)", path.name)
+        owner = re.fullmatch(r"(.+?)(_mask\.png|_people\.txt|\.txt)", path.name, re.IGNORECASE)
         if owner and not {path.with_name(owner[1]), path.with_suffix("")} & names.keys():
             broken.append(f"{path}: there is no picture for it")
         elif not owner and path.suffix.lower() not in SUFFIXES:
             broken.append(f"{path}: not read, pictures are {', '.join(SUFFIXES)}")
     return [path for path in pictures if names[path.with_suffix("")] == 1], broken
+
+
+def beside(picture: Path, ending: str) -> Path:
+    """The file of a sample that ends so, in small letters or capitals."""
+    usual = picture.with_name(picture.stem + ending)
+    capitals = usual.with_suffix(usual.suffix.upper()), picture.with_name(picture.stem + ending.upper())
+    return next((path for path in (usual, *capitals) if path.exists()), usual)
 
 
 def try_convert(job: tuple[int, Path], output: Path, nouns: tuple[str, ...] | None) -> str | DataError:
@@ -174,10 +183,10 @@ def convert(index: int, path: Path, output: Path, nouns: tuple[str, ...] | None)
     Raises DataError."""
     with naming(path):
         picture = read_picture(path)
-    with naming(caption_path := path.with_suffix(".txt")):
-        lines = caption_path.read_text(encoding="utf-8-sig").strip().splitlines()
-        if len(lines) != 1:
-            raise ValueError(f"a caption is one line, not {len(lines)}")
+    with naming(caption_path := beside(path, ".txt")):
+        lines = read_text(caption_path).strip().split("\n")
+        if len(lines) != 1 or not lines[0]:
+            raise ValueError(f"a caption is one line, not {len(lines) if lines[0] else 0}")
         caption, words = " ".join(lines[0].split()), []
         if nouns is not None:
             caption, words = find_people(caption, nouns)
@@ -186,9 +195,9 @@ def convert(index: int, path: Path, output: Path, nouns: tuple[str, ...] | None)
                              "plural need their number, as in 'two women'")
     instances = np.zeros((picture.height, picture.width), np.uint8)
     if words:
-        with naming(mask_path := path.with_name(f"{path.stem}_mask.png")):
+        with naming(mask_path := beside(path, "_mask.png")):
             instances = read_mask(mask_path, picture.size, len(words), caption)
-    names = read_names(path.with_name(f"{path.stem}_people.txt"), len(words))
+    names = read_names(beside(path, "_people.txt"), len(words))
     image_id = f"{index:09d}"
     segments = []
     for number in np.unique(instances[instances > 0]).tolist():
@@ -212,26 +221,27 @@ def convert(index: int, path: Path, output: Path, nouns: tuple[str, ...] | None)
 
 
 def read_picture(path: Path) -> Image.Image:
-    """RGB as a viewer shows it: turned as its EXIF data say, transparent parts over white."""
-    with open_picture(path, ("JPEG", "PNG", "WEBP")) as image:
-        if image.mode.startswith(("I", "F")):
-            raise ValueError("more than 8 bits per channel: save it with 8")
-        image = ImageOps.exif_transpose(image)
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
+    """RGB as a viewer shows it. Raises ValueError and OSError."""
+    with open_picture(path) as image:
+        return as_shown(image)
 
 
 def read_mask(path: Path, size: tuple[int, int], people: int, caption: str) -> np.ndarray:
     """(H, W) uint8 person numbers from 1 to `people`, 0 where nobody is."""
-    with open_picture(path, ("PNG",)) as image:
-        if image.mode not in ("1", "L", "P", "I", "I;16"):
-            raise ValueError(f"a mask is greyscale or palette, not {image.mode}")
+    with open_picture(path) as image:
+        if image.format != "PNG":
+            raise ValueError(f"a mask is a PNG, this is {image.format}: save it as PNG")
+        image = ImageOps.exif_transpose(image)
         if image.size != size:
             raise ValueError(f"the mask has {image.width} x {image.height} pixels, the picture (turned as "
                              f"its EXIF data say) {size[0]} x {size[1]}")
-        mask = np.array(image)
+        if image.mode in ("1", "L", "P", "I", "I;16"):
+            mask = np.array(image)
+        else:
+            *channels, alpha = np.moveaxis(np.array(image.convert("RGBA")), -1, 0)
+            if any((channel != channels[0]).any() for channel in channels):
+                raise ValueError("a mask is greyscale or palette, a number for each person, not in colours")
+            mask = np.where(alpha > 127, channels[0], 0)
         if image.mode == "P" and "transparency" in image.info:  # nobody is where it is transparent
             clear = image.info["transparency"]
             clear = [clear] if isinstance(clear, int) else [i for i, a in enumerate(clear) if a < 128]
@@ -252,7 +262,7 @@ def read_names(path: Path, people: int) -> dict[int, str]:
     if not path.exists():
         return {}
     with naming(path):
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().splitlines()]
+        lines = [line.strip() for line in read_text(path).rstrip().split("\n")]
         if len(lines) > people:
             raise ValueError(f"names: {len(lines)}, words for a person in the caption: {people}")
     return {number: name for number, name in enumerate(lines, 1) if name}

@@ -19,7 +19,6 @@ import json
 import re
 import secrets
 import sys
-import warnings
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
@@ -32,6 +31,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from data.augment import augment_reference
+from data.files import open_picture, read_text
 from data.sample import CACHE_ROOT, Sample, pad_subjects
 from data.processes import in_processes
 from models.errors import one_line
@@ -90,15 +90,6 @@ def sample_path(folder: Path, image_id: str, suffix: str) -> Iterator[Path]:
         yield path
 
 
-@contextmanager
-def open_picture(path: Path, formats: tuple[str, ...]) -> Iterator[Image.Image]:
-    """A picture file in one of these formats; one of more than Pillow's 89 million pixels is an error."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(path, formats=formats) as image:
-            yield image
-
-
 def open_sample(folder: Path, image_id: str) -> Opened:
     """Read and check the three files of a sample. Raises DataError.
 
@@ -129,7 +120,7 @@ def open_sample(folder: Path, image_id: str) -> Opened:
 def read_record(folder: Path, image_id: str) -> dict:
     """The .json of a sample with people only in `segments`. Raises DataError."""
     with sample_path(folder, image_id, ".json") as path:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(read_text(path))
         caption = record["caption"]
         if not isinstance(caption, str) or not caption.strip():
             raise ValueError("the caption is not a text, or empty")
@@ -235,7 +226,7 @@ def read_ids(folder: Path, split: str) -> list[str]:
         raise DataError(f"{folder} is not a dataset, it has no {path.name}: give a folder that "
                         "python -m data.build has written, or another in FastComposer's layout")
     with naming(path):
-        ids = path.read_text(encoding="utf-8").split()
+        ids = read_text(path).split()
         if not ids:
             raise ValueError("there is no image id in it")
     return ids
