@@ -1,28 +1,24 @@
 """Pictures in and out, beside and below each other: reading, saving, grids, labels, routing maps."""
 import json
 import math
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from data.files import as_labels, as_shown, open_picture
 from moa import grid, record_routing, record_subject_attention
 from moa.loss import mean_routing
 from models.load import write_whole
 from models.unet import UNet
 from samplers import LABELS
 
-# Formats that Pillow decodes itself; for some others it starts programs.
-FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
-SRGB = ImageCms.createProfile("sRGB")
 FRAME = 125  # ms that a frame of an animation is shown
 MIN_SIDE = 16
 MAX_ASPECT = 10  # a sliver would be scaled up to gigabytes
@@ -49,9 +45,6 @@ def read_picture(path: str | Path, labels: bool = False) -> Tensor:
         raise ValueError(f"{path} is not a file: give a picture file")
     try:
         rgb = decode(path, labels)
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{path} cannot be used as a picture: it is none of {', '.join(FORMATS)}, or "
-                         "damaged. Save it as JPEG or PNG") from error
     except Exception as error:  # decoders of broken files raise nearly anything
         raise ValueError(f"{path} cannot be used as a picture: {error or type(error).__name__}") from error
     return rearrange(torch.from_numpy(rgb), "h w c -> c h w").float() / 255
@@ -59,52 +52,13 @@ def read_picture(path: str | Path, labels: bool = False) -> Tensor:
 
 def decode(path: Path, labels: bool = False) -> np.ndarray:
     """(H, W, 3) uint8."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about odd metadata
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(path, formats=FORMATS) as image:
-            width, height = image.size
-            if min(width, height) < MIN_SIDE:
-                raise ValueError(f"it has {width} x {height} pixels, both must be at least {MIN_SIDE}")
-            if max(width, height) > MAX_ASPECT * min(width, height):
-                raise ValueError(f"its {width} x {height} pixels are too long and thin, crop it")
-            image = ImageOps.exif_transpose(image)
-            return np.array(to_rgb(image, "black", cut=True) if labels else to_rgb(to_srgb(image)))
-
-
-def to_rgb(image: Image.Image, ground: str = "white", cut: bool = False) -> Image.Image:
-    """Any Pillow mode -> RGB, transparent parts over `ground`; with `cut` a pixel is either there or not."""
-    if image.mode.startswith("I"):  # more than 8 bits: Pillow's own conversion would clip them to 255
-        values = np.asarray(image).clip(0, 65535)
-        image = Image.fromarray((values >> (8 if values.max() > 255 else 0)).astype(np.uint8))
-    if image.mode == "F":
-        raise ValueError("pictures of floating-point numbers are not supported, save it as PNG")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        if cut:
-            image.putalpha(image.getchannel("A").point(lambda alpha: 255 * (alpha > 127)))
-        image = Image.alpha_composite(Image.new("RGBA", image.size, ground), image)
-    return image.convert("RGB")
-
-
-def to_srgb(image: Image.Image) -> Image.Image:
-    """A picture with a colour profile -> its colours in sRGB; a profile that cannot be used is left out, as
-    viewers do."""
-    if image.mode == "LAB":
-        return ImageCms.profileToProfile(image, ImageCms.createProfile("LAB"), SRGB, outputMode="RGB")
-    if not (data := image.info.get("icc_profile")) or image.mode not in ("RGB", "RGBA", "CMYK"):
-        return image
-    try:
-        profile = ImageCms.ImageCmsProfile(BytesIO(data))
-        if "sRGB" in ImageCms.getProfileDescription(profile):
-            return image
-        colours = image.convert("RGB") if image.mode == "RGBA" else image
-        colours = ImageCms.profileToProfile(colours, profile, SRGB, outputMode="RGB")
-    except (ImageCms.PyCMSError, OSError):
-        return image
-    if image.mode == "RGBA":
-        colours.putalpha(image.getchannel("A"))
-    return colours
+    with open_picture(path) as image:
+        width, height = image.size
+        if min(width, height) < MIN_SIDE:
+            raise ValueError(f"it has {width} x {height} pixels, both must be at least {MIN_SIDE}")
+        if max(width, height) > MAX_ASPECT * min(width, height):
+            raise ValueError(f"its {width} x {height} pixels are too long and thin, crop it")
+        return np.array(as_labels(image) if labels else as_shown(image))
 
 
 def check_finite(values: Tensor, what: str) -> None:

@@ -12,7 +12,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from data.pictures import cut_out, mask_of, read_mask
+from data.masks import cut_out, mask_of, read_mask
 from images import read_picture
 
 # Words that a subject may stand for when it is given without WORD=.

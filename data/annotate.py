@@ -27,7 +27,8 @@ from tqdm import tqdm
 
 from data.build import COLORS, NOUNS, TILE, find_people, find_pictures, read_picture
 from data.fastcomposer import MAX_PEOPLE, DataError, naming
-from data.pictures import mask_of
+from data.files import read_text
+from data.masks import beside, mask_of
 from data.shards import whole
 
 CAPTIONER = "Salesforce/blip2-opt-2.7b"
@@ -128,8 +129,8 @@ def annotate(pictures: list[Path], args: argparse.Namespace) -> list[str]:
 
 def caption_of(path: Path) -> str | None:
     """The caption beside a picture; None where there is none yet."""
-    file = path.with_suffix(".txt")
-    return " ".join(file.read_text(encoding="utf-8-sig").split()) if file.exists() else None
+    file = beside(path, ".txt")
+    return " ".join(read_text(file).split()) if file.exists() else None
 
 
 def captions(todo: list[Path], args: argparse.Namespace) -> Iterator[tuple[Path, str]]:
@@ -189,7 +190,7 @@ def draw_sheet(pictures: list[Path]) -> Image.Image:
         x, y = place % columns * (TILE + 8), place // columns * height
         try:
             picture = read_picture(path)
-        except OSError:  # it has been named
+        except (OSError, ValueError):  # it has been named
             continue
         pixels = np.array(picture, np.float32)
         if mask_of(path).exists():

@@ -38,6 +38,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from data.files import as_shown, open_picture, read_text
 from data.fastcomposer import (
     MAX_PEOPLE,
     PERSON,
@@ -52,11 +53,12 @@ from data.fastcomposer import (
     repeated_ids,
     square,
 )
-from data.pictures import mask_of, open_picture, read_mask
+from data.masks import beside, mask_of, read_mask
 from data.processes import in_processes
 from models.errors import one_line
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+BY_SYSTEMS = ("thumbs.db", "desktop.ini")  # what Windows puts into folders; others hide theirs by a dot
 NOUNS = ("man", "woman", "boy", "girl", "person", "kid", "child", "baby", "toddler", "teenager", "adult",
          "guy", "lady", "gentleman", "father", "mother", "dad", "mom", "son", "daughter", "brother",
          "sister", "husband", "wife", "bride", "groom", "grandfather", "grandmother", "grandpa", "grandma",
@@ -114,7 +116,7 @@ def build(args: argparse.Namespace) -> tuple[list[str], list[str]]:
     """Write the dataset. Returns a report and what was broken and left out. Raises DataError."""
     folder, output = args.folder, args.output
     if not folder.is_dir():
-        raise DataError(f"{folder} is not a folder")
+        raise DataError(f"{folder} is not a folder: give one, an archive unpacked")
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise DataError(f"{output} exists already: give another --output")
     if output.resolve().is_relative_to(folder.resolve()):
@@ -144,16 +146,17 @@ def build(args: argparse.Namespace) -> tuple[list[str], list[str]]:
 def find_pictures(folder: Path) -> tuple[list[Path], list[str]]:
     """The pictures of a folder, sorted, and a line for every file that is of no use.
     Raises DataError without a picture."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file()
+    files = sorted(path for path in folder.rglob("*")
+                   if path.is_file() and path.name.lower() not in BY_SYSTEMS
                    and not any(part.startswith(".") for part in path.relative_to(folder).parts))
     pictures = [path for path in files
-                if path.suffix.lower() in SUFFIXES and not path.name.endswith("_mask.png")]
+                if path.suffix.lower() in SUFFIXES and not path.name.lower().endswith("_mask.png")]
     if not pictures:
         raise DataError(f"{folder} holds no picture ({', '.join(SUFFIXES)})")
     names = Counter(path.with_suffix("") for path in pictures)
     broken = [f"{path}: {n} pictures have this name" for path, n in names.items() if n > 1]
     for path in files:
-        owner = re.fullmatch(r"(.+?)(_mask\.png|_people\.txt|\.txt)", path.name)
+        owner = re.fullmatch(r"(.+?)(_mask\.png|_people\.txt|\.txt)", path.name, re.IGNORECASE)
         if owner and not {path.with_name(owner[1]), path.with_suffix("")} & names.keys():
             broken.append(f"{path}: there is no picture for it")
         elif not owner and path.suffix.lower() not in SUFFIXES:
@@ -174,10 +177,10 @@ def convert(index: int, path: Path, output: Path, nouns: tuple[str, ...] | None)
     Raises DataError."""
     with naming(path):
         picture = read_picture(path)
-    with naming(caption_path := path.with_suffix(".txt")):
-        lines = caption_path.read_text(encoding="utf-8-sig").strip().splitlines()
-        if len(lines) != 1:
-            raise ValueError(f"a caption is one line, not {len(lines)}")
+    with naming(caption_path := beside(path, ".txt")):
+        lines = read_text(caption_path).strip().split("\n")
+        if len(lines) != 1 or not lines[0]:
+            raise ValueError(f"a caption is one line, not {len(lines) if lines[0] else 0}")
         caption, words = " ".join(lines[0].split()), []
         if nouns is not None:
             caption, words = find_people(caption, nouns)
@@ -194,7 +197,7 @@ def convert(index: int, path: Path, output: Path, nouns: tuple[str, ...] | None)
                 raise ValueError(f"persons {shown} on the mask, words for a person in {caption!r}: "
                                  f"{len(words)}")
             instances = mask.astype(np.uint8)
-    names = read_names(path.with_name(f"{path.stem}_people.txt"), len(words))
+    names = read_names(beside(path, "_people.txt"), len(words))
     image_id = f"{index:09d}"
     segments = []
     for number in np.unique(instances[instances > 0]).tolist():
@@ -218,15 +221,9 @@ def convert(index: int, path: Path, output: Path, nouns: tuple[str, ...] | None)
 
 
 def read_picture(path: Path) -> Image.Image:
-    """RGB as a viewer shows it: turned as its EXIF data say, transparent parts over white."""
-    with open_picture(path, ("JPEG", "PNG", "WEBP")) as image:
-        if image.mode.startswith(("I", "F")):
-            raise ValueError("more than 8 bits per channel: save it with 8")
-        image = ImageOps.exif_transpose(image)
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
+    """RGB as a viewer shows it. Raises ValueError and OSError."""
+    with open_picture(path) as image:
+        return as_shown(image)
 
 
 def read_names(path: Path, people: int) -> dict[int, str]:
@@ -234,7 +231,7 @@ def read_names(path: Path, people: int) -> dict[int, str]:
     if not path.exists():
         return {}
     with naming(path):
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().splitlines()]
+        lines = [line.strip() for line in read_text(path).rstrip().split("\n")]
         if len(lines) > people:
             raise ValueError(f"names: {len(lines)}, words for a person in the caption: {people}")
     return {number: name for number, name in enumerate(lines, 1) if name}

@@ -31,7 +31,8 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from data.augment import augment_reference
-from data.pictures import cut_out, open_picture
+from data.files import open_picture, read_text
+from data.masks import cut_out
 from data.sample import CACHE_ROOT, Sample, pad_subjects
 from data.processes import in_processes
 from models.errors import one_line
@@ -120,7 +121,7 @@ def open_sample(folder: Path, image_id: str) -> Opened:
 def read_record(folder: Path, image_id: str) -> dict:
     """The .json of a sample with people only in `segments`. Raises DataError."""
     with sample_path(folder, image_id, ".json") as path:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(read_text(path))
         caption = record["caption"]
         if not isinstance(caption, str) or not caption.strip():
             raise ValueError("the caption is not a text, or empty")
@@ -223,7 +224,7 @@ def read_ids(folder: Path, split: str) -> list[str]:
         raise DataError(f"{folder} is not a dataset, it has no {path.name}: give a folder that "
                         "python -m data.build has written, or another in FastComposer's layout")
     with naming(path):
-        ids = path.read_text(encoding="utf-8").split()
+        ids = read_text(path).split()
         if not ids:
             raise ValueError("there is no image id in it")
     return ids

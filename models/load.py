@@ -150,6 +150,8 @@ BEGINNINGS = {
     b"version https://git-lfs": "a git-LFS pointer, not the file: run `git lfs pull`",
     b"<": "a web page, since the download needs a login: download it again",
     b"PK": PICKLE, b"\x80": PICKLE,
+    **dict.fromkeys((b"7z\xbc\xaf", b"Rar!", b"\x1f\x8b"), "an archive: unpack it"),
+    b"GGUF": "a GGUF file, quantized for other programs: take the .safetensors",
     **dict.fromkeys((b"\x89PNG", b"\xff\xd8\xff", b"RIFF"), "a picture: give a .safetensors file"),
 }
 
@@ -216,11 +218,13 @@ def check_exact(found: Mapping, expected: Mapping, path: Path) -> None:
 
 
 def check_archive(path: Path) -> None:
-    """Raise WeightsError for a zip file that unpacks to more than it is: torch compresses nothing, and a
-    bomb unpacks to anything."""
+    """Raise WeightsError for a zip file that torch has not written, or that unpacks to more than it is: torch
+    compresses nothing, and a bomb unpacks to anything."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             size = sum(entry.file_size for entry in archive.infolist())
+            if not any(name.endswith("data.pkl") for name in archive.namelist()):
+                raise WeightsError("it is an archive of other files: unpack it, and give what was in it")
         if size > path.stat().st_size:
             raise WeightsError(f"it would unpack to {size} bytes, and no file that torch has written does")
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from samplers import alpha_bar
+
 WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 
 
@@ -106,8 +108,8 @@ def ldm(states: dict, dimensions: int = 4, flat: bool = False) -> dict:
 
 
 def extras() -> dict:
-    names = ["betas", "alphas_cumprod", "sqrt_alphas_cumprod", "posterior_mean_coef2", "logvar"]
-    return ({name: torch.rand(1000) for name in names}
+    names = ["betas", "sqrt_alphas_cumprod", "posterior_mean_coef2", "logvar"]
+    return ({name: torch.rand(1000) for name in names} | {"alphas_cumprod": torch.tensor(alpha_bar())}
             | {"scale_factor": torch.tensor(0.18215), "cond_stage_model.logit_scale": torch.tensor(4.6),
                "first_stage_model.loss.logvar": torch.zeros(1),
                "control_model.input_blocks.0.0.bias": torch.ones(4),

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 from data import build
 import toyworld
 from data.fastcomposer import SUFFIXES, Folder, read_ids, read_sample
-from data.pictures import read_mask
+from data.masks import read_mask
 from tests.test_data import BROKEN, write_folder
 
 GRAY = (128, 128, 128)
@@ -130,7 +130,7 @@ def test_names_become_paired_references(pictures, tmp_path, capsys):
     assert Folder(tmp_path / "data", 2, 64).places == {"Ada": [("000000000", 2), ("000000001", 1)]}
 
 
-@pytest.mark.parametrize("kind", ["white", "one bit", "palette", "16 bit", "second only"])
+@pytest.mark.parametrize("kind", ["white", "one bit", "palette", "16 bit", "second only", "RGB", "RGBA"])
 def test_ways_to_write_a_mask(kind, pictures, tmp_path):
     path = pictures / "pair_mask.png"
     numbers = np.array(Image.open(path))
@@ -141,6 +141,11 @@ def test_ways_to_write_a_mask(kind, pictures, tmp_path):
         mask = Image.fromarray(numbers).convert("P")
         mask.putdata(numbers.flatten().tolist())
         mask.putpalette([0, 0, 0, 200, 0, 0, 0, 200, 0])
+    elif kind == "RGB":
+        mask = Image.fromarray(numbers).convert("RGB")
+    elif kind == "RGBA":  # nobody is where it is transparent
+        mask = Image.fromarray(np.dstack([np.where(numbers, numbers, 9)] * 3 + [255 * (numbers > 0)]
+                                         ).astype(np.uint8))
     elif kind == "16 bit":
         mask = Image.fromarray(numbers.astype(np.uint16))
     else:
@@ -170,6 +175,30 @@ def test_pictures_are_taken_as_a_viewer_shows_them(pictures, tmp_path):
     assert turned[8:].min() > 90
 
 
+def test_colours_are_those_of_the_profile(pictures, tmp_path):
+    """Phones write others than sRGB; a profile whose red and blue are exchanged shows it."""
+    data = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    tags = {bytes(data[i:i + 4]): i for i in range(132, 132 + 12 * int.from_bytes(data[128:132], "big"), 12)}
+    red, blue = tags[b"rXYZ"] + 4, tags[b"bXYZ"] + 4
+    data[red:red + 8], data[blue:blue + 8] = data[blue:blue + 8], data[red:red + 8]
+    data = bytes(data).replace("sRGB".encode("utf-16-be"), "swap".encode("utf-16-be"))
+    Image.new("RGB", (40, 30), (200, 20, 20)).save(pictures / "pair.jpg", icc_profile=data, quality=95)
+    assert np.abs(np.array(build.read_picture(pictures / "pair.jpg")) - (20, 20, 200)).max() <= 4
+
+
+def test_files_as_windows_writes_them(pictures, tmp_path):
+    """Names in capitals, UTF-16 with its mark and other line ends, and files of its own between them."""
+    for path in list(pictures.iterdir()):
+        path.rename(path.with_name(path.name.upper().replace("PAIR", "pair")))
+    (pictures / "pair.TXT").write_bytes("a woman\u2028and a man\r\n".encode("utf-16"))
+    (pictures / "Thumbs.db").write_bytes(b"")
+    assert run(pictures, "--output", tmp_path / "data") == 0
+    assert read_sample(tmp_path / "data", "000000000", 32).caption == "a woman and a man"
+    ids = tmp_path / "data" / "image_ids_train.txt"
+    ids.write_bytes(b"\xef\xbb\xbf" + ids.read_bytes())
+    assert read_ids(tmp_path / "data", "train") == ["000000000"]
+
+
 def break_mask(value):
     return "_mask.png", lambda path: Image.fromarray(value).save(path)
 
@@ -182,22 +211,24 @@ BROKEN_INPUTS = {
     "no caption": (".txt", Path.unlink, "No such file"),
     "empty caption": (".txt", write(b"\n"), "one line, not 0"),
     "two captions": (".txt", write(b"a man\na woman"), "one line, not 2"),
-    "caption that is no text": (".txt", write(b"\xff\xfe a man"), "utf-8"),
+    "caption that is no text": (".txt", write(b"\xff a man"), "not a text in UTF-8"),
+    "caption of old Windows": (".txt", write("a man in a café".encode("cp1252")), "save it as UTF-8"),
+    "UTF-16 without its mark": (".txt", write("a man".encode("utf-16-le")), "it holds zeros"),
     "nobody in the caption": (".txt", write(b"a dog on a man-made beach"), "no word for a person"),
     "fewer words than people": (".txt", write(b"a woman"), "persons 1, 2 on the mask"),
     "no mask": ("_mask.png", Path.unlink, "No such file"),
     "empty mask": (*break_mask(np.zeros((30, 40), np.uint8)), "nobody on the mask"),
     "mask of another size": (*break_mask(np.ones((40, 30), np.uint8)), "30 x 40 pixels, the picture"),
-    "mask in colors": (*break_mask(np.ones((30, 40, 3), np.uint8)), "greyscale or palette, not RGB"),
+    "mask in colors": (*break_mask(np.tile(np.uint8([1, 2, 3]), (30, 40, 1))), "greyscale or palette, a"),
     "mask with soft edges": (*break_mask(np.arange(1200).reshape(30, 40).astype(np.uint8)), "1, 2, 3, 4, 5"),
-    "mask that is no png": ("_mask.png", write(b"P5 1 1 255 a"), "cannot identify"),
+    "mask that is no png": ("_mask.png", write(b"P5 1 1 255 a"), "a mask is a PNG, this is PPM"),
     "half a mask": ("_mask.png", lambda path: path.write_bytes(path.read_bytes()[:60]), "_mask.png"),
-    "empty picture": (".jpg", write(b""), "cannot identify"),
+    "empty picture": (".jpg", write(b""), "it is empty"),
     "half a picture": (".jpg", lambda path: path.write_bytes(path.read_bytes()[:400]), "Truncated"),
-    "no picture": (".jpg", write(b"GIF89a"), "cannot identify"),
+    "no picture": (".jpg", write(b"ftypheic"), "Save it as JPEG or PNG"),
     "more names than words": ("_people.txt", write(b"a\nb\nc"),
                               "names: 3, words for a person in the caption: 2"),
-    "names that are no text": ("_people.txt", write(b"\xff"), "utf-8"),
+    "names that are no text": ("_people.txt", write(b"\xff"), "save it as UTF-8"),
 }
 
 

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import types
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -217,8 +218,7 @@ WRAPPERS = {
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_names_of_wrappers_are_taken_off(tmp_path, states, wrapper):
-    found = split({name: Lazy(tuple(v.shape), v.dtype, lambda v=v: v)
-                   for name, v in WRAPPERS[wrapper](ldm(states)).items()}, tmp_path, {}, "auto", Notes())
+    found = split(lazy(WRAPPERS[wrapper](ldm(states))), tmp_path, {}, "auto", Notes())
     assert found.keys() == SIZES.keys()
     assert all(found[part].tensors.keys() == states[part].keys() for part in found)
 
@@ -230,6 +230,45 @@ def test_added_rows_of_the_token_embedding_are_said_and_left_out(tmp_path, state
     said = convert(source, "--output", out)["conversion"]["repaired"]
     assert any("2 added rows of text_model.embeddings.token_embedding.weight" in line for line in said)
     agree(out, expected)
+
+
+def lazy(state: dict) -> dict[str, Lazy]:
+    return {name: Lazy(tuple(v.shape), v.dtype, lambda v=v: v) for name, v in state.items()}
+
+
+def test_a_text_encoder_of_another_tokenizer_is_refused(tmp_path, states):
+    name = "text_model.embeddings.token_embedding.weight"
+    part, = split(lazy(states["text_encoder"] | {name: torch.ones(32000, 32)}), tmp_path, {}, "auto",
+                  Notes()).values()
+    with pytest.raises(WrongTensors, match="32000 rows, CLIP's tokenizer 49408 words"):
+        parts.fit("text_encoder", part, Notes())
+
+
+def test_half_a_vae_is_told_what_it_lacks(tmp_path, states):
+    half = {k: v for k, v in states["vae"].items() if k.startswith("decoder.")}
+    part, = split(lazy(half), tmp_path, {}, "auto", Notes()).values()
+    with pytest.raises(WrongTensors, match=r"missing \(encoder.conv_in.bias"):
+        parts.fit("vae", part, Notes())
+
+
+@pytest.mark.parametrize("scale", ["scale_weight", "weight_scale"])
+@pytest.mark.parametrize("rows", [1, 6])
+def test_weights_of_8_bits_are_multiplied_by_their_scales(tmp_path, scale, rows):
+    weight, scales = torch.rand(6, 4).to(torch.float8_e4m3fn), torch.rand(rows) * 100
+    save_file({"a.weight": weight, f"a.{scale}": scales, "a.scale_input": torch.ones(1),
+               "a.bias": torch.ones(6), "scaled_fp8": torch.empty(2, dtype=torch.float8_e4m3fn)},
+              tmp_path / "a.safetensors")
+    state = checkpoints.open_file(tmp_path / "a.safetensors", Notes())
+    assert state.keys() == {"a.weight", "a.bias"} and state["a.weight"].dtype == torch.float16
+    assert torch.equal(state["a.weight"].read(), weight.float() * scales[:, None])
+
+
+@pytest.mark.parametrize("mark, message", [
+    ({"alphas_cumprod": torch.zeros(1000)}, r"alphas_cumprod ends at 0, not at 0.00466"),
+    ({"ztsnr": torch.zeros(0)}, "zero terminal SNR .ztsnr found")])
+def test_another_noise_schedule_is_refused(tmp_path, states, mark, message):
+    with pytest.raises(WrongKind, match=message):
+        split(lazy(under(UNET, ldm_unet(states["unet"])) | mark), tmp_path, {}, "auto", Notes())
 
 
 # diffusers folders
@@ -283,6 +322,8 @@ def test_heads_come_from_the_configs(folder, out, states, theirs):
     ("diffusion_pytorch_model.fp16.safetensors diffusion_pytorch_model.bin",
      "diffusion_pytorch_model.fp16.safetensors"),
     ("diffusion_pytorch_model.non_ema.safetensors", ""),
+    ("model.bf16.safetensors model.fp16.safetensors model.fp32.safetensors", "model.fp32.safetensors"),
+    ("model.bf16.safetensors model.fp16.safetensors", "model.fp16.safetensors"),
     ("model-00001-of-00002.safetensors model-00002-of-00002.safetensors config.json",
      "model-00001-of-00002.safetensors model-00002-of-00002.safetensors")])
 def test_which_files_of_a_folder_are_taken(names, chosen):
@@ -296,6 +337,29 @@ def test_shards(folder, out, theirs, expected):
     agree(out, expected)
     with pytest.raises(WrongTensors, match="1 of 2 shards found"):
         choose(["model-00001-of-00002.fp16.safetensors"])
+    with pytest.raises(WrongTensors, match="several savings are mixed, as model-00001-of-00001.safetensors"):
+        choose([f"model-0000{i}-of-0000{n}.safetensors" for n in (1, 2) for i in range(1, n + 1)])
+
+
+def test_a_folder_of_hugging_face_s_cache(tmp_path):
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    assert checkpoints.locate(str(tmp_path / "models--a--b")) == snapshot
+    (snapshot / "model.safetensors").symlink_to("../../blobs/never-finished")
+    with pytest.raises(WrongKind, match="leads to no file, as after a download that was stopped"):
+        parts.open_source(str(snapshot), "auto", Notes())
+
+
+def test_files_that_are_not_taken_are_named(folder, refused):
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").rename(
+        folder / "unet" / "diffusion_pytorch_model.non_ema.safetensors")
+    said = refused(2, folder)
+    assert "no UNet; what it has (unet/diffusion_pytorch_model.non_ema.safetensors) can only be given" in said
+
+
+def test_the_schedule_of_a_folder_is_its_unets_alone(folder):
+    write_json({"prediction_type": "v_prediction"}, folder / "scheduler" / "scheduler_config.json")
+    parts.fit("vae", parts.open_part(str(folder), "vae", "off", Notes()), Notes())
 
 
 @pytest.mark.parametrize("part, change, code, message", [
@@ -304,6 +368,8 @@ def test_shards(folder, out, theirs, expected):
     ("vae", {"scaling_factor": 0.13025}, 2, "has scaling_factor 0.13025"),
     ("text_encoder", {"hidden_act": "gelu"}, 2, "has hidden_act 'gelu'"),
     ("text_encoder", {"num_hidden_layers": 12}, 3, "says num_hidden_layers 12, the tensors 3"),
+    ("scheduler", {"beta_schedule": "linear"}, 2, "has beta_schedule 'linear'"),
+    ("scheduler", {"rescale_betas_zero_snr": True}, 2, "has rescale_betas_zero_snr True"),
     ("scheduler", {"prediction_type": "v_prediction"}, 2, "has prediction_type 'v_prediction'")])
 def test_configs_that_say_something_else(folder, refused, part, change, code, message):
     path = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
@@ -593,7 +659,8 @@ def test_nested_bins_are_named(tmp_path, refused):
 
 BROKEN = [
     (b"", "is empty"), (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "is a git-LFS pointer"),
-    (b"\n  <html>", "is a web page"), (b"junk" * 9, "is not a model file"), (b"GGUF\x03", "is not a model"),
+    (b"\n  <html>", "is a web page"), (b"junk" * 9, "is not a model file"), (b"GGUF\x03", "is a GGUF file"),
+    (b"7z\xbc\xaf'\x1c", "is an archive: unpack it"),
     (b"\xff\xff\xff\x00\x00\x00\x00\x00{" + b" " * 50, "is truncated"),
     (b"\x10\x00\x00\x00\x00\x00\x00\x00{" + b" " * 50, "is damaged"),
     (b"\x02\x00\x00\x00\x00\x00\x00\x00{}", "holds no named tensors"),
@@ -615,6 +682,12 @@ def test_truncated_files(tmp_path, states, refused, zipped):
         torch.save(state, path, _use_new_zipfile_serialization=zipped)
     path.write_bytes(path.read_bytes()[:int(path.stat().st_size * 0.9)])
     assert "is truncated" in refused(2, path)
+
+
+def test_an_archive_of_other_files_is_to_be_unpacked(tmp_path, refused):
+    with zipfile.ZipFile(tmp_path / "model.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("model/unet/config.json", " " * 999)
+    assert "an archive of other files: unpack it" in refused(2, tmp_path / "model.zip")
 
 
 def test_torchscript(tmp_path, refused):

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from data.fastcomposer import DataError
-from data.pictures import open_picture
+from data.files import open_picture
 from models import WeightsError
 from models.load import MOST_LAYERS, build_empty, read_checkpoint, read_tensors, write_whole
 from models.vae import VAEConfig

@@ -182,6 +182,9 @@ LAYOUTS = {
             "text_encoder.", "text_encoders.clip_l.transformer.", 1): v
          for k, v in diffusers({f"unet.{ldm_place(k[5:])}" if k.startswith("unet.") else k: v
                                 for k, v in low.items()}).items()}, file)),
+    "LyCORIS": (lambda name: name.startswith("unet."), lambda low, file: save_file(
+        {k.replace("lora_unet_", "lycoris_"): v for k, v in kohya(low).items()}, file)),
+    "diffusers, pickled": (transformers, lambda low, file: torch.save(diffusers(low), file)),
     "torch.compile": (transformers, lambda low, file: save_file(
         {k.replace("unet.", "unet._orig_mod."): v for k, v in diffusers(low).items()}, file)),
     "kohya, LDM's names": (anything, lambda low, file: save_file(kohya(low, ldm_place), file)),
@@ -517,7 +520,7 @@ def reads(width: int) -> dict:
     ({**GOOD, **{f"lora_unet_x{i}.lora_{kind}.weight": torch.ones(2, 2) for i in range(7)
                  for kind in ("up", "down")}},
      "7 of its 8 layers .* lora_unet_x0, lora_unet_x1, lora_unet_x2, lora_unet_x3, lora_unet_x4:"),
-    ({**GOOD, "surprise": torch.ones(2)}, "is no LoRA: 1 of its 3 tensors .* surprise"),
+    ({**GOOD, "surprise": torch.ones(2)}, "is more than a LoRA: 1 of its 3 .* .surprise"),
     ({"model.diffusion_model.out.2.bias": torch.ones(4)}, r"is no LoRA.*model\.diffusion_model"),
     ({**GOOD, f"{STEM}.lora_up.weight": torch.ones(17, 2)}, "1 layers differ: .*attn2.to_k is"),
     ({**GOOD, f"{STEM}.lora_up.weight": torch.ones(16, 3)}, "does not fit"),
@@ -539,6 +542,7 @@ def test_what_cannot_be_used_is_named(state, match, untouched, tmp_path):
     ("[1, 2]", "cannot be read as PEFT's settings"),
     ('{"lora_alpha": "two"}', "could not convert string to float: 'two'"),
     ('{"lora_alpha": NaN}', "are finite"),
+    ('{"lora_alpha": 2, "alpha_pattern": {".*attn1.*": 8}}', "alpha_pattern '.*attn1.*' is a regular expr"),
     ('{"lora_alpha": 2, "use_dora": true}', "is a DoRA"),
 ])
 @pytest.mark.parametrize("beside", [False, True])
@@ -564,7 +568,7 @@ def test_embeddings_in_the_bundle_are_left_out_and_said(untouched, tmp_path):
 
 
 def test_files_that_are_no_safetensors(untouched, tmp_path):
-    for content, match in ((None, "not found"), (b"PK\x03\x04", "is a pickle"), (b"a woman", "not a model")):
+    for content, match in ((None, "not found"), (b"PK\x03\x04", "damaged"), (b"a woman", "not a model")):
         if content is not None:
             (tmp_path / "style.safetensors").write_bytes(content)
         with pytest.raises(WeightsError, match=match):

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageCms
+from PIL.PngImagePlugin import PngInfo
 
 import images
+from data.files import to_rgb
 from images import NO_MAP, PERSONALIZED, PRIOR, RoutingSheet, labelled, page, read_picture
 from subjects import read_masks
 
@@ -138,10 +140,50 @@ def test_labels_are_black_where_they_are_transparent(tmp_path, mode):
     assert len(others) == (mode == "P") and person[:, :8].all() and not person[:, 16:].any()
 
 
-def test_what_is_no_picture_is_told_a_cure(tmp_path):
-    (tmp_path / "a.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(99))
-    with pytest.raises(ValueError, match="a.heic cannot be used .* none of PNG, JPEG, .* Save it as JPEG"):
-        read_picture(tmp_path / "a.heic")
+@pytest.mark.parametrize("content, match", [
+    (b"\0\0\0\x18ftypheic" + bytes(99), "none of PNG, JPEG, .* Save it as JPEG"),
+    (b"", "it is empty: copy or download it again"),
+    (b"<!DOCTYPE html>", "a web page: download the picture again"),
+    (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "an SVG drawing: save it as PNG"),
+    (b"version https://git-lfs.github.com/spec/v1\n", "a git-LFS pointer: run `git lfs pull`")])
+def test_what_is_no_picture_is_told_a_cure(tmp_path, content, match):
+    (tmp_path / "a.jpg").write_bytes(content)
+    with pytest.raises(ValueError, match=f"a.jpg cannot be used .* {match}"):
+        read_picture(tmp_path / "a.jpg")
+
+
+def test_premultiplied_alpha_is_put_over_white(tmp_path):
+    picture = Image.fromarray(np.dstack([RGB[..., 0], ALPHA])).convert("La")
+    expected = over_white(grey(RGB[..., 0]), ALPHA)
+    assert np.abs(np.array(to_rgb(picture)) - expected).max() <= 2
+
+
+def test_16_bits_stay_16_where_all_of_them_are_dark(tmp_path):
+    Image.fromarray(np.full((H, W), 200, np.uint16)).save(tmp_path / "a.png")
+    assert read(tmp_path / "a.png").max() == 0
+
+
+def test_labels_of_16_bits_stay_apart(tmp_path):
+    """As in Cityscapes, whose people are 24000, 24001 and so on."""
+    labels = np.zeros((H, W), np.uint16)
+    labels[:, :8], labels[:, 16:] = 24000, 24001
+    Image.fromarray(labels).save(tmp_path / "a.png")
+    left, right = read_masks(tmp_path / "a.png", torch.zeros(3, H, W))
+    assert left[:, :8].all() and right[:, 16:].all() and left.sum() + right.sum() == 24 * H
+
+
+def test_labels_are_not_read_from_a_jpeg(tmp_path):
+    Image.fromarray(np.uint8(255 * (RGB[..., 0] > 99))).save(tmp_path / "a.jpg", quality=95)
+    with pytest.raises(ValueError, match="JPEG may change colours, which are labels here: save it as PNG"):
+        read_masks(tmp_path / "a.jpg", torch.zeros(3, H, W))
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_megabytes_of_text_in_a_png_are_skipped(tmp_path, zipped):
+    info = PngInfo()
+    info.add_text("workflow", "x" * 3_000_000, zip=zipped)
+    Image.fromarray(RGB).save(tmp_path / "a.png", pnginfo=info)
+    assert np.array_equal(read(tmp_path / "a.png"), RGB)
 
 
 def test_reads_16_bit_rgb(tmp_path):

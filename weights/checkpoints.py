@@ -45,6 +45,7 @@ class Unsafe(Refusal):
 # Floating-point types by the names that safetensors files have for them.
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, "I8")
 
 
 class Lazy(NamedTuple):
@@ -70,13 +71,19 @@ class Notes:
 
 def open_file(path: Path, notes: Notes) -> State:
     """The tensors of a safetensors file or a pickle. Raises Refusal."""
-    with path.open("rb") as file:
-        head = file.read(9)
-    pickled = head.startswith((b"PK", b"\x80")) and head[8:9] != b"{"
-    state = open_pickle(path, notes) if pickled else open_safetensors(path)
+    if not path.exists():
+        raise WrongKind(f"{path} leads to no file, as after a download that was stopped: download it again")
+    state = open_pickle(path, notes) if is_pickle(path) else open_safetensors(path)
     if not state:
         raise WrongKind(f"{path} holds no named tensors: it is no checkpoint")
-    return state
+    return apply_scales(state)
+
+
+def is_pickle(path: Path) -> bool:
+    """Whether a file is one of torch's, not of safetensors."""
+    with path.open("rb") as file:
+        head = file.read(9)
+    return head.startswith((b"PK", b"\x80")) and head[8:9] != b"{"
 
 
 def open_safetensors(path: Path) -> State:
@@ -119,6 +126,28 @@ def flatten(prefix: str, tree: dict, seen: set[int]) -> Iterator[tuple[str, Lazy
             yield f"{prefix}{key}", Lazy(tuple(value.shape), value.dtype, lambda value=value: value)
 
 
+# What is kept beside a weight of 8 bits: its scale, by ComfyUI's name or diffusers'; hints for kernels.
+SCALE = re.compile(r"(.+\.)(scale_weight|weight_scale)")
+HINT = re.compile(r"(.+\.)?(scaled_fp8|scale_input|input_scale|comfy_quant)")
+
+
+def apply_scales(state: State) -> State:
+    """Weights of 8 bits times the scales that are kept beside them, as 16 bits."""
+    scaled = {match[1] + "weight": state[match[0]] for match in map(SCALE.fullmatch, state) if match}
+    scaled = {name: scale for name, scale in scaled.items()
+              if name in state and state[name].dtype in EIGHT_BITS}
+    kept = {name: tensor for name, tensor in state.items() if not HINT.fullmatch(name) and not (
+        (match := SCALE.fullmatch(name)) and match[1] + "weight" in scaled)}
+    return kept | {name: Lazy(state[name].shape, torch.float16, partial(read_scaled, state[name], scale))
+                   for name, scale in scaled.items()}
+
+
+def read_scaled(weight: Lazy, scale: Lazy) -> Tensor:
+    """A weight times its scale, which is one number or one for each row; float32."""
+    values = weight.read().float()
+    return values * scale.read().float().reshape(-1, *[1] * (values.dim() - 1))
+
+
 class StandIn:
     """Takes the place of an object in a pickle: accepts anything and does nothing."""
 
@@ -153,9 +182,11 @@ def load_pickle(path: Path):
         inert = torch.serialization.safe_globals([(cls, name) for name, cls in allowed.items()])
         try:
             check_archive(path)
-            with inert, warnings.catch_warnings():
+            with inert, warnings.catch_warnings(), path.open("rb") as file:
                 warnings.simplefilter("ignore")  # about pickle protocols and TorchScript
-                return torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+                # torch goes by the name: a pickle that is called .safetensors has to come without one.
+                mapped = zipfile.is_zipfile(path) and path.suffix != ".safetensors"
+                return torch.load(path if mapped else file, "cpu", weights_only=True, mmap=mapped)
         except WeightsError as error:
             raise WrongKind(f"{path}: {error}") from error
         except Exception as error:  # a hostile file can make the unpickler raise anything
@@ -178,19 +209,27 @@ def load_pickle(path: Path):
 # 2. Finding files: a file, a folder or a repository.
 
 FILE = re.compile(r"(diffusion_pytorch_model|model|pytorch_model|open_clip_model|open_clip_pytorch_model)"
-                  r"((?:[.-](?:fp16|\d{5}-of-\d{5}))*)\.(safetensors|bin)")
+                  r"((?:[.-](?:fp32|fp16|bf16|\d{5}-of-\d{5}))*)\.(safetensors|bin)")
+PRECISIONS = ("bf16", "fp16", "fp32")  # the best last
 
 
 def choose(names: Iterable[str]) -> list[str]:
-    """The weight files to take of one folder, all shards: safetensors before .bin, full before fp16."""
+    """The weight files to take of one folder, all shards: safetensors before .bin, full before half."""
     groups: dict[tuple, list[str]] = {}
     for match in filter(None, map(FILE.fullmatch, sorted(names))):
-        kind = (match[3] == "bin", "fp16" in match[2], "-of-" in match[2], match[1])
+        precision = tuple(word in match[2] for word in PRECISIONS)  # none of them sorts first
+        count = re.search(r"-of-(\d{5})", match[2])
+        kind = (match[3] == "bin", precision, bool(count), match[1], int(count[1]) if count else 1)
         groups.setdefault(kind, []).append(match[0])
-    chosen = groups[min(groups)] if groups else []
-    shards = re.search(r"-of-(\d{5})", "".join(chosen[:1]))
-    if shards and len(chosen) != int(shards[1]):
-        raise WrongTensors(f"{len(chosen)} of {int(shards[1])} shards found ({', '.join(chosen[:5])}): "
+    if not groups:
+        return []
+    *first, count = min(groups)
+    if len([kind for kind in groups if kind[:-1] == tuple(first)]) > 1:
+        raise WrongTensors(f"shards of several savings are mixed, as {groups[(*first, count)][0]}, one of "
+                           f"{count}: delete those of the older ones")
+    chosen = groups[(*first, count)]
+    if len(chosen) != count:
+        raise WrongTensors(f"{len(chosen)} of {count} shards found ({', '.join(chosen[:5])}): "
                            "download the rest")
     return chosen
 
@@ -198,7 +237,8 @@ def choose(names: Iterable[str]) -> list[str]:
 def locate(source: str) -> Path:
     """The local path of a source, downloaded if it is a Hugging Face repository. Raises Refusal."""
     if Path(source).exists():
-        return Path(source)
+        snapshots = list(Path(source).glob("snapshots/*/"))  # as Hugging Face's cache keeps a repository
+        return snapshots[0] if len(snapshots) == 1 else Path(source)
     elsewhere = re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not Path(source).parent.exists()
     if not elsewhere or re.search(r"\.(safetensors|ckpt|bin|pth?)$", source):
         raise WrongKind(f"{source} does not exist: give a file, a folder or a Hugging Face repository")

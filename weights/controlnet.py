@@ -5,7 +5,7 @@ from models.controlnet import ControlNet
 from models.load import build_config
 from weights.checkpoints import Notes, State, WrongKind, locate, open_file, read_json
 from weights.names import FOREIGN, TAKES, refuse_foreign, rename, unwrap
-from weights.parts import Part, build, open_folder
+from weights.parts import Part, build, not_taken, open_folder
 
 PART, PREFIX = "controlnet", "control_model."
 WANTED = "a ControlNet of Stable Diffusion 1.5"
@@ -27,7 +27,7 @@ def open_controlnet(source: str, notes: Notes) -> Part:
     state = open_folder(path, notes)
     if not state:
         raise WrongKind(f"{path} is no folder of a ControlNet: it has no {own.name} with its config.json and "
-                        "no diffusion_pytorch_model.safetensors or .bin")
+                        f"no diffusion_pytorch_model.safetensors or .bin{not_taken(path)}")
     return find_controlnet(state, path, config, notes)
 
 

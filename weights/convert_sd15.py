@@ -23,8 +23,8 @@ from models.errors import one_line
 from models.load import PARTS, WeightsError, describe_sizes, whole_folder, write_json
 from weights.checkpoints import REQUIRED, Notes, WrongKind, WrongTensors
 from weights.names import LABELS
-from weights.parts import (DTYPES, FIXED, Part, check_output, check_together, fit, open_part,
-                           open_source, write_parts)
+from weights.parts import (DTYPES, FIXED, Part, check_output, check_together, fit, not_taken,
+                           open_part, open_source, write_parts)
 
 DEFAULTS = {"image_size": 512, "sampling": {"guidance_scale": 5.0, "steps": 20}}
 
@@ -72,14 +72,16 @@ def gather(args: argparse.Namespace, notes: Notes) -> tuple[dict[str, Part], dic
     """The parts to convert, and config.json of the source if that is a weights folder. Raises Refusal."""
     parts = open_source(args.source, args.ema, notes) if args.source else {}
     if parts and "unet" not in parts and not args.unet:
-        raise WrongKind(f"{args.source} holds {' and '.join(LABELS[name] for name in parts)} only, no UNet: "
-                        f"give it as {' and '.join(map(flag, parts))} beside a checkpoint")
+        raise WrongKind(f"{args.source} holds {' and '.join(LABELS[name] for name in parts)} only, no UNet"
+                        f"{not_taken(Path(args.source))}: give it as {' and '.join(map(flag, parts))} beside "
+                        "a checkpoint")
     base = next((part.settings for part in parts.values() if part.cfg), {})
     for name in PARTS:
         if source := getattr(args, name):
             parts[name] = open_part(source, name, args.ema if name == "unet" else "off", notes)
     if missing := [name for name in REQUIRED if name not in parts]:
-        raise WrongTensors(f"{args.source} has no {' and no '.join(LABELS[name] for name in missing)}: add "
+        raise WrongTensors(f"{args.source} has no {' and no '.join(LABELS[name] for name in missing)}"
+                           f"{not_taken(Path(args.source))}: add "
                            f"{' and '.join(f'{flag(name)} FILE' for name in missing)}")
     return {name: parts[name] for name in PARTS if name in parts}, base
 

@@ -17,6 +17,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from models.load import WeightsError, read_json, read_safetensors
+from weights.checkpoints import Notes, is_pickle, open_file
 from weights.names import ADAPTERS, WRAPPERS, refuse_foreign, rename
 
 SCOPES = ("attn", "all")
@@ -109,12 +110,16 @@ class MergedLoRAs:
 
 
 def load_lora(path: str | Path, layers: Mapping[str, nn.Module]) -> dict[str, Factors]:
-    """Read a LoRA in kohya's, LDM's, diffusers', PEFT's or ComfyUI's names: the factors by the layer's name.
+    """Read a LoRA in kohya's, LyCORIS', LDM's, diffusers', PEFT's or ComfyUI's names, safetensors or pickled:
+    the factors by the layer's name.
 
     Raises WeightsError unless all of it fits.
     """
     path = Path(path)
-    state, metadata = read_safetensors(path)
+    if path.is_file() and is_pickle(path):
+        state, metadata = {key: lazy.read() for key, lazy in open_file(path, Notes()).items()}, {}
+    else:
+        state, metadata = read_safetensors(path)
     state = {WRAPPERS.sub("", key): value for key, value in state.items()}
     refuse_foreign(state, path, ADAPTERS, "a LoRA or LoCon file of it")
     if words := [key for key in state if key.startswith("bundle_emb.")]:
@@ -153,8 +158,9 @@ def group(state: dict[str, Tensor], path: Path) -> tuple[dict[str, dict[str, Ten
         else:
             strange.append(key)
     if strange or not tensors:
-        raise LoRAError(f"{path} is no LoRA: {len(strange)} of its {len(state)} tensors are no part of one, "
-                        f"such as {', '.join(strange[:3])}: {TAKES}")
+        what = "more than a" if tensors else "no"
+        raise LoRAError(f"{path} is {what} LoRA: {len(strange)} of its {len(state)} tensors are no part of "
+                        f"one ({', '.join(strange[:3])}): {TAKES}")
     half = [name for name, parts in tensors.items() if not {"down", "up"} <= parts.keys()]
     half += [name for name in alphas if name not in tensors]
     if half:
@@ -193,6 +199,9 @@ def peft_alpha(path: Path, state: Mapping[str, Tensor],
                     for part, own in parts.items()}
         alphas = {part: float(own.get("lora_alpha") or 0) for part, own in parts.items()}
         numbers = [*alphas.values(), *(number for own in patterns.values() for number in own.values())]
+        names = [name for own in patterns.values() for name in own]
+        if odd := [name for name in names if not re.fullmatch(r"[\w.]+", name)]:
+            raise ValueError(f"alpha_pattern {odd[0]!r} is a regular expression, not the name of a layer")
         if not all(map(math.isfinite, numbers)):
             raise ValueError(f"not all of the alphas {numbers} are finite")
     except (AttributeError, RecursionError, TypeError, ValueError) as error:
@@ -225,13 +234,14 @@ def spellings(layers: Iterable[str]) -> dict[str, str]:
     for layer in layers:
         part, _, name = layer.partition(".")
         if part == "unet":
-            kohya, variants = "lora_unet", [name, ldm_name(name), name.replace("to_out.0", "to_out")]
+            short = name.replace("to_out.0", "to_out")
+            prefixes, variants = (part, "lora_unet", "lycoris"), [name, ldm_name(name), short]
         else:  # programs built on a flat text encoder leave `text_model.` out; old ones know no `q_proj`
             old = re.sub(r"self_attn\.(q|k|v|out)_proj", r"self_attn.to_\1", name)
-            kohya = "lora_te"
+            prefixes = (part, "lora_te")
             variants = [v for long in (name, old) for v in (long, long.removeprefix("text_model."))]
         for variant in variants:
-            for spelled in (variant, f"{part}.{variant}", f"{kohya}.{variant}"):
+            for spelled in (variant, *(f"{prefix}.{variant}" for prefix in prefixes)):
                 names[spelled.replace(".", "_")] = layer
     return names
 

@@ -32,7 +32,7 @@ FOREIGN = {
     r"lllite_|lora_controlnet": "a control-LoRA",
     **ADAPTERS, **LORA,
     r"\bip_adapter\.|\bimage_proj\.|_k_ip\b": "an IP-Adapter",
-    r"\bstring_to_param|^emb_params": "a textual inversion",
+    r"\bstring_to_param|^emb_params|^clip_[lg]$": "a textual inversion",
     r"motion_modules": "an AnimateDiff motion module",
     r"^(adapter\.)?body\.\d": "a T2I-Adapter",
     r"\bjoint_blocks\.|\bpos_embed\.proj\.": "an SD3 checkpoint",
@@ -40,7 +40,7 @@ FOREIGN = {
     r"\bconditioner\.embedders\.|\blabel_emb\.|\badd_embedding\.": "an SDXL checkpoint",
     r"\bcond_stage_model\.model\.": "an SD2 checkpoint",
     r"time_embed(ding)?\.cond_proj\.": "an LCM (latent consistency) checkpoint",
-    r"^v_pred$": "a v-prediction checkpoint",
+    r"^v_pred$": "a v-prediction checkpoint", r"^ztsnr$": "a checkpoint for zero terminal SNR",
     r"^(taesd_)?(encoder|decoder)\.(layers\.)?\d+\.(weight|conv\.\d)|^\d+\.(weight|conv\.\d+\.weight)$":
         "a TAESD, a tiny VAE for previews",
     r"\bquantize\.embedding\b": "a VQ autoencoder",

@@ -16,8 +16,9 @@ from tqdm import tqdm
 
 from models.clip_text import EOS
 from models.load import ALL_PARTS, PARTS, build_config, build_empty, differences, write_whole
-from weights.checkpoints import (FLOATS, REQUIRED, Lazy, Notes, State, WrongKind, WrongTensors, choose,
-                                 locate, open_file, read_json)
+from samplers.schedule import BETA_FIRST, BETA_LAST, NUM_TIMESTEPS, alpha_bar
+from weights.checkpoints import (FLOATS, REQUIRED, Lazy, Notes, Refusal, State, WrongKind, WrongTensors,
+                                 choose, locate, open_file, read_json)
 from weights.names import (CONTROLNET, DROPPED, FOREIGN, LABELS, PREFIXES, TAKES, owner, refuse_foreign,
                            rename, unwrap)
 
@@ -60,12 +61,24 @@ def open_source(source: str, ema: str, notes: Notes) -> dict[str, Part]:
     parts: dict[str, Part] = {}
     for folder in [path / name for name in REQUIRED if (path / name).is_dir()] or [path]:
         if state := open_folder(folder, notes):
-            config = {"prediction_type": schedule.get("prediction_type"), **read_json(folder / "config.json")}
-            parts |= split(state, folder, config, ema, notes)
+            noise = {key: schedule.get(key) for key in SCHEDULE} if folder.name == "unet" else {}
+            parts |= split(state, folder, {**noise, **read_json(folder / "config.json")}, ema, notes)
     if not parts:
         raise WrongKind(f"{path} is no model folder: it has no unet/diffusion_pytorch_model.safetensors or "
-                        ".bin, nor model.safetensors")
+                        f".bin, nor model.safetensors{not_taken(path)}")
     return parts
+
+
+def not_taken(folder: Path) -> str:
+    """Files of a folder and its parts' folders that are models by other names, for messages."""
+    found = [str(file.relative_to(folder)) for place in (folder, *(folder / name for name in REQUIRED))
+             if place.is_dir() for file in sorted(place.iterdir())
+             if file.suffix in MODELS and not choose([file.name])]
+    return f"; what it has ({', '.join(found[:3])}) can only be given as a file" if found else ""
+
+
+# Suffixes of models' files, whoever reads them.
+MODELS = (".safetensors", ".ckpt", ".bin", ".pt", ".pth", ".msgpack", ".onnx", ".h5", ".xml", ".gguf")
 
 
 def open_folder(folder: Path, notes: Notes) -> State:
@@ -100,6 +113,7 @@ def split(state: State, path: Path, settings: dict, ema: str, notes: Notes) -> d
         if part is None or DROPPED.fullmatch(name):
             notes.dropped["position_ids" if name.endswith("position_ids") else name.split(".")[0]] += 1
             check_positions(key, tensor, notes)
+            check_schedule(key, tensor, path)
             continue
         found = parts.setdefault(part, Part({}, path, settings))
         found.add(rename(part, name), key, tensor)
@@ -137,6 +151,15 @@ def check_positions(key: str, tensor: Lazy, notes: Notes) -> None:
                                   "with this file may differ")
 
 
+def check_schedule(key: str, tensor: Lazy, path: Path) -> None:
+    """Raise WrongKind for a buffer that shows another noise schedule, as zero terminal SNR has."""
+    if key == "alphas_cumprod" and tensor.shape == (NUM_TIMESTEPS,):
+        last, ours = tensor.read()[-1].item(), alpha_bar()[-1]
+        if not ours / 2 < last < 2 * ours:  # which leaves room for 8 bits
+            raise WrongKind(f"{path} has another noise schedule (its alphas_cumprod ends at {last:.3g}, not "
+                            f"at {ours:.3g}): {TAKES}")
+
+
 def join_vision(state: State) -> None:
     """transformers keeps queries, keys, values apart and the projection transposed; open_clip does not."""
     for name in list(state):
@@ -168,7 +191,9 @@ FIELDS = {
     "image_encoder": {**CLIP, "image_size": "image_size", "patch_size": "patch_size"},
 }
 # What the code has built in, so no other value will do.
-FIXED = {"prediction_type": "epsilon", "scaling_factor": 0.18215, "hidden_act": "quick_gelu",
+SCHEDULE = {"prediction_type": "epsilon", "beta_schedule": "scaled_linear", "beta_start": BETA_FIRST,
+            "beta_end": BETA_LAST, "rescale_betas_zero_snr": False}
+FIXED = {**SCHEDULE, "scaling_factor": 0.18215, "hidden_act": "quick_gelu",
          "controlnet_conditioning_channel_order": "rgb"}
 
 
@@ -183,6 +208,8 @@ def infer(part: str, state: State) -> dict:
     if part in ("unet", "controlnet", "vae"):
         side, latent = ("encoder.", "decoder.conv_in.weight") if part == "vae" else ("", "conv_in.weight")
         levels = range(count(state, rf"{side}down_blocks\.(\d+)\."))
+        if not levels:
+            raise KeyError(f"{side}down_blocks")
         attention = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"
         return {"latent_channels": shape[latent][1],
                 "channels": tuple(shape[f"{side}down_blocks.{i}.resnets.0.conv1.weight"][0] for i in levels),
@@ -215,7 +242,7 @@ def find_sizes(name: str, part: Part):
     said = said if isinstance(said, dict) else part.settings
     for key, value in FIXED.items():
         if said.get(key) not in (None, value):
-            raise WrongKind(f"{part.path} has {key} {said[key]!r} in its config.json, not {value!r}: {TAKES}")
+            raise WrongKind(f"{part.path} has {key} {said[key]!r} in its configs, not {value!r}: {TAKES}")
     try:
         sizes = infer(name, part.tensors)
     except (KeyError, IndexError, ValueError):
@@ -232,12 +259,16 @@ def find_sizes(name: str, part: Part):
 
 
 def leave_out_rows(part: Part, notes: Notes) -> None:
-    """Take the rows of a token embedding that CLIP's tokenizer knows; textual inversions add others."""
+    """Take the rows of a token embedding that CLIP's tokenizer knows; textual inversions add others.
+    Raises WrongTensors where some are missing."""
     name = "text_model.embeddings.token_embedding.weight"
     table = part.tensors.get(name)
-    if table is None or len(table.shape) != 2 or table.shape[0] <= EOS + 1:
+    if table is None or len(table.shape) != 2 or table.shape[0] == EOS + 1:
         return
     rows, dim = table.shape
+    if rows <= EOS:
+        raise WrongTensors(f"{part.path}: {name} has {rows} rows, CLIP's tokenizer {EOS + 1} words: it is a "
+                           "text encoder for another tokenizer")
     part.tensors[name] = Lazy((EOS + 1, dim), table.dtype, lambda: table.read()[:EOS + 1])
     part.settings = {k: v for k, v in part.settings.items() if k != "vocab_size"}
     notes.repaired.append(f"{rows - EOS - 1} added rows of {name} left out: CLIP's tokenizer has no words "
@@ -252,7 +283,7 @@ def fit(name: str, part: Part, notes: Notes) -> None:
         part.cfg = part.cfg or find_sizes(name, part)
         expected = build_empty(part.cfg).state_dict()
     except (TypeError, ValueError) as error:
-        if isinstance(error, WrongKind):
+        if isinstance(error, Refusal):
             raise
         raise WrongTensors(f"{part.path}, {LABELS[name]}: {error}") from error
     found = part.tensors

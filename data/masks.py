@@ -1,40 +1,44 @@
-"""Picture files of a data set: who is where on one, and a person cut out of it."""
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+"""Who is where on a picture: its mask, and a person cut out by it."""
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import ImageOps
+
+from data.files import open_picture
 
 
-@contextmanager
-def open_picture(path: Path, formats: tuple[str, ...]) -> Iterator[Image.Image]:
-    """A picture file in one of these formats; one of more than Pillow's 89 million pixels is an error."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(path, formats=formats) as image:
-            yield image
+def beside(picture: Path, ending: str) -> Path:
+    """The file of a sample that ends so, in small letters or capitals."""
+    usual = picture.with_name(picture.stem + ending)
+    capitals = usual.with_suffix(usual.suffix.upper()), picture.with_name(picture.stem + ending.upper())
+    return next((path for path in (usual, *capitals) if path.exists()), usual)
 
 
 def mask_of(picture: Path) -> Path:
     """The file that says who is where on a picture, if it is there."""
-    return picture.with_name(f"{picture.stem}_mask.png")
+    return beside(picture, "_mask.png")
 
 
 def read_mask(path: Path, size: tuple[int, int]) -> np.ndarray:
     """(H, W) integers or bool: the number of the person that a pixel belongs to, 0 where nobody is.
 
-    A PNG in greyscale or with a palette, of the picture's `size` (width, height). White (255) alone is person
-    1, transparent is nobody. Raises ValueError, and OSError for what is no PNG.
+    A PNG of grey numbers or with a palette, of the picture's `size` (width, height). White (255) alone is
+    person 1, transparent is nobody. Raises ValueError and OSError.
     """
-    with open_picture(path, ("PNG",)) as image:
-        if image.mode not in ("1", "L", "P", "I", "I;16"):
-            raise ValueError(f"a mask is greyscale or palette, not {image.mode}")
+    with open_picture(path) as image:
+        if image.format != "PNG":
+            raise ValueError(f"a mask is a PNG, this is {image.format}: save it as PNG")
+        image = ImageOps.exif_transpose(image)
         if image.size != size:
             raise ValueError(f"the mask has {image.width} x {image.height} pixels, the picture (turned as "
                              f"its EXIF data say) {size[0]} x {size[1]}")
-        mask = np.array(image).astype(np.int64)
+        if image.mode in ("1", "L", "P", "I", "I;16"):
+            mask = np.array(image).astype(np.int64)
+        else:
+            *channels, alpha = np.moveaxis(np.array(image.convert("RGBA")), -1, 0)
+            if any((channel != channels[0]).any() for channel in channels):
+                raise ValueError("a mask is greyscale or palette, a number for each person, not in colours")
+            mask = np.where(alpha > 127, channels[0], 0)
         if image.mode == "P" and "transparency" in image.info:
             clear = image.info["transparency"]
             clear = [clear] if isinstance(clear, int) else [i for i, a in enumerate(clear) if a < 128]
