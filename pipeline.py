@@ -216,25 +216,26 @@ class Pipeline:
 
     def encode_photos(self, subjects: Sequence[BoundSubject], photos: Sequence[Sequence[Tensor]]
                       ) -> list[Tensor]:
-        """The image feature (F,) of each subject, of several photos (3, H, W) their mean. Warns of each that
-        is like nobody whom the weights were trained on."""
+        """The image feature (F,) of each subject, of several photos (3, H, W) their mean. Raises ValueError
+        for who is like nobody whom the weights were trained on."""
         means = []
         for subject, several in zip(subjects, photos, strict=True):
             features = [self.encode_subjects(photo[None])[0] for photo in several]
             for feature, file in zip(features, subject.files, strict=True):
-                self.warn_if_foreign(feature, file)
+                self.refuse_foreign(feature, file)
             means.append(sum(features) / len(features))
         return means
 
-    def warn_if_foreign(self, feature: Tensor, file: str) -> None:
-        """Say so when a subject's image feature (F,) lies far from those that the weights were trained on."""
-        if (known := self.trained_on) is None or not squared_distance(
+    def refuse_foreign(self, feature: Tensor, file: str) -> None:
+        """Raise ValueError where a subject's image feature (F,) lies far from those that the weights were
+        trained on: the picture would be of somebody else."""
+        if (known := self.trained_on) and squared_distance(
                 feature[None].cpu(), known["mean"], known["precision"]) > known["limit"]:
-            return
-        advice = ("; they know a small cartoon world only, for photos use Stable Diffusion 1.5's"
-                  if self.models.config.get("world") == "toyworld" else "")
-        warnings.warn(f"{file} looks like nobody that these weights were trained on, the picture will "
-                      f"hardly resemble it{advice}", stacklevel=2)
+            cartoons = ("They know a small cartoon world only, and trained weights for photos do not exist "
+                        "yet: docs/train.md says what training them needs. "
+                        if self.models.config.get("world") == "toyworld" else "")
+            raise ValueError(f"{file} looks like nobody that these weights were trained on, so the picture "
+                             f"would show somebody else. {cartoons}--any-subject draws it all the same")
 
     def make_subjects(self, prompt: str, subjects: Sequence[BoundSubject], features: Sequence[Tensor]
                       ) -> list[Subject]:

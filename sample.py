@@ -297,6 +297,8 @@ def add_flags(parser: argparse.ArgumentParser, seeds: Sequence[int] = (), withou
     add = parser.add_argument_group("models").add_argument
     add("--weights", type=Path, default=SHIPPED, metavar="FOLDER", help="default: the small world")
     add("--moa", type=Path, metavar="FILE", help="default: moa.safetensors in the weights folder")
+    add("--any-subject", action="store_true",
+        help="also draw people who look like nobody that the weights were trained on")
     add("--lora", action="append", default=[], metavar="FILE[:SCALE]",
         help="a style: a LoRA's .safetensors, and how much of it (default 1); repeatable, in any order")
     add("--lora-scope", choices=["attn", "all"],
@@ -488,9 +490,12 @@ def load_pipeline(args: argparse.Namespace, moa: bool | None = True, people: boo
     pipeline = Pipeline.load(args.weights, args.moa, pick_device(args.device), DTYPES[args.dtype])
     if moa and args.moa is None:
         raise ValueError(f"--weights {args.weights} has no moa.safetensors, which subjects and routing maps "
-                         "need: give --moa FILE")
+                         "need: give --moa FILE. For photos no trained one exists yet, docs/train.md says "
+                         "what training it needs")
     if people and args.moa and pipeline.models.image_encoder is None:
         raise ValueError(f"--weights {args.weights} has no image_encoder.safetensors, which subjects need")
+    if args.any_subject:
+        pipeline.trained_on = None
     pipeline.set_loras(args.lora, args.lora_scope or "attn")
     fill_in(args, pipeline.models.config)
     if args.negative_prompt and args.guidance_scale == 1:

@@ -418,12 +418,17 @@ def test_warns_once_in_one_line(draw):
     assert negative == "warning: --negative-prompt has no effect with --guidance-scale 1"
 
 
-def test_says_when_a_subject_is_foreign(draw, other_world):
-    for limit in (1e9, 0):
-        save_file({"mean": torch.zeros(16), "precision": torch.eye(16), "limit": torch.tensor(float(limit))},
+def test_refuses_a_foreign_subject_unless_it_is_told_to(draw, refuse, other_world):
+    def limit(value: float) -> None:
+        save_file({"mean": torch.zeros(16), "precision": torch.eye(16), "limit": torch.tensor(value)},
                   other_world / "subjects.safetensors")
-        err = draw("--subject", "ada.png", weights=other_world)[1]
-        assert len(err) == (not limit) and all("ada.png looks like nobody" in line for line in err)
+
+    limit(1e9)
+    assert not draw("--subject", "ada.png", weights=other_world)[1]
+    limit(0.0)
+    said = refuse("--subject", "ada.png", weights=other_world)
+    assert "ada.png looks like nobody" in said and "--any-subject" in said
+    assert not draw("--subject", "ada.png", "--any-subject", weights=other_world)[1]
 
 
 # What it refuses
