@@ -24,6 +24,9 @@ from functools import cache, partial
 from pathlib import Path
 from unittest.mock import patch
 
+# First: it says what is not installed.
+from models.errors import Parser, fail
+
 import numpy as np
 import torch
 import torch.nn as nn
@@ -38,7 +41,6 @@ import train
 import training.moa
 import training.stage
 from data.sample import ENCODED
-from models.errors import fail
 from moa import MixtureOfAttention, moa_layers
 from pipeline import pick_device
 from toyworld.benchmark import FEWEST
@@ -191,8 +193,7 @@ METHOD = "moa"  # the experiment that the others are compared with
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("experiment", nargs="?", choices=EXPERIMENTS, metavar="EXPERIMENT",

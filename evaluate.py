@@ -14,6 +14,9 @@ import hashlib
 import time
 from pathlib import Path
 
+# First: it says what is not installed.
+from models.errors import Parser
+
 import numpy as np
 import torch
 from PIL import Image
@@ -36,8 +39,7 @@ SHOWN = 16  # cases on each contact sheet
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--output", type=Path, default=Path("runs/evaluation"), metavar="FOLDER",
         help="for results and sheets (default runs/evaluation)")

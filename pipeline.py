@@ -342,6 +342,14 @@ class Pipeline:
             denoise = guided(denoise, guidance_scale)
         return SAMPLERS[sampler](denoise, x, steps=steps, progress=progress)
 
+    def check_prompt(self, prompt: str) -> None:
+        """Raise ValueError where more than half of a prompt's words are unknown to the weights: the picture
+        would be of something else."""
+        tokenize = self.models.tokenize
+        words, unknown = tokenize.words(prompt), tokenize.unknown_words(prompt)
+        if sum(word in unknown for word in words) > len(words) / 2:
+            raise ValueError(f"{prompt!r}: {tokenize.complaint(prompt)}; write half of it with these")
+
     @torch.no_grad()
     def generate(self, prompts: Sequence[str] | Tensor, seeds: Sequence[int | Tensor],
                  subjects: Sequence[Sequence[Subject] | None] | None = None, negative_prompt: str = "",
@@ -365,13 +373,15 @@ class Pipeline:
                 of the personalized experts' weight; sparse (0.0), weights of theirs that are no larger
                 count as 0 and are not computed (see moa/routing.py).
         Returns: (B, 3, H, W) in [-1, 1], float32 on the CPU.
-        Raises ValueError for bad sizes and clip skips, ControlNets of other models and, from the
-        sampler, for bad steps.
+        Raises ValueError for bad sizes and clip skips, prompts of unknown words, ControlNets of other
+        models and, from the sampler, for bad steps.
         """
         x = self.noise(seeds, size)
         if isinstance(prompts, Tensor):
             null, text = self.encode_text([negative_prompt], clip_skip), prompts
         else:
+            for prompt in prompts:
+                self.check_prompt(prompt)
             null, text = self.encode_text([negative_prompt, *prompts], clip_skip).split([1, len(prompts)])
         return self.decode(self.sample(x, text, null, subjects, **sampling))
 

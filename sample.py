@@ -32,6 +32,9 @@ from pathlib import Path
 # small world take four times as long. Torch reads it once, when it is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+# First: it says what is not installed.
+from models.errors import Parser, fail, no_file, one_line
+
 import torch
 from PIL import Image
 from safetensors import SafetensorError
@@ -40,7 +43,6 @@ from tqdm import tqdm
 
 from images import (RoutingSheet, check_finite, labelled, page, read_picture, read_settings, save_png,
                     thumbnail, to_images)
-from models.errors import fail, one_line
 from models.load import remove_leftovers
 from pipeline import Control, Pipeline, Subject, pick_device, reuse_memory
 from samplers import SAMPLERS
@@ -189,6 +191,9 @@ def own_share(items: Sequence) -> Sequence:
 
 def draw_lines(args: argparse.Namespace, pipeline: Pipeline, lines: dict[Path, Line]) -> None:
     """Draw the pictures of these files, except those that are there. Raises ValueError before the first."""
+    for line in lines.values():
+        with naming(line.name):
+            pipeline.check_prompt(line.prompt)
     if not args.prior_only:
         find_people(pipeline, lines.values())
         keep_inputs(args, [subject for line in lines.values() for subject in line.subjects], list(lines))
@@ -248,14 +253,6 @@ def find_people(pipeline: Pipeline, lines: Iterable[Line]) -> None:
 
 
 # --- the flags that the apps share ---
-
-
-class Parser(argparse.ArgumentParser):
-    """A command's flags, none of which may be shortened: `--subject` is not `--subjects`."""
-
-    def __init__(self, description: str):
-        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
-                         allow_abbrev=False)
 
 
 def add_flags(parser: argparse.ArgumentParser, seeds: Sequence[int] = (), without: Sequence[str] = (),
@@ -337,6 +334,7 @@ def execute(run: Callable[[argparse.Namespace], None], args: argparse.Namespace)
         fail("not enough memory: make --width and --height smaller, draw fewer pictures at once, or take "
              "--dtype fp16")
     except KeyboardInterrupt:
+        print("stopped: the files named above are kept, nothing else was written", file=sys.stderr)
         sys.exit(130)
 
 
@@ -485,7 +483,7 @@ def load_pipeline(args: argparse.Namespace, moa: bool | None = True, people: boo
     args.lora = [split_lora(argument) for argument in args.lora]
     file = args.moa or args.weights / "moa.safetensors"
     if args.moa and not file.is_file():
-        raise ValueError(f"--moa {file} is not a file: give one that train.py moa has written")
+        raise ValueError(f"--moa {no_file(file)}: give one that train.py moa has written")
     args.moa = file if moa is not False and file.is_file() else None
     pipeline = Pipeline.load(args.weights, args.moa, pick_device(args.device), DTYPES[args.dtype])
     if moa and args.moa is None:
@@ -539,7 +537,7 @@ def split_lora(argument: str) -> LoRASetting:
     found = re.fullmatch(r"(.+):(-?[\d.]+(?:e-?\d+)?)", argument)
     file, scale = (found[1], float(found[2])) if found and not Path(argument).exists() else (argument, 1.0)
     if not Path(file).is_file():
-        raise ValueError(f"--lora {argument}: {file} is not a file; give FILE[:SCALE], the scale as a number")
+        raise ValueError(f"--lora {argument}: {no_file(file)}; give FILE[:SCALE], the scale as a number")
     if not -100 <= scale <= 100:
         raise ValueError(f"--lora {argument}: a scale must be in -100..100")
     return LoRASetting(Path(file), scale)

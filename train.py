@@ -31,12 +31,14 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
+# First: it says what is not installed.
+from models.errors import Parser, one_line
+
 import torch
 from tqdm import tqdm
 
 from data.fastcomposer import Folder, read_ids
 from data.sample import ENCODED, Samples
-from models.errors import one_line
 from models.load import build_config, read_config
 from models.unet import UNetConfig
 from pipeline import pick_device, reuse_memory
@@ -56,8 +58,7 @@ PATIENCE = 10  # steps in a row whose gradient is not finite, and which are left
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("stage", choices=STAGES, help="what is trained; --preset sd15 has moa and lora")
     add("--output", required=True, type=Path, metavar="FOLDER",

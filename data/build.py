@@ -17,8 +17,8 @@ With --without-people pictures and captions are enough, as for a style (train.py
 Each person needs a word of their own: "two women" becomes "a woman and a woman", while people without
 a number ("women", "a crowd") cannot be trained on.
 
-DATA gets FastComposer's layout (docs/train.md) and contact_sheet.png, whole or not at all. Broken
-samples are listed and left out.
+DATA gets FastComposer's layout (docs/train.md) and contact_sheet.png, whole or not at all. All that is
+wrong with any picture is listed, and nothing is written then, unless --skip-broken leaves these out.
 
 Exit status: 0 all samples are good, 1 some are broken, 2 an error (one line on stderr).
 """
@@ -30,10 +30,14 @@ import shutil
 import sys
 import textwrap
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+
+# First: it says what is not installed.
+from models.errors import Parser, one_line
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -54,7 +58,6 @@ from data.fastcomposer import (
     square,
 )
 from data.processes import in_processes
-from models.errors import one_line
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 NOUNS = ("man", "woman", "boy", "girl", "person", "kid", "child", "baby", "toddler", "teenager", "adult",
@@ -69,8 +72,7 @@ COLORS = ((255, 190, 0), (0, 190, 255), (255, 80, 160), (90, 220, 90))  # of the
 
 
 def parse_args(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m data.build", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__, prog="python -m data.build")
     parser.add_argument("folder", nargs="?", type=Path, metavar="FOLDER",
                         help="folder with pictures, captions and masks")
     parser.add_argument("--output", type=Path, metavar="DATA", help="folder to write: a new dataset")
@@ -80,10 +82,12 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
                         help="with --check: contact sheet to write (.png)")
     parser.add_argument("--nouns", nargs="+", default=[], metavar="WORD",
                         help=f"more words for a person, besides {', '.join(NOUNS)}")
+    parser.add_argument("--skip-broken", action="store_true",
+                        help="leave out pictures with something wrong, in place of writing nothing")
     parser.add_argument("--without-people", action="store_true",
                         help="take pictures with captions about anything, and read no masks")
     args = parser.parse_args(arguments)
-    if args.check and (args.folder or args.output or args.nouns or args.without_people):
+    if args.check and (args.folder or args.output or args.nouns or args.without_people or args.skip_broken):
         parser.error("--check takes a dataset and nothing to build")
     if not args.check and (args.sheet or not (args.folder and args.output)):
         parser.error("give FOLDER and --output DATA, or --check DATA")
@@ -124,10 +128,14 @@ def build(args: argparse.Namespace) -> tuple[list[str], list[str]]:
     temporary.mkdir(parents=True)
     try:
         nouns = None if args.without_people else (*NOUNS, *args.nouns)
-        job = partial(try_convert, output=temporary, nouns=nouns)
+        job = partial(convert, output=temporary, nouns=nouns)
         results = list(in_processes(job, list(enumerate(pictures)), "writing"))
-        broken += [str(result) for result in results if isinstance(result, DataError)]
+        broken += [fault for result in results if isinstance(result, list) for fault in result]
         ids = [result for result in results if isinstance(result, str)]
+        if broken and not args.skip_broken:
+            told = (f"nothing is written: {len(ids)} of {len(pictures)} pictures are good. Mend the others "
+                    "and give the command again, or leave them out with --skip-broken")
+            return [*listed(broken), told], broken
         if not ids:
             raise DataError(f"none of the {len(pictures)} pictures of {folder} can be used: {broken[0]}")
         for split, members in (("", ids), ("_train", ids), ("_test", [])):
@@ -161,34 +169,21 @@ def find_pictures(folder: Path) -> tuple[list[Path], list[str]]:
     return [path for path in pictures if names[path.with_suffix("")] == 1], broken
 
 
-def try_convert(job: tuple[int, Path], output: Path, nouns: tuple[str, ...] | None) -> str | DataError:
-    """`convert`, or what is wrong with the picture."""
-    try:
-        return convert(*job, output, nouns)
-    except DataError as error:
-        return error
-
-
-def convert(index: int, path: Path, output: Path, nouns: tuple[str, ...] | None) -> str:
-    """Write the three files of a picture; returns its id. Without `nouns` there are no people on it.
-    Raises DataError."""
-    with naming(path):
-        picture = read_picture(path)
-    with naming(caption_path := path.with_suffix(".txt")):
-        lines = caption_path.read_text(encoding="utf-8-sig").strip().splitlines()
-        if len(lines) != 1:
-            raise ValueError(f"a caption is one line, not {len(lines)}")
-        caption, words = " ".join(lines[0].split()), []
-        if nouns is not None:
-            caption, words = find_people(caption, nouns)
-        if nouns is not None and not words:
-            raise ValueError(f"no word for a person in {caption!r}; --nouns adds words, and people in the "
-                             "plural need their number, as in 'two women'")
-    instances = np.zeros((picture.height, picture.width), np.uint8)
-    if words:
-        with naming(mask_path := path.with_name(f"{path.stem}_mask.png")):
-            instances = read_mask(mask_path, picture.size, len(words), caption)
-    names = read_names(path.with_name(f"{path.stem}_people.txt"), len(words))
+def convert(job: tuple[int, Path], output: Path, nouns: tuple[str, ...] | None) -> str | list[str]:
+    """Write the three files of a picture; returns its id, or all that is wrong with it. Without `nouns` there
+    are no people on it."""
+    (index, path), faults = job, []
+    picture = attempt(faults, path, read_picture)
+    caption, words = attempt(faults, path.with_suffix(".txt"), read_caption, nouns) or ("", [])
+    size, people = picture.size if picture else None, len(words) or 255
+    instances = names = None
+    if nouns is not None:
+        instances = attempt(faults, path.with_name(f"{path.stem}_mask.png"), read_mask, size, people, caption)
+        names = attempt(faults, path.with_name(f"{path.stem}_people.txt"), read_names, people)
+    if faults:
+        return faults
+    if instances is None:
+        instances, names = np.zeros((picture.height, picture.width), np.uint8), {}
     image_id = f"{index:09d}"
     segments = []
     for number in np.unique(instances[instances > 0]).tolist():
@@ -211,6 +206,33 @@ def convert(index: int, path: Path, output: Path, nouns: tuple[str, ...] | None)
     return image_id
 
 
+def attempt(faults: list[str], path: Path, read: Callable, *arguments):
+    """What `read` makes of a file; None, and a line in `faults`, where something is wrong with it."""
+    try:
+        with naming(path):
+            return read(path, *arguments)
+    except DataError as error:
+        faults.append(str(error))
+
+
+def read_caption(path: Path, nouns: tuple[str, ...] | None) -> tuple[str, list[re.Match]]:
+    """The caption and its words for people, each of whom has one."""
+    if not path.exists():
+        raise ValueError("not there: write a caption into it, one line")
+    lines = path.read_text(encoding="utf-8-sig").strip().splitlines()
+    if len(lines) != 1:
+        raise ValueError(f"a caption is one line, not {len(lines)}")
+    caption = " ".join(lines[0].split())
+    if nouns is None:
+        return caption, []
+    caption, words = find_people(caption, nouns)
+    if not words:
+        raise ValueError(f"no word for a person in {caption!r}: write one ({', '.join(nouns[:4])}, ...), or "
+                         "give --nouns with the word that stands for the person there; people in the plural "
+                         "need their number, as in 'two women'")
+    return caption, words
+
+
 def read_picture(path: Path) -> Image.Image:
     """RGB as a viewer shows it: turned as its EXIF data say, transparent parts over white."""
     with open_picture(path, ("JPEG", "PNG", "WEBP")) as image:
@@ -223,12 +245,15 @@ def read_picture(path: Path) -> Image.Image:
         return image.convert("RGB")
 
 
-def read_mask(path: Path, size: tuple[int, int], people: int, caption: str) -> np.ndarray:
+def read_mask(path: Path, size: tuple[int, int] | None, people: int, caption: str) -> np.ndarray:
     """(H, W) uint8 person numbers from 1 to `people`, 0 where nobody is."""
+    if not path.exists():
+        raise ValueError("not there: paint the people into it, let python -m data.annotate make it, or give "
+                         "--without-people")
     with open_picture(path, ("PNG",)) as image:
         if image.mode not in ("1", "L", "P", "I", "I;16"):
             raise ValueError(f"a mask is greyscale or palette, not {image.mode}")
-        if image.size != size:
+        if size and image.size != size:
             raise ValueError(f"the mask has {image.width} x {image.height} pixels, the picture (turned as "
                              f"its EXIF data say) {size[0]} x {size[1]}")
         mask = np.array(image)
@@ -251,10 +276,9 @@ def read_names(path: Path, people: int) -> dict[int, str]:
     """Person number -> name, of those that have one."""
     if not path.exists():
         return {}
-    with naming(path):
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().splitlines()]
-        if len(lines) > people:
-            raise ValueError(f"names: {len(lines)}, words for a person in the caption: {people}")
+    lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().splitlines()]
+    if len(lines) > people:
+        raise ValueError(f"names: {len(lines)}, words for a person in the caption: {people}")
     return {number: name for number, name in enumerate(lines, 1) if name}
 
 
@@ -330,7 +354,11 @@ def check(folder: Path, sheet: Path | None, nouns=(), broken=()) -> tuple[list[s
         lines += report(list(good.values()), nouns) + report_files(folder, unique)
     if good and sheet:
         draw_sheet(folder, list(good)).save(sheet, format="PNG")
-    return lines + [f"broken    {one_line(line)}" for line in broken], broken
+    return [*lines, *listed(broken)], broken
+
+
+def listed(broken: list[str]) -> list[str]:
+    return [f"broken    {one_line(line)}" for line in broken]
 
 
 def report(facts: list[Facts], nouns: tuple[str, ...]) -> list[str]:
