@@ -27,7 +27,7 @@ import toyworld
 from models.load import read_config, write_json, write_whole
 from pipeline import Pipeline, pick_device
 from samplers import SAMPLERS, timesteps_of
-from toyworld.benchmark import (BATCH, NAMES, SCORES, START, Case, attribute_hits, background_change,
+from toyworld.benchmark import (BATCH, NAMES, RENDERS, SCORES, START, Case, attribute_hits, background_change,
                                 classifier_scores, draw_cases, identity, references_of, router_arrays,
                                 router_iou, scores, variety)
 from toyworld.classifier import Classifier, load_classifier
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> None:
         drawn, took = draw_cases(pipeline, classifier, numbers[done:done + BATCH], args.start, **options)
         cases += drawn
         seconds.append(took)
-    ceiling = classifier_scores(classifier)
+    ceiling = classifier_scores(classifier, count=min(RENDERS, 10 * args.count))
     ratios = variety(pipeline, numbers[:max(1, args.count // 16)], args.start, **options)
     router = router_arrays(cases, timesteps)
     save_sheets(cases, router, args.output)

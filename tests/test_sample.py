@@ -267,7 +267,9 @@ def test_interrupted_as_a_process(place, world):
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=300)
     assert process.returncode == 130 and out == ""
-    assert len(err.splitlines()) == 1 and err.startswith("warning: pictures of 512 x 512 pixels are far")
+    warning, stopped = err.splitlines()
+    assert warning.startswith("warning: pictures of 512 x 512 pixels are far")
+    assert stopped == "stopped: the files named above are kept, nothing else was written"
     assert sorted(os.listdir()) == ["ada.png", "bob.png"]
 
 

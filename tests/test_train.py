@@ -505,6 +505,10 @@ def test_folders_that_hold_something_are_left_alone(runs, tmp_path, capsys):
     assert_refused(capsys, tmp_path, *vae, "--output", tmp_path / "weights", match="holds weights already")
     (tmp_path / "file").write_text("mine")
     assert_refused(capsys, tmp_path, *vae, "--output", tmp_path / "file", match="file is a file: give")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "holiday.jpg").write_bytes(b"")
+    assert_refused(capsys, tmp_path, *vae, "--output", tmp_path / "mine",
+                   match="mine holds files that are of no run")
 
 
 # Several processes -------------------------------------------------------------------------------
