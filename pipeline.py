@@ -228,7 +228,7 @@ class Pipeline:
 
     def refuse_foreign(self, feature: Tensor, file: str) -> None:
         """Raise ValueError where a subject's image feature (F,) lies far from those that the weights were
-        trained on: the picture would be of somebody else."""
+        trained on: the picture would be of somebody else. Without `trained_on` everybody passes."""
         if (known := self.trained_on) and squared_distance(
                 feature[None].cpu(), known["mean"], known["precision"]) > known["limit"]:
             cartoons = ("They know a small cartoon world only, and trained weights for photos do not exist "
