@@ -348,7 +348,7 @@ class Pipeline:
         tokenize = self.models.tokenize
         words, unknown = tokenize.words(prompt), tokenize.unknown_words(prompt)
         if sum(word in unknown for word in words) > len(words) / 2:
-            raise ValueError(f"{prompt!r}: {tokenize.complaint(prompt)}; write half of it with these")
+            raise ValueError(f"{prompt!r}: {tokenize.complaint(prompt)}; write half of it with others")
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[str] | Tensor, seeds: Sequence[int | Tensor],

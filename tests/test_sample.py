@@ -456,7 +456,7 @@ def test_refuses_a_foreign_subject_unless_it_is_told_to(draw, refuse, other_worl
     (["--subject", "womn=ada.png"], "no 'womn' in the prompt (perhaps woman)"),
     (["--subject", "ada.png", "--subject", "bob.png", "--prompt", "two old women on the beach"],
      "write: an old woman and an old woman on the beach"),
-    (["--prompt", "a zebra eats grass"], "write half of it"),
+    (["--prompt", "a zebra eats grass"], "write half of it with others"),
     (["--subject", "https://example.org/me.jpg"], "me.jpg is an address: download it first"),
     (["--lora", "https://example.org/a.safetensors"], "download it first"),
     (["--subject", "ada.png", "--prompt", "a lady on the beach"], "do not know the word 'lady'"),
