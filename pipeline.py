@@ -173,6 +173,7 @@ class Pipeline:
                  **options) -> Image.Image:
         """One picture. subjects: word of the prompt -> photo of who stands for it. options: of `generate`,
         in place of the weights' own. Raises ValueError."""
+        self.check_prompt(prompt)
         bound = bind_subjects(prompt, [f"{word}={file}" for word, file in (subjects or {}).items()])
         people = self.make_subjects(prompt, bound, self.encode_photos(bound, read_photos(bound)))
         options = {**self.models.config.get("sampling", {}), **options}
@@ -344,7 +345,7 @@ class Pipeline:
 
     def check_prompt(self, prompt: str) -> None:
         """Raise ValueError where more than half of a prompt's words are unknown to the weights: the picture
-        would be of something else."""
+        would be of something else. Not for `generate`, which also draws a training's own sheets."""
         tokenize = self.models.tokenize
         words, unknown = tokenize.words(prompt), tokenize.unknown_words(prompt)
         if sum(word in unknown for word in words) > len(words) / 2:
@@ -373,15 +374,13 @@ class Pipeline:
                 of the personalized experts' weight; sparse (0.0), weights of theirs that are no larger
                 count as 0 and are not computed (see moa/routing.py).
         Returns: (B, 3, H, W) in [-1, 1], float32 on the CPU.
-        Raises ValueError for bad sizes and clip skips, prompts of unknown words, ControlNets of other
-        models and, from the sampler, for bad steps.
+        Raises ValueError for bad sizes and clip skips, ControlNets of other models and, from the
+        sampler, for bad steps.
         """
         x = self.noise(seeds, size)
         if isinstance(prompts, Tensor):
             null, text = self.encode_text([negative_prompt], clip_skip), prompts
         else:
-            for prompt in prompts:
-                self.check_prompt(prompt)
             null, text = self.encode_text([negative_prompt, *prompts], clip_skip).split([1, len(prompts)])
         return self.decode(self.sample(x, text, null, subjects, **sampling))
 

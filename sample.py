@@ -621,6 +621,8 @@ def generate_images(args: argparse.Namespace, pipeline: Pipeline, prompts: Seque
     size = min(BATCH, max(1, BATCH_PIXELS // (args.width * args.height)))
     size -= size % group if group < size else 0
     starts = range(0, len(prompts), size)
+    for prompt in () if isinstance(prompts, Tensor) else dict.fromkeys(prompts):
+        pipeline.check_prompt(prompt)
     with tqdm(total=args.steps * len(starts), desc="sampling", unit="step", disable=None) as bar:
         for start in starts:
             def progress(step: int, steps: int, t: int, x0: Tensor) -> None:
