@@ -24,6 +24,9 @@ from functools import cache, partial
 from pathlib import Path
 from unittest.mock import patch
 
+# First: it says what is not installed.
+from models.errors import Parser, fail
+
 import numpy as np
 import torch
 import torch.nn as nn
@@ -38,7 +41,6 @@ import train
 import training.moa
 import training.stage
 from data.sample import ENCODED
-from models.errors import fail
 from moa import MixtureOfAttention, moa_layers
 from pipeline import pick_device
 from toyworld.benchmark import FEWEST
@@ -184,6 +186,7 @@ EXPERIMENTS = {
     "double": Experiment("twice the training", {"steps": 2 * STEPS}),
     "unseen-pairs": Experiment("trained without three pairs of attributes", edit=without_unseen_pairs),
 }
+RUNS, SHIPPED = Path("runs/ablations"), Path(__file__).resolve().parent / "docs" / "ablations"
 METHOD = "moa"  # the experiment that the others are compared with
 
 
@@ -191,8 +194,7 @@ METHOD = "moa"  # the experiment that the others are compared with
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("experiment", nargs="?", choices=EXPERIMENTS, metavar="EXPERIMENT",
@@ -201,12 +203,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     what.add_argument("--all", action="store_true",
                       help=f"all experiments with the seeds {', '.join(map(str, SEEDS))} that are not there")
     what.add_argument("--table", action="store_true", help="print what is there; a plot beside it")
-    add("--output", type=Path, default=Path("runs/ablations"), metavar="FOLDER",
-        help="of all experiments' folders (default runs/ablations)")
+    add("--output", type=Path, metavar="FOLDER",
+        help="of all experiments' folders (default runs/ablations; where there is none, --table prints what "
+             "ships with the code)")
     add("--seed", type=int, default=0, help="of one experiment's training (default 0)")
     add("--jobs", type=int, default=1, metavar="N",
         help="experiments at the same time, one core each; on a GPU 1 is best (default 1)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.output = args.output or (SHIPPED if args.table and not RUNS.exists() else RUNS)
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -324,7 +329,8 @@ def table(output: Path) -> str:
     for name, seeds in found.items():
         cells = [over_seeds([result[column] for result in seeds.values()]) for column in COLUMNS]
         lines.append(f"| `{name}`: {EXPERIMENTS[name].what} | {len(seeds)} | {' | '.join(cells)} |")
-    plot(found, output / "tradeoff.png")
+    if output != SHIPPED:  # with the plot
+        plot(found, output / "tradeoff.png")
     return "\n".join([*lines, *differences(found)])
 
 
@@ -426,7 +432,7 @@ def plot(found: Results, path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        print(f"{path.name} is not drawn: pip install matplotlib", file=sys.stderr)
+        print(f"{path.name} is not drawn, it needs: pip install matplotlib", file=sys.stderr)
         return
     figure = Figure(figsize=(11, 5), dpi=100, layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)

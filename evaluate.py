@@ -14,6 +14,9 @@ import hashlib
 import time
 from pathlib import Path
 
+# First: it says what is not installed.
+from models.errors import Parser
+
 import numpy as np
 import torch
 from PIL import Image
@@ -24,7 +27,7 @@ import toyworld
 from models.load import read_config, write_json, write_whole
 from pipeline import Pipeline, pick_device
 from samplers import SAMPLERS, timesteps_of
-from toyworld.benchmark import (BATCH, NAMES, SCORES, START, Case, attribute_hits, background_change,
+from toyworld.benchmark import (BATCH, NAMES, RENDERS, SCORES, START, Case, attribute_hits, background_change,
                                 classifier_scores, draw_cases, identity, references_of, router_arrays,
                                 router_iou, scores, variety)
 from toyworld.classifier import Classifier, load_classifier
@@ -36,8 +39,7 @@ SHOWN = 16  # cases on each contact sheet
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--output", type=Path, default=Path("runs/evaluation"), metavar="FOLDER",
         help="for results and sheets (default runs/evaluation)")
@@ -84,7 +86,7 @@ def run(args: argparse.Namespace) -> None:
         drawn, took = draw_cases(pipeline, classifier, numbers[done:done + BATCH], args.start, **options)
         cases += drawn
         seconds.append(took)
-    ceiling = classifier_scores(classifier)
+    ceiling = classifier_scores(classifier, count=min(RENDERS, 10 * args.count))
     ratios = variety(pipeline, numbers[:max(1, args.count // 16)], args.start, **options)
     router = router_arrays(cases, timesteps)
     save_sheets(cases, router, args.output)

@@ -15,6 +15,7 @@ from torch import Tensor
 from data.files import as_labels, as_shown, open_picture
 from moa import grid, record_routing, record_subject_attention
 from moa.loss import mean_routing
+from models.errors import no_file
 from models.load import write_whole
 from models.unet import UNet
 from samplers import LABELS
@@ -38,11 +39,8 @@ def read_picture(path: str | Path, labels: bool = False) -> Tensor:
     Raises ValueError naming the file and what is wrong with it.
     """
     path = Path(path)
-    if not path.exists():
-        start = "" if path.is_absolute() else " (paths start at the current folder)"
-        raise ValueError(f"{path} does not exist{start}: give a picture file")
     if not path.is_file():
-        raise ValueError(f"{path} is not a file: give a picture file")
+        raise ValueError(f"{no_file(path)}: give a picture file")
     try:
         rgb = decode(path, labels)
     except Exception as error:  # decoders of broken files raise nearly anything

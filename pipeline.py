@@ -173,6 +173,7 @@ class Pipeline:
                  **options) -> Image.Image:
         """One picture. subjects: word of the prompt -> photo of who stands for it. options: of `generate`,
         in place of the weights' own. Raises ValueError."""
+        self.check_prompt(prompt)
         bound = bind_subjects(prompt, [f"{word}={file}" for word, file in (subjects or {}).items()])
         people = self.make_subjects(prompt, bound, self.encode_photos(bound, read_photos(bound)))
         options = {**self.models.config.get("sampling", {}), **options}
@@ -217,26 +218,27 @@ class Pipeline:
     def encode_photos(self, subjects: Sequence[BoundSubject], photos: Sequence[Sequence[Tensor]]
                       ) -> list[Tensor]:
         """The image feature (F,) of each subject, of several photos their mean. photos: (3, H, W) as they
-        are, or people alone (4, h, w), who are shown as in training. Warns of each that
-        is like nobody whom the weights were trained on."""
+        are, or people alone (4, h, w), who are shown as in training. Raises ValueError for who is like nobody
+        whom the weights were trained on."""
         means = []
         cut = on_grey if self.models.config.get("world") == "toyworld" else on_noise
         for subject, several in zip(subjects, photos, strict=True):
             features = [self.encode_subjects(cut(photo)[None])[0] for photo in several]
             for feature, file in zip(features, subject.files, strict=True):
-                self.warn_if_foreign(feature, file)
+                self.refuse_foreign(feature, file)
             means.append(sum(features) / len(features))
         return means
 
-    def warn_if_foreign(self, feature: Tensor, file: str) -> None:
-        """Say so when a subject's image feature (F,) lies far from those that the weights were trained on."""
-        if (known := self.trained_on) is None or not squared_distance(
+    def refuse_foreign(self, feature: Tensor, file: str) -> None:
+        """Raise ValueError where a subject's image feature (F,) lies far from those that the weights were
+        trained on: the picture would be of somebody else. Without `trained_on` everybody passes."""
+        if (known := self.trained_on) and squared_distance(
                 feature[None].cpu(), known["mean"], known["precision"]) > known["limit"]:
-            return
-        advice = ("; they know a small cartoon world only, for photos use Stable Diffusion 1.5's"
-                  if self.models.config.get("world") == "toyworld" else "")
-        warnings.warn(f"{file} looks like nobody that these weights were trained on, the picture will "
-                      f"hardly resemble it{advice}", stacklevel=2)
+            cartoons = ("They know a small cartoon world only, and trained weights for photos do not exist "
+                        "yet: docs/train.md says what training them needs. "
+                        if self.models.config.get("world") == "toyworld" else "")
+            raise ValueError(f"{file} looks like nobody that these weights were trained on, so the picture "
+                             f"would show somebody else. {cartoons}--any-subject draws it all the same")
 
     def make_subjects(self, prompt: str, subjects: Sequence[BoundSubject], features: Sequence[Tensor]
                       ) -> list[Subject]:
@@ -342,6 +344,14 @@ class Pipeline:
         if guidance_scale != 1:
             denoise = guided(denoise, guidance_scale)
         return SAMPLERS[sampler](denoise, x, steps=steps, progress=progress)
+
+    def check_prompt(self, prompt: str) -> None:
+        """Raise ValueError where more than half of a prompt's words are unknown to the weights: the picture
+        would be of something else. Not for `generate`, which also draws a training's own sheets."""
+        tokenize = self.models.tokenize
+        words, unknown = tokenize.words(prompt), tokenize.unknown_words(prompt)
+        if sum(word in unknown for word in words) > len(words) / 2:
+            raise ValueError(f"{prompt!r}: {tokenize.complaint(prompt)}; write half of it with others")
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[str] | Tensor, seeds: Sequence[int | Tensor],

@@ -32,6 +32,9 @@ from pathlib import Path
 # small world take four times as long. Torch reads it once, when it is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+# First: it says what is not installed.
+from models.errors import Parser, fail, no_file, one_line
+
 import torch
 from PIL import Image
 from safetensors import SafetensorError
@@ -40,7 +43,6 @@ from tqdm import tqdm
 
 from images import (RoutingSheet, check_finite, labelled, page, photo_image, read_picture, read_settings,
                     save_png, thumbnail, to_images)
-from models.errors import fail, one_line
 from models.load import remove_leftovers
 from pipeline import Control, Pipeline, Subject, pick_device, reuse_memory
 from samplers import SAMPLERS
@@ -193,6 +195,9 @@ def own_share(items: Sequence) -> Sequence:
 
 def draw_lines(args: argparse.Namespace, pipeline: Pipeline, lines: dict[Path, Line]) -> None:
     """Draw the pictures of these files, except those that are there. Raises ValueError before the first."""
+    for line in lines.values():
+        with naming(line.name):
+            pipeline.check_prompt(line.prompt)
     if not args.prior_only:
         find_people(pipeline, lines.values())
         keep_inputs(args, [subject for line in lines.values() for subject in line.subjects], list(lines))
@@ -254,14 +259,6 @@ def find_people(pipeline: Pipeline, lines: Iterable[Line]) -> None:
 # --- the flags that the apps share ---
 
 
-class Parser(argparse.ArgumentParser):
-    """A command's flags, none of which may be shortened: `--subject` is not `--subjects`."""
-
-    def __init__(self, description: str):
-        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
-                         allow_abbrev=False)
-
-
 def add_flags(parser: argparse.ArgumentParser, seeds: Sequence[int] = (), without: Sequence[str] = (),
               **defaults: float) -> None:
     """What every command that draws pictures understands. seeds: the default of --seeds, which then
@@ -303,6 +300,8 @@ def add_flags(parser: argparse.ArgumentParser, seeds: Sequence[int] = (), withou
         help="a folder, or user/name or user/name@revision on the hub (default: the small world)")
     add("--moa", type=Path, metavar="FILE",
         help="a file, or a name on the hub (default: moa.safetensors in the weights folder)")
+    add("--any-subject", action="store_true",
+        help="also draw people who look like nobody that the weights were trained on")
     add("--lora", action="append", default=[], metavar="FILE[:SCALE]",
         help="a style: a LoRA's .safetensors, and how much of it (default 1); repeatable, in any order")
     add("--lora-scope", choices=["attn", "all"],
@@ -341,6 +340,7 @@ def execute(run: Callable[[argparse.Namespace], None], args: argparse.Namespace)
         fail("not enough memory: make --width and --height smaller, draw fewer pictures at once, or take "
              "--dtype fp16")
     except KeyboardInterrupt:
+        print("stopped: the files named above are kept, nothing else was written", file=sys.stderr)
         sys.exit(130)
 
 
@@ -491,14 +491,17 @@ def load_pipeline(args: argparse.Namespace, moa: bool | None = True, people: boo
     args.lora = [split_lora(argument) for argument in args.lora]
     file = args.moa or args.weights / "moa.safetensors"
     if args.moa and not file.is_file():
-        raise ValueError(f"--moa {file} is not a file: give one that train.py moa has written")
+        raise ValueError(f"--moa {no_file(file)}: give one that train.py moa has written")
     args.moa = file if moa is not False and file.is_file() else None
     pipeline = Pipeline.load(args.weights, args.moa, pick_device(args.device), DTYPES[args.dtype])
     if moa and args.moa is None:
         raise ValueError(f"--weights {args.weights} has no moa.safetensors, which subjects and routing maps "
-                         "need: give --moa FILE")
+                         "need: give --moa FILE. For photos no trained one exists yet, docs/train.md says "
+                         "what training it needs")
     if people and args.moa and pipeline.models.image_encoder is None:
         raise ValueError(f"--weights {args.weights} has no image_encoder.safetensors, which subjects need")
+    if args.any_subject:
+        pipeline.trained_on = None
     pipeline.set_loras(args.lora, args.lora_scope or "attn")
     fill_in(args, pipeline.models.config)
     if args.negative_prompt and args.guidance_scale == 1:
@@ -542,7 +545,7 @@ def split_lora(argument: str) -> LoRASetting:
     found = re.fullmatch(r"(.+):(-?[\d.]+(?:e-?\d+)?)", argument)
     file, scale = (found[1], float(found[2])) if found and not Path(argument).exists() else (argument, 1.0)
     if not Path(file).is_file():
-        raise ValueError(f"--lora {argument}: {file} is not a file; give FILE[:SCALE], the scale as a number")
+        raise ValueError(f"--lora {argument}: {no_file(file)}; give FILE[:SCALE], the scale as a number")
     if not -100 <= scale <= 100:
         raise ValueError(f"--lora {argument}: a scale must be in -100..100")
     return LoRASetting(Path(file), scale)
@@ -626,6 +629,8 @@ def generate_images(args: argparse.Namespace, pipeline: Pipeline, prompts: Seque
     size = min(BATCH, max(1, BATCH_PIXELS // (args.width * args.height)))
     size -= size % group if group < size else 0
     starts = range(0, len(prompts), size)
+    for prompt in () if isinstance(prompts, Tensor) else dict.fromkeys(prompts):
+        pipeline.check_prompt(prompt)
     with tqdm(total=args.steps * len(starts), desc="sampling", unit="step", disable=None) as bar:
         for start in starts:
             def progress(step: int, steps: int, t: int, x0: Tensor) -> None:

@@ -12,8 +12,10 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from data.build import find_people
 from data.masks import cut_out, mask_of, read_mask
 from images import read_picture
+from models.errors import near
 
 # Words that a subject may stand for when it is given without WORD=.
 PEOPLE = ("man", "woman", "boy", "girl", "person", "kid", "child", "baby", "guy", "lady", "gentleman",
@@ -94,17 +96,22 @@ def find_words(prompt: str, words: Sequence[str]) -> list[re.Match]:
 def no_word(prompt: str, word: str | None, argument: str) -> str:
     """Why there is no word for a subject, and what to do."""
     people = len(find_words(prompt, PEOPLE))
+    words = re.findall(r"\w+", prompt.lower())
+    one_by_one, _ = find_people(prompt, PEOPLE)
+    if one_by_one != prompt:
+        return f"subject {argument}: each subject needs a word of its own in the prompt, write: {one_by_one}"
     if word and word.isdecimal():
         return (f"subject {argument}: the prompt has {people} words for people, each for one subject, and no "
                 f"free one of number {word}: {prompt!r}")
     if word and find_words(prompt, [word]):
         return f"subject {argument}: every {word!r} in the prompt has a subject already: {prompt!r}"
     if word:
-        return f"subject {argument}: there is no {word!r} in the prompt: {prompt!r}"
+        return f"subject {argument}: there is no {word!r} in the prompt{near(word, words)}: {prompt!r}"
     if people:
         return (f"subject {argument}: more subjects than words for people in the prompt: {prompt!r}. "
                 f"Add a word, or say WORD={argument}")
-    return (f"subject {argument}: nobody in the prompt to stand for: {prompt!r}. Write one of "
+    meant = ", ".join(each + near(each, PEOPLE) for each in words if near(each, PEOPLE))
+    return (f"subject {argument}: nobody in the prompt to stand for: {meant or repr(prompt)}. Write one of "
             f"{', '.join(PEOPLE[:6])}, ..., or say WORD={argument} with a word of the prompt")
 
 

@@ -26,20 +26,24 @@ import argparse
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+
+# First: it says what is not installed.
+from models.errors import Parser, one_line
 
 import torch
 from tqdm import tqdm
 
 from data.fastcomposer import Folder, read_ids
 from data.sample import ENCODED, Samples
-from models.errors import one_line
 from models.load import build_config, read_config
 from models.unet import UNetConfig
 from pipeline import pick_device, reuse_memory
+from sample import WarningPrinter
 from toyworld import SIZE
 from toyworld.crayon import Crayons
 from toyworld.presets import TOYWORLD
@@ -57,8 +61,7 @@ PATIENCE = 10  # steps in a row whose gradient is not finite, and which are left
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("stage", choices=STAGES, help="what is trained; --preset sd15 has moa and lora")
     add("--output", required=True, type=Path, metavar="FOLDER",
@@ -123,22 +126,24 @@ def main() -> None:
     reuse_memory()
     stage = None
     try:
-        if args.weights:
-            args.weights = find_weights(args.weights)
-        check(args)
-        if args.data and not args.samples:
-            args.samples = len(read_ids(args.data, "train"))
-        config = make_config(args.preset, args.stage, steps=args.steps, batch_size=args.batch_size,
-                             samples=args.samples, accumulate=args.accumulate)
-        device = pick_device(args.device)
-        if args.graph:
-            check_graph(STAGES[args.stage], config, device)
-        device = distributed.start(device)
-        with distributed.first_rank_first():
-            samples = open_samples(args, config)
-        cache = args.cache if args.data else ENCODED
-        stage = STAGES[args.stage](config, args.seed, device, samples, args.weights, args.moa, cache)
-        train(stage, args)
+        with warnings.catch_warnings():
+            warnings.showwarning = WarningPrinter()
+            if args.weights:
+                args.weights = find_weights(args.weights)
+            check(args)
+            if args.data and not args.samples:
+                args.samples = len(read_ids(args.data, "train"))
+            config = make_config(args.preset, args.stage, steps=args.steps, batch_size=args.batch_size,
+                                 samples=args.samples, accumulate=args.accumulate)
+            device = pick_device(args.device)
+            if args.graph:
+                check_graph(STAGES[args.stage], config, device)
+            device = distributed.start(device)
+            with distributed.first_rank_first():
+                samples = open_samples(args, config)
+            cache = args.cache if args.data else ENCODED
+            stage = STAGES[args.stage](config, args.seed, device, samples, args.weights, args.moa, cache)
+            train(stage, args)
     except (OSError, ValueError) as error:
         unnamed = isinstance(error, OSError) and error.errno and not error.filename  # of a file that is open
         place = f"{args.output}: " if unnamed else ""
@@ -185,6 +190,8 @@ def check(args: argparse.Namespace) -> None:
             raise StageError(f"{args.output} holds a run already: give --resume or another --output")
     elif any(args.output.glob("*.safetensors")):
         raise StageError(f"{args.output} holds weights already: give another --output")
+    elif args.output.exists() and any(args.output.iterdir()) and not (args.output / "checkpoints").exists():
+        raise StageError(f"{args.output} holds files that are of no run: give a new folder as --output")
 
 
 def make_config(preset: str, stage: str, **changes) -> TrainConfig:

@@ -24,6 +24,7 @@ from models.vae import AutoencoderKL, VAEConfig
 from moa import MixtureOfAttention, MultimodalPrompt, PromptConfig, add_moa, record_routing
 from pipeline import Pipeline
 from sample import SHIPPED, Parser, execute
+from models.errors import no_file
 from subjects import SUBJECT, BoundSubject, bind_subjects, read_photos
 
 EXAMPLE = SHIPPED.parents[1] / "examples" / "zoe.png"
@@ -71,7 +72,7 @@ def load(args: argparse.Namespace) -> Pipeline:
         return sd15()
     file = args.moa or args.weights / "moa.safetensors"
     if args.moa and not file.is_file():
-        raise ValueError(f"--moa {file} is not a file: give one that train.py moa has written")
+        raise ValueError(f"--moa {no_file(file)}: give one that train.py moa has written")
     pipeline = Pipeline.load(args.weights, file if file.is_file() and not args.untrained else None)
     if pipeline.models.image_encoder is None:
         raise ValueError(f"--weights {args.weights} has no image_encoder.safetensors, which subjects need")

@@ -67,6 +67,7 @@ def run(args: argparse.Namespace) -> None:
     device = pick_device(args.device)
     networks = load_networks(args.facenet, args.clip, device)
     references = read_references(networks, {person for case in cases for person in case.people})
+    args.any_subject = True  # the protocol's people are others than those of the training
     pipeline = sample.load(args, people=True)
     files = claim(args, networks)
     mine = sample.own_share(cases)
@@ -82,7 +83,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 # What may differ and the pictures' scores still be compared with Table 3.
-FREE = ("subjects", "output", "multi", "facenet", "clip", "weights", "moa", "device", "dtype", "checker")
+FREE = ("subjects", "output", "multi", "facenet", "clip", "weights", "moa", "device", "dtype", "checker",
+        "any_subject")
 
 
 def changed_settings(args: argparse.Namespace) -> list[str]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from models.errors import fail
+from models.errors import Parser, fail
 from bench.measure import ROOT, compare, pick, positive, report
 from data.sample import ENCODED
 from toyworld.rendered import render_cache
@@ -23,8 +23,7 @@ from training import RecordedStep, Stage
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--output", required=True, type=Path, metavar="FOLDER", help="where the JSON goes")
     add("--batch-sizes", type=positive, nargs="+", default=[36, 128, 256, 512], metavar="N",

@@ -24,6 +24,7 @@ import torch
 import torch.nn as nn
 
 from pipeline import reuse_memory
+from models.errors import Parser
 from models.load import PARTS, write_json
 from pipeline import pick_device
 from toyworld.presets import SMALL
@@ -34,8 +35,7 @@ Sides = dict[str, Callable[[], object]]
 
 def make_parser(doc: str, repeats: int = 5) -> argparse.ArgumentParser:
     """With the flags of all benchmarks of models; `repeats` is the default."""
-    parser = argparse.ArgumentParser(description=doc, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(doc)
     add = parser.add_argument
     add("--output", required=True, type=Path, metavar="FOLDER", help="where the JSON goes")
     add("--size", default="sd15", choices=["sd15", "small"],

@@ -16,6 +16,7 @@ import numpy as np
 import sample
 import evaluate
 from bench.measure import positive
+from models.errors import Parser
 from models.load import write_json
 from moa import record_routing
 from moa.routing import DENSE_FROM
@@ -25,8 +26,7 @@ THRESHOLDS = (0.01, 0.02, 0.03, 0.05, 0.1, 0.15, 0.2, 0.3)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--output", required=True, type=Path, metavar="FOLDER", help="folder for sparse.json")
     add("--weights", type=Path, default=evaluate.SHIPPED, metavar="FOLDER", help="default: the small world's")

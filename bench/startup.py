@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from models.errors import Parser
 from bench.measure import ROOT, positive, report, spread
 
 FOLDERS = ("", "weights", "apps", "bench", "data")
@@ -39,8 +40,7 @@ def starts() -> dict[str, list[str]]:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--output", required=True, type=Path, metavar="FOLDER", help="where the JSON goes")
     add("--cores", type=positive, default=2, metavar="N", help="of each process (default 2)")

@@ -30,6 +30,7 @@ from pipeline import reuse_memory
 from bench.fastcomposer import FastComposerStage
 from bench.measure import in_child, machine, peak_memory, positive, reset_peak, seconds, table
 from data.fastcomposer import Folder
+from models.errors import Parser
 from models.load import PARTS, read_config, save_part, write_json
 from pipeline import pick_device
 from toyworld.presets import SMALL
@@ -49,8 +50,7 @@ ROWS = {
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--output", required=True, type=Path, metavar="FOLDER", help="folder for weights, data and results")
     add("--size", default="sd15", choices=["sd15", "small"],

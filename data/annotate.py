@@ -20,6 +20,9 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
+# First: it says what is not installed.
+from models.errors import Parser
+
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -38,8 +41,7 @@ SHOWN = 20  # pictures on the contact sheet
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m data.annotate", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__, prog="python -m data.annotate")
     parser.add_argument("pictures", type=Path, metavar="PICTURES", help="folder with pictures")
     parser.add_argument("--captioner", default=CAPTIONER, metavar="NAME",
                         help="folder or Hugging Face name of a model for AutoModelForImageTextToText "

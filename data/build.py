@@ -17,8 +17,8 @@ With --without-people pictures and captions are enough, as for a style (train.py
 Each person needs a word of their own: "two women" becomes "a woman and a woman", while people without
 a number ("women", "a crowd") cannot be trained on.
 
-DATA gets FastComposer's layout (docs/train.md) and contact_sheet.png, whole or not at all. Broken
-samples are listed and left out.
+DATA gets FastComposer's layout (docs/train.md) and contact_sheet.png, whole or not at all. All that is
+wrong with any picture is listed, and nothing is written then, unless --skip-broken leaves these out.
 
 Exit status: 0 all samples are good, 1 some are broken, 2 an error (one line on stderr).
 """
@@ -30,10 +30,14 @@ import shutil
 import sys
 import textwrap
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+
+# First: it says what is not installed.
+from models.errors import Parser, one_line
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -55,7 +59,6 @@ from data.fastcomposer import (
 )
 from data.masks import beside, mask_of, read_mask
 from data.processes import in_processes
-from models.errors import one_line
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 BY_SYSTEMS = ("thumbs.db", "desktop.ini")  # what Windows puts into folders; others hide theirs by a dot
@@ -71,8 +74,7 @@ COLORS = ((255, 190, 0), (0, 190, 255), (255, 80, 160), (90, 220, 90))  # of the
 
 
 def parse_args(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m data.build", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__, prog="python -m data.build")
     parser.add_argument("folder", nargs="?", type=Path, metavar="FOLDER",
                         help="folder with pictures, captions and masks")
     parser.add_argument("--output", type=Path, metavar="DATA", help="folder to write: a new dataset")
@@ -82,10 +84,12 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
                         help="with --check: contact sheet to write (.png)")
     parser.add_argument("--nouns", nargs="+", default=[], metavar="WORD",
                         help=f"more words for a person, besides {', '.join(NOUNS)}")
+    parser.add_argument("--skip-broken", action="store_true",
+                        help="leave out pictures with something wrong, in place of writing nothing")
     parser.add_argument("--without-people", action="store_true",
                         help="take pictures with captions about anything, and read no masks")
     args = parser.parse_args(arguments)
-    if args.check and (args.folder or args.output or args.nouns or args.without_people):
+    if args.check and (args.folder or args.output or args.nouns or args.without_people or args.skip_broken):
         parser.error("--check takes a dataset and nothing to build")
     if not args.check and (args.sheet or not (args.folder and args.output)):
         parser.error("give FOLDER and --output DATA, or --check DATA")
@@ -126,10 +130,14 @@ def build(args: argparse.Namespace) -> tuple[list[str], list[str]]:
     temporary.mkdir(parents=True)
     try:
         nouns = None if args.without_people else (*NOUNS, *args.nouns)
-        job = partial(try_convert, output=temporary, nouns=nouns)
+        job = partial(convert, output=temporary, nouns=nouns)
         results = list(in_processes(job, list(enumerate(pictures)), "writing"))
-        broken += [str(result) for result in results if isinstance(result, DataError)]
+        broken += [fault for result in results if isinstance(result, list) for fault in result]
         ids = [result for result in results if isinstance(result, str)]
+        if broken and not args.skip_broken:
+            told = (f"nothing is written: {len(ids)} of {len(pictures)} pictures are good. Mend the others "
+                    "and give the command again, or leave them out with --skip-broken")
+            return [*listed(broken), told], broken
         if not ids:
             raise DataError(f"none of the {len(pictures)} pictures of {folder} can be used: {broken[0]}")
         for split, members in (("", ids), ("_train", ids), ("_test", [])):
@@ -164,40 +172,21 @@ def find_pictures(folder: Path) -> tuple[list[Path], list[str]]:
     return [path for path in pictures if names[path.with_suffix("")] == 1], broken
 
 
-def try_convert(job: tuple[int, Path], output: Path, nouns: tuple[str, ...] | None) -> str | DataError:
-    """`convert`, or what is wrong with the picture."""
-    try:
-        return convert(*job, output, nouns)
-    except DataError as error:
-        return error
-
-
-def convert(index: int, path: Path, output: Path, nouns: tuple[str, ...] | None) -> str:
-    """Write the three files of a picture; returns its id. Without `nouns` there are no people on it.
-    Raises DataError."""
-    with naming(path):
-        picture = read_picture(path)
-    with naming(caption_path := beside(path, ".txt")):
-        lines = read_text(caption_path).strip().split("\n")
-        if len(lines) != 1 or not lines[0]:
-            raise ValueError(f"a caption is one line, not {len(lines) if lines[0] else 0}")
-        caption, words = " ".join(lines[0].split()), []
-        if nouns is not None:
-            caption, words = find_people(caption, nouns)
-        if nouns is not None and not words:
-            raise ValueError(f"no word for a person in {caption!r}; --nouns adds words, and people in the "
-                             "plural need their number, as in 'two women'")
-    instances = np.zeros((picture.height, picture.width), np.uint8)
-    if words:
-        with naming(mask_of(path)):
-            mask = read_mask(mask_of(path), picture.size)
-            numbers = np.unique(mask[mask > 0]).tolist()
-            if numbers[-1] > len(words):
-                shown = ", ".join(map(str, numbers[:8])) + (", ..." if len(numbers) > 8 else "")
-                raise ValueError(f"persons {shown} on the mask, words for a person in {caption!r}: "
-                                 f"{len(words)}")
-            instances = mask.astype(np.uint8)
-    names = read_names(beside(path, "_people.txt"), len(words))
+def convert(job: tuple[int, Path], output: Path, nouns: tuple[str, ...] | None) -> str | list[str]:
+    """Write the three files of a picture; returns its id, or all that is wrong with it. Without `nouns` there
+    are no people on it."""
+    (index, path), faults = job, []
+    picture = attempt(faults, path, read_picture)
+    caption, words = attempt(faults, beside(path, ".txt"), read_caption, nouns) or ("", [])
+    size, people = picture.size if picture else None, len(words) or 255
+    instances = names = None
+    if nouns is not None:
+        instances = attempt(faults, mask_of(path), read_people, size, people, caption)
+        names = attempt(faults, beside(path, "_people.txt"), read_names, people)
+    if faults:
+        return faults
+    if instances is None:
+        instances, names = np.zeros((picture.height, picture.width), np.uint8), {}
     image_id = f"{index:09d}"
     segments = []
     for number in np.unique(instances[instances > 0]).tolist():
@@ -220,20 +209,59 @@ def convert(index: int, path: Path, output: Path, nouns: tuple[str, ...] | None)
     return image_id
 
 
+def attempt(faults: list[str], path: Path, read: Callable, *arguments):
+    """What `read` makes of a file; None, and a line in `faults`, where something is wrong with it."""
+    try:
+        with naming(path):
+            return read(path, *arguments)
+    except DataError as error:
+        faults.append(str(error))
+
+
+def read_caption(path: Path, nouns: tuple[str, ...] | None) -> tuple[str, list[re.Match]]:
+    """The caption and its words for people, each of whom has one."""
+    if not path.exists():
+        raise ValueError("not there: write a caption into it, one line")
+    lines = read_text(path).strip().split("\n")
+    if len(lines) != 1 or not lines[0]:
+        raise ValueError(f"a caption is one line, not {len(lines) if lines[0] else 0}")
+    caption = " ".join(lines[0].split())
+    if nouns is None:
+        return caption, []
+    caption, words = find_people(caption, nouns)
+    if not words:
+        raise ValueError(f"no word for a person in {caption!r}: write one ({', '.join(nouns[:4])}, ...), or "
+                         "give --nouns with the word that stands for the person there; people in the plural "
+                         "need their number, as in 'two women'")
+    return caption, words
+
+
 def read_picture(path: Path) -> Image.Image:
     """RGB as a viewer shows it. Raises ValueError and OSError."""
     with open_picture(path) as image:
         return as_shown(image)
 
 
+def read_people(path: Path, size: tuple[int, int] | None, people: int, caption: str) -> np.ndarray:
+    """(H, W) uint8 person numbers from 1 to `people`, 0 where nobody is."""
+    if not path.exists():
+        raise ValueError("not there: paint the people into it, let python -m data.annotate make it, or give "
+                         "--without-people")
+    mask = read_mask(path, size)
+    numbers = np.unique(mask[mask > 0]).tolist()
+    if numbers[-1] > people:
+        shown = ", ".join(map(str, numbers[:8])) + (", ..." if len(numbers) > 8 else "")
+        raise ValueError(f"persons {shown} on the mask, words for a person in {caption!r}: {people}")
+    return mask.astype(np.uint8)
+
+
 def read_names(path: Path, people: int) -> dict[int, str]:
     """Person number -> name, of those that have one."""
     if not path.exists():
         return {}
-    with naming(path):
-        lines = [line.strip() for line in read_text(path).rstrip().split("\n")]
-        if len(lines) > people:
-            raise ValueError(f"names: {len(lines)}, words for a person in the caption: {people}")
+    lines = [line.strip() for line in read_text(path).rstrip().split("\n")]
+    if len(lines) > people:
+        raise ValueError(f"names: {len(lines)}, words for a person in the caption: {people}")
     return {number: name for number, name in enumerate(lines, 1) if name}
 
 
@@ -309,7 +337,11 @@ def check(folder: Path, sheet: Path | None, nouns=(), broken=()) -> tuple[list[s
         lines += report(list(good.values()), nouns) + report_files(folder, unique)
     if good and sheet:
         draw_sheet(folder, list(good)).save(sheet, format="PNG")
-    return lines + [f"broken    {one_line(line)}" for line in broken], broken
+    return [*lines, *listed(broken)], broken
+
+
+def listed(broken: list[str]) -> list[str]:
+    return [f"broken    {one_line(line)}" for line in broken]
 
 
 def report(facts: list[Facts], nouns: tuple[str, ...]) -> list[str]:

@@ -19,17 +19,17 @@ def mask_of(picture: Path) -> Path:
     return beside(picture, "_mask.png")
 
 
-def read_mask(path: Path, size: tuple[int, int]) -> np.ndarray:
+def read_mask(path: Path, size: tuple[int, int] | None) -> np.ndarray:
     """(H, W) integers or bool: the number of the person that a pixel belongs to, 0 where nobody is.
 
-    A PNG of grey numbers or with a palette, of the picture's `size` (width, height). White (255) alone is
-    person 1, transparent is nobody. Raises ValueError and OSError.
+    A PNG of grey numbers or with a palette, of the picture's `size` (width, height) where that is known.
+    White (255) alone is person 1, transparent is nobody. Raises ValueError and OSError.
     """
     with open_picture(path) as image:
         if image.format != "PNG":
             raise ValueError(f"a mask is a PNG, this is {image.format}: save it as PNG")
         image = ImageOps.exif_transpose(image)
-        if image.size != size:
+        if size and image.size != size:
             raise ValueError(f"the mask has {image.width} x {image.height} pixels, the picture (turned as "
                              f"its EXIF data say) {size[0]} x {size[1]}")
         if image.mode in ("1", "L", "P", "I", "I;16"):

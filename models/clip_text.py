@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from models.errors import near
 from models.open_clip_import import open_clip
 
 BOS, EOS = 49406, 49407  # start of text; end of text, which is also Stable Diffusion's padding
@@ -173,16 +174,19 @@ class Tokenizer:
         """The words of a text of which a part has no embedding, in order, each once; no punctuation."""
         if not self.kept_tokens:
             return []
-        words = self.bpe.pat.findall(self.bpe.clean_fn(cut(text)))  # as the byte-pair encoding splits it
-        words = [word for word in words if any(map(str.isalnum, word))]
         return list(dict.fromkeys(
-            word for word in words if not self.kept_tokens.issuperset(self.bpe.encode(word))))
+            word for word in self.words(text) if not self.kept_tokens.issuperset(self.bpe.encode(word))))
+
+    def words(self, text: str) -> list[str]:
+        """The words of a text as the byte-pair encoding splits it, in lower case; no punctuation."""
+        found = self.bpe.pat.findall(self.bpe.clean_fn(cut(text)))
+        return [word for word in found if any(map(str.isalnum, word))]
 
     def complaint(self, text: str) -> str | None:
-        """Which words of a text are unknown, and which are known; None where there is nothing to say."""
-        unknown = self.unknown_words(text)
-        return (f"these weights do not know the words: {', '.join(unknown)}. They know: "
-                f"{', '.join(self.known_words)}") if unknown else None
+        """Which words of a text are unknown, and known ones like them; None where there is nothing to say."""
+        unknown = [word + near(word, self.known_words) for word in self.unknown_words(text)]
+        return (f"these weights do not know the words: {', '.join(unknown)}. config.json lists all that they "
+                "know") if unknown else None
 
     def word_positions(self, text: str, word: str) -> list[int]:
         """Where a word stands: of each occurrence the index of its last token in the 77.

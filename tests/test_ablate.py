@@ -1,7 +1,6 @@
 """ablate.py: each experiment is another method, in training and in drawing, and is trained and measured."""
 import json
 import sys
-from functools import partial
 from unittest.mock import Mock
 
 import numpy as np
@@ -140,11 +139,18 @@ def test_refusals(arguments, said, tmp_path, capsys):
     assert said in capsys.readouterr().err
 
 
+def test_without_runs_the_table_is_the_one_that_ships(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    ablate.main(["--table"])
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[:3] == (ablate.SHIPPED / "README.md").read_text().splitlines()[4:7]
+    assert not list(tmp_path.iterdir())
+
+
 def test_experiments_are_trained_measured_and_not_done_twice(tmp_path, monkeypatch, capsys):
     """One, and another that shares its weights; then the table."""
     monkeypatch.setattr(ablate, "CASES", 2)
     monkeypatch.setattr(training.moa.MoAStage, "sheet", lambda stage, path: None)  # it is slow
-    monkeypatch.setattr(evaluate, "classifier_scores", partial(evaluate.classifier_scores, count=50))
     small = {"samples": 16, "steps": 2, "batch_size": 4}
     monkeypatch.setattr(ablate, "EXPERIMENTS", {
         "one-branch": Experiment("a", small, ablate.one_branch, {"prior-above": 1000, "steps": 4}),

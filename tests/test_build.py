@@ -208,15 +208,15 @@ def write(data: bytes):
 
 
 BROKEN_INPUTS = {
-    "no caption": (".txt", Path.unlink, "No such file"),
+    "no caption": (".txt", Path.unlink, "worse.txt: not there: write a caption"),
     "empty caption": (".txt", write(b"\n"), "one line, not 0"),
     "two captions": (".txt", write(b"a man\na woman"), "one line, not 2"),
     "caption that is no text": (".txt", write(b"\xff a man"), "not a text in UTF-8"),
     "caption of old Windows": (".txt", write("a man in a café".encode("cp1252")), "save it as UTF-8"),
     "UTF-16 without its mark": (".txt", write("a man".encode("utf-16-le")), "it holds zeros"),
-    "nobody in the caption": (".txt", write(b"a dog on a man-made beach"), "no word for a person"),
+    "nobody in the caption": (".txt", write(b"a dog on a man-made beach"), "give --nouns"),
     "fewer words than people": (".txt", write(b"a woman"), "persons 1, 2 on the mask"),
-    "no mask": ("_mask.png", Path.unlink, "No such file"),
+    "no mask": ("_mask.png", Path.unlink, "worse_mask.png: not there"),
     "empty mask": (*break_mask(np.zeros((30, 40), np.uint8)), "nobody on the mask"),
     "mask of another size": (*break_mask(np.ones((40, 30), np.uint8)), "30 x 40 pixels, the picture"),
     "mask in colors": (*break_mask(np.tile(np.uint8([1, 2, 3]), (30, 40, 1))), "greyscale or palette, a"),
@@ -233,16 +233,33 @@ BROKEN_INPUTS = {
 
 
 @pytest.mark.parametrize("name", BROKEN_INPUTS)
-def test_a_broken_input_is_listed_and_left_out(name, pictures, tmp_path, capsys):
+def test_a_broken_input_is_listed_and_only_left_out_if_told_to(name, pictures, tmp_path, capsys):
     suffix, damage, message = BROKEN_INPUTS[name]
     add_picture(pictures, "worse")
     damage(pictures / f"worse{suffix}")
     assert run(pictures, "--output", tmp_path / "data") == 1
+    assert not (tmp_path / "data").exists()
     listed, = [line for line in capsys.readouterr().out.splitlines() if line.startswith("broken")]
     assert str(pictures / "worse") in listed
     assert message in listed
+    assert run(pictures, "--output", tmp_path / "data", "--skip-broken") == 1
     assert len(read_ids(tmp_path / "data", "train")) == 1
     assert run("--check", tmp_path / "data") == 0
+
+
+def test_all_faults_are_said_at_once_and_mended_it_goes_on(pictures, tmp_path, capsys):
+    for name in ("camera", "chef"):
+        Image.new("RGB", (40, 30), GRAY).save(pictures / f"{name}.jpg")
+    (pictures / "chef.txt").write_text("a chef")
+    (pictures / "pair_people.txt").write_text("Ada\nBob\nCem")
+    assert run(pictures, "--output", tmp_path / "data") == 1
+    out = capsys.readouterr().out
+    assert [line.split(": ")[0].split("/")[-1] for line in out.splitlines() if line.startswith("broken")] == [
+        "camera.txt", "camera_mask.png", "chef.txt", "chef_mask.png", "pair_people.txt"]
+    (pictures / "pair_people.txt").unlink()
+    for name in ("camera", "chef"):
+        add_picture(pictures, name)
+    assert run(pictures, "--output", tmp_path / "data") == 0
 
 
 def test_files_without_a_picture_and_pictures_of_one_name(pictures, tmp_path, capsys):
@@ -254,7 +271,7 @@ def test_files_without_a_picture_and_pictures_of_one_name(pictures, tmp_path, ca
     Image.new("RGB", (40, 30)).save(pictures / "sub" / "twice.png")
     (pictures / ".hidden.jpg").write_bytes(b"")
     (pictures / "film.mp4").write_bytes(b"")
-    assert run(pictures, "--output", tmp_path / "data") == 1
+    assert run(pictures, "--output", tmp_path / "data", "--skip-broken") == 1
     listed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("broken")]
     assert len(listed) == 4
     assert "twice: 2 pictures have this name" in listed[0]
@@ -279,8 +296,8 @@ def test_pictures_without_people(pictures, tmp_path, capsys):
     (pictures / "pair_mask.png").unlink()
     Image.new("RGB", (60, 40), GRAY).save(pictures / "still.png")
     (pictures / "still.txt").write_text("two women and a bowl of fruit")
-    assert run(pictures, "--output", tmp_path / "no") == 2
-    assert "none of the 2 pictures" in capsys.readouterr().err
+    assert run(pictures, "--output", tmp_path / "data") == 1
+    assert "nothing is written: 0 of 2" in capsys.readouterr().out
     data = tmp_path / "data"
     assert run(pictures, "--output", data, "--without-people") == 0
     assert "2 good, 0 broken" in capsys.readouterr().out
@@ -303,8 +320,8 @@ def test_more_nouns(pictures, tmp_path):
     (["empty", "--output", "data"], "holds no picture"),
     (["pictures", "--output", "pictures"], "exists already"),
     (["pictures", "--output", "pictures/data"], "is inside of"),
-    (["broken", "--output", "data"], "none of the 1 pictures"),
-    (["twice", "--output", "data"], "2 pictures have this name"),
+    (["broken", "--output", "data", "--skip-broken"], "none of the 1 pictures"),
+    (["twice", "--output", "data", "--skip-broken"], "2 pictures have this name"),
     (["pictures"], "give FOLDER and --output"), ([], "give FOLDER"),
     (["pictures", "--check", "data"], "nothing to build"),
     (["pictures", "--output", "data", "--sheet", "a.png"], "give FOLDER"),

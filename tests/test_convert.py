@@ -924,6 +924,12 @@ def test_memory(tmp_path, states):
     assert peaks[1] - peaks[0] < 0.3 * (sizes[1] - sizes[0])
 
 
+def test_a_file_of_the_small_world_is_called_so(refused):
+    folder = ROOT / "weights" / "toyworld"
+    said = refused(2, folder / "unet.safetensors")
+    assert "is a part of the small world" in said and f"ready as it is: give --weights {folder}" in said
+
+
 # Everything at once, as at full size
 
 def test_proof_at_small_sizes(tmp_path, capfd, monkeypatch):

@@ -291,9 +291,9 @@ def small_tokenizer(tokenizer):
 
 
 def test_unknown_words_are_named_and_dropped(small_tokenizer, tokenizer):
-    message = r"do not know the words: purple, zebra\. They know: a, man, woman, dog"
+    message = r"do not know the words: purple, womn \(perhaps woman\)\. config\.json lists"
     with pytest.warns(UserWarning, match=message):
-        tokens = small_tokenizer(["A purple man and a zebra, purple."])
+        tokens = small_tokenizer(["A purple man and a womn, purple."])
     assert torch.equal(tokens, tokenizer(["a man and a , ."]))
     assert small_tokenizer.unknown_words("a man, dancing.") == []
     assert small_tokenizer.unknown_words("a man... and!? a MANX") == ["manx"]

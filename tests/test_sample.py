@@ -267,7 +267,9 @@ def test_interrupted_as_a_process(place, world):
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=300)
     assert process.returncode == 130 and out == ""
-    assert len(err.splitlines()) == 1 and err.startswith("warning: pictures of 512 x 512 pixels are far")
+    warning, stopped = err.splitlines()
+    assert warning.startswith("warning: pictures of 512 x 512 pixels are far")
+    assert stopped == "stopped: the files named above are kept, nothing else was written"
     assert sorted(os.listdir()) == ["ada.png", "bob.png"]
 
 
@@ -298,7 +300,8 @@ def test_the_same_picture_from_python(draw, world):
 def test_flags_cannot_be_shortened(draw, capsys):
     with pytest.raises(SystemExit) as stopped:
         draw("--guidance", "3")
-    assert stopped.value.code == 2 and "unrecognized arguments" in capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == "error: unrecognized arguments: --guidance 3; see --help\n"
 
 
 def test_where_moa_and_a_person_start(world):
@@ -419,12 +422,17 @@ def test_warns_once_in_one_line(draw):
     assert negative == "warning: --negative-prompt has no effect with --guidance-scale 1"
 
 
-def test_says_when_a_subject_is_foreign(draw, other_world):
-    for limit in (1e9, 0):
-        save_file({"mean": torch.zeros(16), "precision": torch.eye(16), "limit": torch.tensor(float(limit))},
+def test_refuses_a_foreign_subject_unless_it_is_told_to(draw, refuse, other_world):
+    def limit(value: float) -> None:
+        save_file({"mean": torch.zeros(16), "precision": torch.eye(16), "limit": torch.tensor(value)},
                   other_world / "subjects.safetensors")
-        err = draw("--subject", "ada.png", weights=other_world)[1]
-        assert len(err) == (not limit) and all("ada.png looks like nobody" in line for line in err)
+
+    limit(1e9)
+    assert not draw("--subject", "ada.png", weights=other_world)[1]
+    limit(0.0)
+    said = refuse("--subject", "ada.png", weights=other_world)
+    assert "ada.png looks like nobody" in said and "--any-subject" in said
+    assert not draw("--subject", "ada.png", "--any-subject", weights=other_world)[1]
 
 
 # What it refuses
@@ -445,6 +453,13 @@ def test_says_when_a_subject_is_foreign(draw, other_world):
     (["--subject", "ada.png", "--subject", "bob.png"], "more subjects than words"),
     (["--subject", "woman=ada.png", "--subject", "woman=bob.png"], "every 'woman' in the prompt has"),
     (["--subject", "ada.png", "--prompt", "a womanly beach"], "nobody in the prompt"),
+    (["--subject", "ada.png", "--prompt", "a womn on the beach"], "womn (perhaps woman)"),
+    (["--subject", "womn=ada.png"], "no 'womn' in the prompt (perhaps woman)"),
+    (["--subject", "ada.png", "--subject", "bob.png", "--prompt", "two old women on the beach"],
+     "write: an old woman and an old woman on the beach"),
+    (["--prompt", "a zebra eats grass"], "write half of it with others"),
+    (["--subject", "https://example.org/me.jpg"], "me.jpg is an address: download it first"),
+    (["--lora", "https://example.org/a.safetensors"], "download it first"),
     (["--subject", "ada.png", "--prompt", "a lady on the beach"], "do not know the word 'lady'"),
     (["--subject", "ada.png", "--prompt", "on the beach " * 40 + "a woman"], "beyond the 77 tokens"),
     (["--output", "x.jpg"], "saved as .png"), (["--output", "/proc/x/y.png"], "cannot be written"),
@@ -453,11 +468,11 @@ def test_says_when_a_subject_is_foreign(draw, other_world):
     (["--save-routing", "r.jpg"], "name ends in .png"),
     (["--save-routing", "sample.png"], "give another name"),
     (["--save-routing", "r.png", "--prior-only"], "leave one of them out"),
-    (["--moa", "missing.safetensors"], "--moa missing.safetensors is not a file"),
+    (["--moa", "missing.safetensors"], "--moa missing.safetensors does not exist"),
     (["--moa", "ada.png"], "ada.png is not a readable safetensors file"),
     (["--weights", "missing"], "missing is not a weights folder"),
-    (["--lora", "missing.safetensors:.5"], "--lora missing.safetensors:.5: missing.safetensors is not"),
-    (["--lora", "ada.png:much"], "ada.png:much is not a file; give FILE[:SCALE"),
+    (["--lora", "missing.safetensors:.5"], "--lora missing.safetensors:.5: missing.safetensors does not"),
+    (["--lora", "ada.png:much"], "give FILE[:SCALE]"),
     (["--lora", "ada.png"], "ada.png is a picture: give a .safetensors file"),
     (["--lora-scope", "all"], "--lora-scope means nothing without --lora")],
     ids=lambda value: str(value)[:40])
@@ -481,7 +496,7 @@ def test_refuses_a_broken_config(refuse, other_world, change):
 
 
 @pytest.mark.parametrize("error, code, words", [
-    (KeyboardInterrupt(), 130, ""),
+    (KeyboardInterrupt(), 130, "the files named above are kept"),
     (torch.OutOfMemoryError("Tried to allocate 9 GiB"), 2, "error: not enough memory"),
     (OSError(28, "No space left on device"), 2, "No space left")])
 def test_stops_cleanly(draw, place, monkeypatch, capsys, error, code, words):

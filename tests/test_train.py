@@ -36,6 +36,7 @@ from weights.lora import LoRASetting
 from models.unet import UNet, UNetConfig
 from models.vae import VAEConfig
 from pipeline import Pipeline
+import training.moa
 from training import Stage
 
 SIZES = {"channels": (8, 8, 16, 16), "heads": 2, "context_dim": 16, "groups": 4}
@@ -194,7 +195,7 @@ def test_each_folder_is_the_next_stage_s_weights(runs):
     assert held["vae"] == {"vae"}
     assert held["clip"] == {"vae", "text_encoder", "image_encoder"}
     assert held["prior"] == set(PARTS)
-    assert held["moa"] == set(PARTS) | {"moa", "subjects"}
+    assert held["moa"] == set(PARTS) | {"moa"}  # no subjects: of so few it could refuse everybody
     assert held["controlnet"] == set(PARTS) | {"controlnet"}
     assert held["classifier"] == {"classifier"}
     assert held["lora"] == {"lora"}
@@ -220,12 +221,15 @@ def test_moa_logs_all_parts_of_its_loss(runs):
     assert first["prior_weight_background"] == pytest.approx(0.5)
 
 
-def test_moa_goes_on_from_a_moa_file(runs, tmp_path, capsys):
-    """Below, the routers start where the file's ended; --moa is refused where it means nothing."""
+def test_moa_goes_on_from_a_moa_file(runs, tmp_path, capsys, monkeypatch):
+    """Below, the routers start where the file's ended; --moa is refused where it means nothing. Of enough
+    subjects it says where they lie."""
+    monkeypatch.setattr(training.moa, "ENOUGH", 0)
     options = ["moa", "--steps", 1, "--weights", runs / "prior", "--moa"]
     assert run(*options, runs / "moa" / "moa.safetensors", "--output", tmp_path / "run") == 0
     first = metrics_of(tmp_path / "run")[0]
     assert first["prior_weight_people"] != pytest.approx(0.5, abs=1e-6)
+    assert (tmp_path / "run" / "subjects.safetensors").exists()
     assert_refused(capsys, runs, *options, runs / "vae" / "vae.safetensors", "--output", tmp_path / "no",
                    match="is not a MoA file")
     assert_refused(capsys, runs, *options, tmp_path / "nowhere", "--output", tmp_path / "no2",
@@ -501,6 +505,10 @@ def test_folders_that_hold_something_are_left_alone(runs, tmp_path, capsys):
     assert_refused(capsys, tmp_path, *vae, "--output", tmp_path / "weights", match="holds weights already")
     (tmp_path / "file").write_text("mine")
     assert_refused(capsys, tmp_path, *vae, "--output", tmp_path / "file", match="file is a file: give")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "holiday.jpg").write_bytes(b"")
+    assert_refused(capsys, tmp_path, *vae, "--output", tmp_path / "mine",
+                   match="mine holds files that are of no run")
 
 
 # Several processes -------------------------------------------------------------------------------

@@ -45,7 +45,7 @@ def test_stable_diffusion_needs_no_weights(capsys):
 @pytest.mark.parametrize(("flags", "said"), [
     (["--explain", "16"], "--explain must be in 0..15"),
     (["--explain", "0", "--subject", "nobody.png"], "nobody.png does not exist"),
-    (["--moa", "none.safetensors"], "--moa none.safetensors is not a file"),
+    (["--moa", "none.safetensors"], "--moa none.safetensors does not exist"),
     (["--untrained", "--moa", "x"], "--preset and --untrained take no MoA file")])
 def test_bad_input_is_one_line(world, capsys, flags, said):
     with pytest.raises(SystemExit, match="2"):

@@ -22,7 +22,7 @@ from toyworld.classifier import Classifier
 
 BATCH = 16  # cases drawn, pictures read at once
 SEEDS = 4  # per case in `variety`, which a sixteenth of the cases is enough for
-RENDERS = 400  # held-out scenes that the classifier itself is measured on
+RENDERS = 400  # held-out scenes that the classifier itself is measured on, at most
 DILATION = 9  # pixels, a window: people's masks are widened by half of it before "outside" begins
 KINDS = ("self", "cross")
 START = 1000  # the subjects are there at timesteps below this one: at all of them
@@ -325,7 +325,7 @@ def classifier_scores(classifier: Classifier, count: int = RENDERS) -> dict[str,
     it gives where everything is right."""
     values, hits, asked = {name: [] for name in (*READ_OFF, "people_iou")}, [], []
     for first in range(0, count, 50):
-        scenes = [toyworld.sample_scene(2_000_000 + k, "test") for k in range(first, first + 50)]
+        scenes = [toyworld.sample_scene(2_000_000 + k, "test") for k in range(first, min(first + 50, count))]
         images, masks = zip(*map(toyworld.render_scene, scenes), strict=True)
         readings = read(classifier, to_picture(np.stack(images)))
         for scene, mask, reading in zip(scenes, masks, readings, strict=True):

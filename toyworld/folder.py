@@ -1,5 +1,4 @@
 """Scenes of the small world as a dataset in FastComposer's layout."""
-import argparse
 import json
 from functools import partial
 from pathlib import Path
@@ -8,6 +7,7 @@ import numpy as np
 from PIL import Image
 
 from data.processes import in_processes
+from models.errors import Parser
 from toyworld.render import render_scene
 from toyworld.scenes import identity_key, sample_scene
 
@@ -59,7 +59,7 @@ def write_dataset(output: Path, count: int, split: str, workers: int, seed: int)
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line entry point."""
-    parser = argparse.ArgumentParser(prog="toyworld", description="Write a toy world dataset.")
+    parser = Parser("Write a toy world dataset.", prog="toyworld")
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER",
                         help="to write into; may hold the other split")
     parser.add_argument("--count", type=int, required=True, metavar="N", help="how many pictures")

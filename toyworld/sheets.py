@@ -119,7 +119,7 @@ def plot_router(router: dict, path: Path) -> None:
     if Figure is None or not cases:
         path.unlink(missing_ok=True)
         why = "the classifier sees no people in any picture" if Figure else (
-            "matplotlib is not installed (requirements-dev.txt names it)")
+            "matplotlib is not installed, give: pip install matplotlib")
         print(f"{path.name} was not drawn: {why}", file=sys.stderr)
         return
     timesteps = router["timesteps"]

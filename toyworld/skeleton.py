@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 import toyworld
+from models.errors import Parser
 from toyworld import TRAITS, Identity, Scene, activities
 from toyworld.pen import Pen, Point
 from toyworld.people import Outfit, Pose
@@ -100,8 +101,7 @@ def pose_scene(seed: int, activity: str | None = None) -> Scene:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="skeleton", allow_abbrev=False,
-                                     description="Draw the skeletons of a scene's people.")
+    parser = Parser("Draw the skeletons of a scene's people.", prog="skeleton")
     add = parser.add_argument
     add("--output", type=Path, required=True, metavar="FILE", help="a .png")
     add("--seed", type=int, default=0, help="of the scene; with --activity the first from here (default 0)")

@@ -19,6 +19,14 @@ except ImportError:
 LARGEST = 1600  # pixels of a picture's longer side: TensorBoard keeps every one of them
 
 
+def settings_table(settings: dict) -> str:
+    """The settings that are on, four in a line; config.json has all."""
+    shown = [f"{name}={','.join(map(str, value)) if isinstance(value, tuple) else value}"
+             for name, value in settings.items() if value not in (None, ()) and value is not False]
+    return "\n".join("  ".join(f"{cell:<25}" for cell in shown[i:i + 4]).rstrip()
+                     for i in range(0, len(shown), 4))
+
+
 class Log:
     """Writes to the folder of a run of which `first` steps are done; what was logged after them goes."""
 
@@ -30,7 +38,7 @@ class Log:
             left.unlink()
         written = read_config(output) if first else {}
         write_json({**written, "training": settings}, output / "config.json")
-        print(json.dumps(settings))
+        print(settings_table(settings))
         lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.exists() else []
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= first]
         write_whole(self.path, lambda temporary: temporary.write_text("".join(kept), encoding="utf-8"))

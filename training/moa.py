@@ -22,7 +22,8 @@ from training.presets import StageError
 from training.sheets import routing_sheet, swap_sheet
 from training.stage import Stage, checkpoint_blocks, step_generator
 
-STATISTICS = 4096  # samples whose subjects' features are summed up for `sample.py`
+STATISTICS = 8192  # samples whose subjects' features are summed up for `sample.py`
+ENOUGH = 10  # times a feature's width: of fewer subjects the covariance is too rough to refuse anybody by
 SHRINKAGE = 0.3  # of their covariance towards a multiple of the identity
 
 
@@ -140,21 +141,23 @@ class MoAStage(Stage):
             save_part(encoder, folder, "image_encoder")
         save_moa(self.unet, self.prompt, folder / "moa.safetensors", preset=asdict(self.config))
         features = self.subject_features()
-        if len(features) > 1:
+        if len(features) >= ENOUGH * features.shape[1]:
             save_tensors(feature_statistics(features), folder / "subjects.safetensors")
 
     @torch.no_grad()
     def subject_features(self) -> Tensor:
         """(N, F) of subjects of the first samples."""
-        count, found = min(STATISTICS, len(self.samples)), []
-        if self.encoded.shards is not None:
-            rows = self.encoded.shards.rows(range(count))
-            return rows["features"][rows["present"]].float()
+        count, found, shards = min(STATISTICS, len(self.samples)), [], self.encoded.shards
         with self.encode.precision():
-            for start in range(0, count, CHUNK):  # not all pictures at once
-                part = [self.samples.read(index) for index in range(start, min(start + CHUNK, count))]
-                present = self.encode.texts(part)["present"]
-                found.append(self.encode.references(part)[present].float().cpu())
+            for start in range(0, count, CHUNK):  # not all at once
+                indices = range(start, min(start + CHUNK, count))
+                if shards is not None:
+                    rows = shards.rows(indices)
+                    features, present = rows["features"], rows["present"]
+                else:
+                    part = [self.samples.read(index) for index in indices]
+                    features, present = self.encode.references(part), self.encode.texts(part)["present"]
+                found.append(features[present].float().cpu())
         return torch.cat(found)
 
     @torch.no_grad()
@@ -189,7 +192,7 @@ class MoAStage(Stage):
 
 
 def feature_statistics(features: Tensor) -> dict[str, Tensor]:
-    """Where the image features (N, F) of the training subjects lie, so that `sample.py` can tell a
+    """Where the image features (N, F) of the training subjects lie, so that `sample.py` can refuse a
     subject of another world: mean (F,), precision (F, F) and the largest usual distance ()."""
     mean, spread = features.mean(0), torch.cov(features.T)
     # Without it directions in which people hardly differ count as much as all others, and what is plain in

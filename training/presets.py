@@ -8,7 +8,7 @@ class StageError(ValueError):
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Hyperparameters of one stage; printed at the start and kept in the run's config.json."""
+    """Hyperparameters of one stage; those that are on are printed at the start, all kept in config.json."""
 
     steps: int
     batch_size: int

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script has only its own folder there
+from models.errors import Parser
 from models.load import describe_sizes, whole_folder, write_json
 from weights.checkpoints import Notes
 from weights.controlnet import PART, open_controlnet
@@ -22,8 +23,7 @@ from weights.parts import DTYPES, check_output, fit, write_parts
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("source", metavar="SOURCE", help="file, folder or repository of a ControlNet, or an earlier output")
     add("--output", type=Path, required=True, metavar="FOLDER", help="the folder to write")

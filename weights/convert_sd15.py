@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script has only its own folder there
-from models.errors import one_line
+from models.errors import Parser, one_line
 from models.load import PARTS, WeightsError, describe_sizes, whole_folder, write_json
 from weights.checkpoints import REQUIRED, Notes, WrongKind, WrongTensors
 from weights.names import LABELS
@@ -30,8 +30,7 @@ DEFAULTS = {"image_size": 512, "sampling": {"guidance_scale": 5.0, "steps": 20}}
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("source", nargs="?", metavar="SOURCE", help="checkpoint, folder, repository or earlier output")
     add("--output", type=Path, required=True, metavar="FOLDER", help="the weights folder to write")
@@ -107,6 +106,7 @@ def run(work: Callable[[], None]) -> None:
         print("error:", one_line(error), file=sys.stderr)
         sys.exit(getattr(error, "code", 1))
     except KeyboardInterrupt:
+        print("stopped: nothing is written", file=sys.stderr)
         sys.exit(130)
 
 

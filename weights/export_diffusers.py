@@ -10,16 +10,18 @@ leaves unknown words out of a prompt, diffusers reads them as zeros: compare pro
 
 Exit codes: 1 cannot read or write, 2 no weights folder or a bad --output, 3 wrong or missing tensors.
 """
-import argparse
 import json
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script has only its own folder there
+# First: it says what is not installed.
+from models.errors import Parser
+
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script has only its own folder there
 from models.clip_text import BOS, EOS
 from models.load import whole_folder, write_json
 from models.open_clip_import import open_clip
@@ -141,8 +143,7 @@ def write_tokenizer(folder: Path, length: int) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="a weights folder")
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="the folder to write")
     args = parser.parse_args(argv)

@@ -6,13 +6,12 @@
 The tensors are those that the run would write if it ended there: the moving average, where the run
 keeps one. Exit status: 0 written, 2 an error (one line on stderr).
 """
-import argparse
 import signal
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script has only its own folder there
-from models.errors import one_line
+from models.errors import Parser, one_line
 from models.load import read_checkpoint
 from moa import write_moa
 
@@ -36,8 +35,7 @@ def export(checkpoint: Path, output: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a checkpoint of train.py moa")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the MoA file to write")
     args = parser.parse_args(argv)

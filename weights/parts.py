@@ -46,6 +46,9 @@ def open_source(source: str, ema: str, notes: Notes) -> dict[str, Part]:
     """Every part that a file, folder or repository holds. Raises WeightsError."""
     path = locate(source)
     if path.is_file():
+        if world := read_json(path.parent / "config.json").get("world"):
+            raise WrongKind(f"{path} is a part of the small world ({world}), whose folder is ready as it is: "
+                            f"give --weights {path.parent} to the other commands; {TAKES}")
         return split(open_file(path, notes), path, {}, ema, notes)
     config = read_json(path / "config.json")
     if "unet" in config:
