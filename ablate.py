@@ -24,12 +24,13 @@ from functools import cache, partial
 from pathlib import Path
 from unittest.mock import patch
 
+import evaluate  # before torch, whose threads it sets up
+
 import numpy as np
 import torch
 import torch.nn as nn
 from tqdm import tqdm
 
-import evaluate
 import moa.checkpoint
 import moa.loss
 import moa.prompt

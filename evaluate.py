@@ -14,12 +14,13 @@ import hashlib
 import time
 from pathlib import Path
 
+import sample  # before torch, whose threads it sets up
+
 import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
 
-import sample
 import toyworld
 from models.load import read_config, write_json, write_whole
 from pipeline import Pipeline, pick_device

@@ -28,9 +28,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
-# Torch's threads would spin while they wait for each other: on a busy machine that made a picture of the
-# small world take four times as long. Torch reads it once, when it is imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+from models.errors import fail, one_line  # before torch, whose threads it sets up
 
 import torch
 from PIL import Image
@@ -40,7 +38,6 @@ from tqdm import tqdm
 
 from images import (RoutingSheet, check_finite, labelled, page, read_picture, read_settings, save_png,
                     thumbnail, to_images)
-from models.errors import fail, one_line
 from models.load import remove_leftovers
 from pipeline import Control, Pipeline, Subject, pick_device, reuse_memory
 from samplers import SAMPLERS

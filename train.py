@@ -31,12 +31,13 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from models.errors import one_line  # before torch, whose threads it sets up
+
 import torch
 from tqdm import tqdm
 
 from data.fastcomposer import Folder, read_ids
 from data.sample import ENCODED, Samples
-from models.errors import one_line
 from models.load import build_config, read_config
 from models.unet import UNetConfig
 from pipeline import pick_device, reuse_memory
