@@ -20,14 +20,12 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
-from data.build import (COLORS, NOUNS, TILE, find_people,  # before torch, whose threads it sets up
-                        find_pictures, read_picture)
-
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
+from data.build import COLORS, NOUNS, TILE, find_people, find_pictures, read_picture
 from data.fastcomposer import MAX_PEOPLE, DataError, naming
 from data.shards import whole
 
