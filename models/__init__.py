@@ -6,7 +6,7 @@ H heads, C context width, F image feature width, E experts, L transformer blocks
 import os
 
 # Torch's threads would spin while they wait for each other: beside another program that makes a picture of
-# the small world take six times as long. Torch reads this once, when it is imported, so commands import
+# the small world take 6 to 26 times as long. Torch reads this once, when it is imported, so commands import
 # `models` before it.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
