@@ -24,7 +24,7 @@ from functools import cache, partial
 from pathlib import Path
 from unittest.mock import patch
 
-# First: it says what is not installed.
+# First: it says what is not installed, and how torch's threads wait.
 from models.errors import Parser, fail
 
 import numpy as np

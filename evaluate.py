@@ -14,7 +14,7 @@ import hashlib
 import time
 from pathlib import Path
 
-# First: it says what is not installed.
+# First: it says what is not installed, and how torch's threads wait.
 from models.errors import Parser
 
 import numpy as np

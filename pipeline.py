@@ -12,6 +12,8 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from models import Models, load_models  # before torch, whose threads it sets up
+
 import torch
 import torch.nn.functional as F
 import torch.nn as nn
@@ -21,7 +23,6 @@ from torch import Tensor
 from images import to_images
 from moa import (ExpertContext, MultimodalPrompt, base_modules, training_of, force_routing, load_moa,
                  scale_personalized, sparse_routing)
-from models import Models, load_models
 from models.clip_text import Tokenizer
 from models.controlnet import ControlNet, add_residuals
 from models.load import load_part, read_tensors

@@ -28,11 +28,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
-# Torch's threads would spin while they wait for each other: on a busy machine that made a picture of the
-# small world take four times as long. Torch reads it once, when it is imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-# First: it says what is not installed.
+# First: it says what is not installed, and how torch's threads wait.
 from models.errors import Parser, fail, no_file, one_line
 
 import torch

@@ -32,7 +32,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
-# First: it says what is not installed.
+# First: it says what is not installed, and how torch's threads wait.
 from models.errors import Parser, one_line
 
 import torch

@@ -17,6 +17,8 @@ import sys
 from copy import deepcopy
 from functools import partial
 
+from tests.parity_full import pair  # first: it mends torchvision, which diffusers imports
+
 import torch
 from diffusers import StableDiffusionPipeline, UniPCMultistepScheduler
 from diffusers.models.attention_processor import AttnProcessor2_0
@@ -28,7 +30,6 @@ from models import Models
 from models.clip_text import Tokenizer
 from moa import force_routing, sparse_routing
 from pipeline import Pipeline, Subject
-from tests.parity_full import pair
 
 SIDES = {"ours": ["diffusers"], "ours with MoA": ["ours", "diffusers with MoA"], "diffusers": [],
          "diffusers with MoA": ["diffusers"]}

@@ -6,8 +6,9 @@
 
 Weights and inputs are random, never zero. The questions:
 
-    base      ours against diffusers' `UNet2DConditionModel` with the same weights, as they are, and with
-              `--variants` channels_last and compiled (torch.compile) against diffusers as it is
+    base      ours against diffusers' `UNet2DConditionModel` with the same weights, as they are, and with each
+              of the `--variants` against diffusers as it is and with the same: channels_last, compiled
+              (torch.compile) and reduce-overhead (its mode, with CUDA graphs)
     moa       dense MoA, and sparse MoA at each of the `--thresholds`, against our base. Routers are
               forced to a map: half of the weight to the personalized expert on a square of `--share` of the
               picture, none elsewhere
@@ -27,8 +28,10 @@ from moa import (ExpertContext, MultimodalPrompt, PromptConfig, add_moa, force_r
 from tests.parity_full import pair, random
 
 QUESTIONS = ["base", "moa", "subjects", "layers"]
-VARIANTS = ["channels_last", "compiled"]
 BLOCKS = (4, 8, 16)
+VARIANTS = {"channels_last": lambda unet: twin(unet).to(memory_format=torch.channels_last),
+            "compiled": lambda unet: torch.compile(twin(unet)),
+            "reduce-overhead": lambda unet: torch.compile(twin(unet), mode="reduce-overhead")}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -74,14 +77,12 @@ def against_all(sides: dict, reference: str) -> list[tuple[str, str]]:
 def base(args, ours, theirs, device, dtype) -> Iterator[tuple]:
     """Ours and diffusers', plain and in each variant."""
     models = {"diffusers": theirs, "ours": ours}
-    for name, unet in list(models.items()):
-        if "channels_last" in args.variants:
-            models[f"{name}, channels_last"] = twin(unet).to(memory_format=torch.channels_last)
-        if "compiled" in args.variants:
-            models[f"{name}, compiled"] = torch.compile(twin(unet))
+    for variant in args.variants:
+        models |= {f"{name}, {variant}": VARIANTS[variant](models[name]) for name in ("diffusers", "ours")}
+    same = [(f"ours, {variant}", f"diffusers, {variant}") for variant in args.variants]
     for x, labels in inputs(args, ours.cfg, device, dtype):
         sides = {name: lambda unet=unet, x=x: unet(*x) for name, unet in models.items()}
-        yield sides, against_all(sides, "diffusers"), labels
+        yield sides, [*against_all(sides, "diffusers"), *same], labels
 
 
 def with_moa(ours: nn.Module) -> tuple[nn.Module, MultimodalPrompt]:

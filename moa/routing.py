@@ -85,12 +85,13 @@ def force_routing(unet: nn.Module, prior: float | Tensor) -> Iterator[None]:
 
 def forced(weight: Tensor, r: Tensor) -> Tensor:
     """Weights r (B, N, E) with the prior's replaced: a scalar, or a map (h, w) or (B, h, w)."""
-    weight = weight.to(r)
+    weight = weight.to(r.device)  # in float32: in others a CPU cannot resize
     if weight.ndim:
         weight = weight.reshape(-1, *weight.shape[-2:]).expand(len(r), -1, -1)
         size = grid(r.shape[1], weight.shape[-2] / weight.shape[-1])
         weight = F.interpolate(weight[:, None], size, mode="bilinear", antialias=True)
         weight = rearrange(weight, "b 1 h w -> b (h w) 1")
+    weight = weight.to(r)
     others = r[..., 1:]
     total = others.sum(-1, keepdim=True)
     shares = torch.where(total > 0, others / total, 1 / others.shape[-1])

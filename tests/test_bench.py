@@ -1,17 +1,19 @@
 """Each benchmark runs at a tiny size and says what it says at a large one; no test asserts a time."""
 import importlib
 import json
+import os
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
 import torch
 
-from bench import graph, sparse
+from bench import busy, graph, sparse
 
 TINY = ["--size", "small", "--device", "cpu", "--repeats", "1"]
 # Name -> flags, and how many rows there are.
 BENCHMARKS = {
-    "unet": ([*TINY, "--pixels", "32", "--variants", "channels_last"], 3 + 1 + 3 + 3),
+    "unet": ([*TINY, "--pixels", "32", "--variants", "channels_last"], 4 + 1 + 3 + 3),
     "sampling": ([*TINY, "--pixels", "32", "--steps", "2"], 4),
     "startup": (["--repeats", "1", "--cores", "1", "--only", "sample.py --help"], 1),
 }
@@ -75,6 +77,18 @@ def test_sparse(tmp_path):
     some, none = json.loads((tmp_path / "sparse.json").read_text())["rows"].values()
     assert 0.1 < some["share"] < 1 and none["share"] == none["share_largest"] == 0
     assert some["psnr"] >= some["psnr_lowest"] > none["psnr"] > 5
+
+
+def test_beside_a_loop_on_each_core(tmp_path, monkeypatch):
+    """A process with one thread is the measure of all others."""
+    loops = []
+    monkeypatch.setattr(busy, "run", lambda launcher, command, folder, **one: 2.0 if one else 3.0)
+    monkeypatch.setattr(busy, "beside", lambda count: loops.append(count) or nullcontext())
+    busy.main(["--output", str(tmp_path), "--repeats", "2"])
+    rows = json.loads((tmp_path / "busy.json").read_text())["rows"]
+    assert loops == [0, len(os.sched_getaffinity(0))] * len(busy.CASES) == [
+        row["loops beside it"] for row in rows]
+    assert all(row["of the fair share's time"]["median"] == 1.5 for row in rows)
 
 
 def test_a_step_as_a_graph(tmp_path, monkeypatch, capsys):

@@ -1,6 +1,7 @@
 """Imports point one way, and only at packages that requirements.txt names."""
 import ast
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -85,3 +86,21 @@ def test_third_party_packages_are_required(path):
 def test_there_is_something_to_check():
     assert {"models/unet.py", "moa/mixture.py", "pipeline.py"} <= {name(path) for path in sources()}
     assert "models.attention" in imported(ROOT / "moa" / "mixture.py")
+
+
+def test_commands_set_up_threads_before_torch():
+    """Torch reads once how its threads wait for each other: when it is imported."""
+    code = """
+import importlib, os, sys
+sys.modules["torch"] = None  # whoever imports it ends there
+for name in sys.argv[1:]:
+    os.environ.pop("OMP_WAIT_POLICY", None)
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        print(name, os.environ.get("OMP_WAIT_POLICY"), error)
+"""
+    names = ["sample", "train", "evaluate", "ablate", "pipeline", "apps", "models"]
+    found = subprocess.run([sys.executable, "-c", code, *names], cwd=ROOT, capture_output=True, text=True,
+                           check=True).stdout.splitlines()
+    assert [line.split()[:2] for line in found] == [[name, "PASSIVE"] for name in names]

@@ -16,6 +16,7 @@ from moa import (ExpertContext, MixtureOfAttention, MultimodalPrompt, PromptConf
                  scale_personalized, sparse_routing)
 from moa.loss import masked_loss, mean_routing, object_loss, router_loss
 from moa import grid
+from moa.routing import forced
 
 CFG = UNetConfig(channels=(8, 16, 24, 24), context_dim=12, groups=8, heads=4)  # 16 blocks, 32 layers
 SMALL = UNetConfig(channels=(16, 24), layers=1, context_dim=12, groups=8, heads=4)  # 4 blocks
@@ -96,12 +97,12 @@ def test_forced_away_from_the_prior_it_is_all_personalized():
     shake(unet)
     x, t, text, *_ = inputs()
     with force_routing(unet, 0.0):
-        forced = unet(x, t, text)
+        found = unet(x, t, text)
     plain = base(SMALL)
     attentions = [a for block in plain.transformer_blocks() for a in (block.attn1, block.attn2)]
     for attention, (_, _, moa) in zip(attentions, moa_layers(unet), strict=True):
         attention.load_state_dict(moa.personalized.state_dict())
-    assert relative_error(forced, plain(x, t, text)) < 1e-6
+    assert relative_error(found, plain(x, t, text)) < 1e-6
 
 
 @torch.no_grad()
@@ -145,6 +146,15 @@ def test_forcing_a_map_works_per_pixel(size):
     assert torch.allclose(fine, left, atol=1e-6)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_map_is_forced_in_low_precision(dtype):
+    """Which a CPU cannot resize."""
+    weights = forced(torch.ones(8, 8), torch.rand(2, 16, 2).to(dtype))
+    assert torch.equal(weights[..., 0], torch.ones(2, 16, dtype=dtype))
+
+
+@torch.no_grad()
 def test_forcing_ends_with_the_block_and_refuses_what_is_no_weight():
     unet = add_moa(base(SMALL))
     with pytest.raises(KeyError), force_routing(unet, 1.0):
