@@ -7,11 +7,11 @@ import os
 
 from models.errors import check_installed
 
-check_installed()  # before anything that needs a package
 # Torch's threads would spin while they wait for each other: beside another program that makes a picture of
 # the small world take 6 to 26 times as long. Torch reads this once, when it is imported, so commands import
 # `models` before it.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+check_installed()  # before anything that needs a package
 
 from models.load import Models, WeightsError, load_models
 

@@ -109,8 +109,9 @@ def test_from_photographs_to_a_picture(photos, models, tmp_path):
     command("-m", "data.build", "--check", tmp_path / "data")
     world = ROOT / "weights" / "toyworld"  # as a checkpoint of diffusers, and converted
     export_diffusers.main([str(world), "--output", str(tmp_path / "checkpoint")])
+    shutil.copy(world / "image_encoder.safetensors", tmp_path)
     convert_sd15.main([str(tmp_path / "checkpoint"), "--output", str(tmp_path / "base"),
-                       "--image-encoder", str(world / "image_encoder.safetensors")])
+                       "--image-encoder", str(tmp_path / "image_encoder.safetensors")])
     command("train.py", "moa", "--weights", tmp_path / "base", "--data", tmp_path / "data", "--steps", 2,
             "--batch-size", 2, "--log-every", 1, "--samples-every", 0, "--output", tmp_path / "run")
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
