@@ -95,6 +95,8 @@ import importlib, os, sys
 sys.modules["torch"] = None  # whoever imports it ends there
 for name in sys.argv[1:]:
     os.environ.pop("OMP_WAIT_POLICY", None)
+    for module in [module for module in sys.modules if module.startswith("models")]:
+        del sys.modules[module]
     try:
         importlib.import_module(name)
     except (ImportError, SystemExit):
