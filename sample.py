@@ -2,16 +2,10 @@
 
     python sample.py --subject examples/ada.png --prompt "a woman riding a bike on the beach"
     python sample.py --subject woman=a.png --subject man=b.png --prompt "a man and a woman dancing" --num 4
-    python sample.py --controlnet weights/toyworld --control-image examples/waving.png --prompt "a boy waving"
-    python sample.py --from-file prompts.jsonl --output pictures
 
-Without --weights it uses the small cartoon world that ships with the code; for Stable Diffusion 1.5
-convert a checkpoint with weights/convert_sd15.py and give its folder.
-
-Each line of --from-file is a prompt, or a JSON object with `prompt` and, if you like, `subjects` (a list
-of what --subject takes: paths start at the current folder, not at the file's) and `seed`. The command can
-be given again after a stop: pictures that are there are left alone. Under `torchrun` processes share the
-lines.
+Without --weights it uses the small cartoon world that ships with the code. A line of --from-file is a
+prompt, or a JSON object with `prompt` and perhaps `subjects`, a list of what --subject takes, and `seed`.
+What is drawn already is left alone when the command is given again. `torchrun` shares the lines.
 """
 import argparse
 import importlib
@@ -42,7 +36,7 @@ from images import (RoutingSheet, check_finite, labelled, page, photo_image, rea
 from models.load import remove_leftovers
 from pipeline import Control, Pipeline, Subject, pick_device, reuse_memory
 from samplers import SAMPLERS
-from subjects import SUBJECT, BoundSubject, bind_subjects, file_of, read_photos
+from subjects import BoundSubject, bind_subjects, file_of, read_photos
 from weights.checkpoints import Refusal
 from weights.controlnet import load_controlnet
 from weights.hub import find_moa, find_weights
@@ -64,22 +58,19 @@ CONTROL_LIMITS = {"scale": (1.0, 0.0, 10.0), "start": (0.0, 0.0, 1.0), "end": (1
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
     add = parser.add_mutually_exclusive_group(required=True).add_argument
-    add("--prompt", help="what to draw")
-    add("--from-file", type=Path, metavar="FILE", help="one picture for each of its lines, see above")
+    add("--prompt", metavar="TEXT", help="what to draw")
+    add("--from-file", type=Path, metavar="FILE", help="one picture for each of its lines")
     add = parser.add_argument
-    add("--subject", action="append", default=[], metavar=SUBJECT,
-        help="photo of a person, or several of the same one; bound to the prompt's words for people in "
-             "order, to WORD, or by N=FILE to the N-th of them; repeatable")
+    add("--subject", action="append", default=[], metavar="[WORD=]FILE",
+        help="a person's photo, for WORD or in the prompt's order; repeatable. FILE,FILE: photos of one "
+             "person; FILE#2: the second on it; 2=FILE: for the prompt's second")
     add("--subject-mask", action="append", default=[], type=Path, metavar="FILE",
-        help="who is where on a subject's photo, as data.build reads it: they are cut out; one for each "
-             "subject (default: NAME_mask.png beside NAME.jpg, where there is one)")
+        help="cuts them out (default: NAME_mask.png beside it); one for each --subject")
     add("--output", type=Path, default=Path("sample.png"), metavar="PATH",
-        help="a .png, or a folder (default sample.png; for several pictures a folder of that name)")
-    add("--num", type=int, default=1, metavar="N",
-        help="how many pictures; picture k has seed SEED + k (default 1)")
-    add("--prior-only", action="store_true", help="draw with the base model, whatever the subjects")
-    add("--save-routing", type=Path, metavar="FILE",
-        help="also save what the routers gave to the personalized experts in the first picture (.png)")
+        help="a .png, or a folder for several pictures (default sample.png)")
+    add("--num", type=int, default=1, metavar="N", help="how many; picture k has seed SEED + k (default 1)")
+    add("--prior-only", action="store_true", help="draw with the base model, without the subjects")
+    add("--save-routing", type=Path, metavar="FILE", help="also draw what the routers did, as .png")
     add_flags(parser)
     return parser.parse_args(argv)
 
@@ -279,43 +270,38 @@ def add_flags(parser: argparse.ArgumentParser, seeds: Sequence[int] = (), withou
         help=f"classifier-free guidance; 1 is none (default: {said['guidance_scale']})")
     add("--negative-prompt", default="", metavar="TEXT", help="what to lead away from")
     add("--clip-skip", type=int, default=1, metavar="N",
-        help="take the text encoder's N-th layer from the end, as web UIs count: 1 is the last (default), "
-             "which diffusers calls 0")
+        help="the text encoder's N-th layer from the end, as web UIs count (default 1)")
     add("--sampler", choices=list(SAMPLERS), default="unipc", help="default unipc")
-    add("--width", type=int, metavar="PIXELS", help="pixels, a multiple of 8 (default: the weights')")
-    add("--height", type=int, metavar="PIXELS", help="pixels, a multiple of 8 (default: the weights')")
+    add("--width", type=int, metavar="PIXELS", help="a multiple of 8 (default: the weights')")
+    add("--height", type=int, metavar="PIXELS", help="a multiple of 8 (default: the weights')")
     add("--prior-above", type=int, metavar="T",
-        help="the base model draws alone at timesteps from T on (default: the weights', or 800)")
+        help="the base model alone at timesteps from T on (default: the weights', or 800)")
     add("--strength", type=float, default=1.0, metavar="FACTOR",
-        help="times the weight that the routers give to the subjects: 0 is the base model (default 1)")
+        help="times the routers' weight for the subjects; 0 is the base model (default 1)")
     add("--sparse", type=float, default=0.0, metavar="WEIGHT",
-        help="faster: pixels to which the routers give no more than this are left to the prior, such as 0.1 "
-             "(default 0, none)")
+        help="faster: pixels routed below this, such as 0.1, get the prior alone (default 0)")
     add = parser.add_argument_group("models").add_argument
     add("--weights", type=Path, default=SHIPPED, metavar="FOLDER",
-        help="a folder, or user/name or user/name@revision on the hub (default: the small world)")
+        help="a folder, or user/name[@revision] on the hub (default: the small world)")
     add("--moa", type=Path, metavar="FILE",
-        help="a file, or a name on the hub (default: moa.safetensors in the weights folder)")
+        help="a file, or a name on the hub (default: moa.safetensors of --weights)")
     add("--any-subject", action="store_true",
-        help="also draw people who look like nobody that the weights were trained on")
+        help="also draw people who look like nobody in the training data")
     add("--lora", action="append", default=[], metavar="FILE[:SCALE]",
-        help="a style: a LoRA's .safetensors, and how much of it (default 1); repeatable, in any order")
+        help="a style, and how much of it (default 1); repeatable")
     add("--lora-scope", choices=["attn", "all"],
-        help="attn (default, the paper's): only the prior's attention; all: all layers of the file")
+        help="only the prior's attention (default, the paper's), or all layers")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default auto)")
     add("--dtype", choices=list(DTYPES), default="fp32", help="default fp32")
     add("--checker", metavar="MODULE:FUNCTION",
-        help="a safety checker: a Python function that is given every picture drawn, a Pillow image, and "
-             "returns the one to save, or raises ValueError to end without it (default: none)")
-    add = parser.add_argument_group(
-        "control", "--controlnet and --control-image can be given several times, as pairs, whose effects add "
-        "up; the numbers once for all or once for each").add_argument
+        help="a safety checker: Pillow image -> the one to save, or ValueError")
+    add = parser.add_argument_group("control; repeatable, numbers once for all or for each").add_argument
     add("--controlnet", action="append", default=[], metavar="FILE",
-        help="a file or folder that convert_controlnet.py reads or has written, or train.py controlnet")
+        help="a file or folder of a ControlNet")
     add("--control-image", action="append", default=[], metavar="FILE",
-        help="the picture that it follows, such as a skeleton; brought to the size of what is drawn")
+        help="the picture that it follows, such as a skeleton; it is resized")
     add("--control-scale", action="append", type=float, metavar="S",
-        help="how strongly; 0 is as if it were not there (default 1)")
+        help="how strongly (default 1)")
     add("--control-start", action="append", type=float, metavar="F",
         help="from which share of the steps on (default 0)")
     add("--control-end", action="append", type=float, metavar="F", help="up to which share (default 1)")

@@ -1,26 +1,15 @@
 """Train one stage and write its weights.
 
-    python train.py vae   --output runs/vae
-    python train.py clip  --output runs/clip  --weights runs/vae
-    python train.py prior --output runs/prior --weights runs/clip
-    python train.py moa   --output runs/moa   --weights runs/prior
-    python train.py controlnet --output runs/controlnet --weights runs/prior
-    python train.py classifier --output runs/classifier
-    python train.py lora  --output runs/lora  --weights runs/prior
+    python train.py moa --weights weights/toyworld --output runs/moa
+    torchrun --nproc-per-node 4 train.py moa --preset sd15 --weights SD15 --data DATA --output runs/sd15
 
-    torchrun --nproc-per-node 4 train.py moa --output runs/moa --weights runs/prior
+A run's folder has config.json, metrics.jsonl, checkpoints, sample sheets and the weights, those of --weights
+too: it is the next stage's --weights (vae, clip, prior, moa; controlnet and lora on a prior). A run is a pure
+function of its seed: stop it at any moment, and --resume goes on to the same weights. `torchrun` shares each
+batch: same run, up to rounding. On a CPU, one process per core is faster than threads.
 
-A run is a pure function of its seed: stop it at any moment and `--resume` goes on to the same
-weights. `torchrun` shares each batch between processes, on one machine or more: same run, up to
-rounding. On a CPU, one process per core is faster than one process with as many threads. A process
-that dies ends the others; with `torchrun --max-restarts N` and `--resume` they start again and go on.
-The output folder holds config.json, metrics.jsonl, checkpoints/ (named by their step), samples/, where
-TensorBoard is installed tensorboard/, and the weights, those of --weights too, so each run's folder is
-the next one's --weights; of classifier and lora only their own file.
-
-Exit status, of a process without `torchrun`: 0 trained, or saved and stopped by SIGTERM as on a machine
-that is taken away; 2 an error (one line on stderr); 130 saved and stopped by SIGINT; 143 SIGTERM before
-the first step.
+Exit status: 0 trained, or saved and stopped by SIGTERM; 2 an error, in one line; 130 saved and stopped by
+Ctrl-C; 143 SIGTERM before the first step.
 """
 import argparse
 import signal
@@ -63,40 +52,37 @@ PATIENCE = 10  # steps in a row whose gradient is not finite, and which are left
 def parse_args() -> argparse.Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("stage", choices=STAGES, help="what is trained; --preset sd15 has moa and lora")
+    add("stage", choices=STAGES, metavar="STAGE", help=", ".join(STAGES) + " (--preset sd15: moa, lora)")
     add("--output", required=True, type=Path, metavar="FOLDER",
-        help="folder of the run: a new one, or with --resume perhaps that of an earlier run")
-    add("--preset", default="toyworld", choices=PRESETS, help="sizes and hyperparameters (default toyworld)")
+        help="a new folder, or with --resume an earlier run's")
     add("--weights", type=Path, metavar="FOLDER",
-        help="folder with the models that the stage builds on, or its name on the hub (all but vae and "
-             "classifier)")
-    add("--moa", type=Path, metavar="FILE", help="MoA file to go on from (moa; default: from the base model)")
+        help="the models to build on, or their name on the hub (all but vae, classifier)")
+    add("--preset", default="toyworld", choices=PRESETS, help="sizes and settings (default toyworld)")
     add("--data", type=Path, metavar="FOLDER",
-        help="dataset in FastComposer's layout (default: the small world, rendered)")
-    add("--cache", type=Path, metavar="FOLDER",
-        help="keep latents, text states and image features of --data there, so that a step is the UNet "
-             "alone; augmentations are then drawn once (prior, moa, lora)")
-    add("--samples", type=positive, metavar="N",
-        help="how many samples to render (default: the preset's) or to read (default: all of --data)")
+        help="a data set in FastComposer's layout (default: the small world, rendered)")
     add("--steps", type=positive, metavar="N", help="optimizer steps (default: the preset's)")
     add("--batch-size", type=positive, metavar="N",
-        help="pictures per step, of all processes together (default: the preset's)")
-    add("--accumulate", type=positive, metavar="N",
-        help="each process works on its share of a batch in N parts, to save memory (default: the preset's)")
-    add("--graph", action="store_true",
-        help="replay the step as a CUDA graph: a small model on a GPU waits for Python otherwise "
-             "(prior, moa, controlnet, lora; not with --preset sd15)")
-    add("--seed", type=int, default=0, help="of weights, data order and noise (default 0)")
-    add("--log-every", type=positive, default=50, metavar="STEPS",
-        help="steps from line to line of metrics.jsonl (default 50)")
-    add("--checkpoint-every", type=positive, default=1000, metavar="STEPS",
-        help="steps from one checkpoint to the next (default 1000)")
-    add("--samples-every", type=int, metavar="STEPS",
-        help="steps from one sample sheet to the next; 0 draws none (default: as --checkpoint-every)")
-    add("--keep", type=positive, default=1, metavar="N",
-        help="how many checkpoints stay, the newest (default 1)")
+        help="pictures a step, of all processes together (default: the preset's)")
     add("--resume", action="store_true", help="go on from the run's newest checkpoint, if there is one")
+    add("--seed", type=int, default=0, help="of weights, data order and noise (default 0)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default auto)")
+    add("--samples", type=positive, metavar="N",
+        help="how many to render (default: the preset's) or to read (default: all of --data)")
+    add("--moa", type=Path, metavar="FILE", help="MoA file to go on from (moa; default: the base model)")
+    add("--accumulate", type=positive, metavar="N",
+        help="a process takes its share of a batch in N parts, to save memory (default: the preset's)")
+    add("--cache", type=Path, metavar="FOLDER",
+        help="keep what the frozen models make of --data there; faster, each augmentation drawn once (prior, "
+             "moa, lora)")
+    add("--graph", action="store_true",
+        help="steps as a CUDA graph, faster for small models (prior, moa, controlnet, lora; not sd15)")
+    add("--log-every", type=positive, default=50, metavar="STEPS",
+        help="between lines of metrics.jsonl (default 50)")
+    add("--checkpoint-every", type=positive, default=1000, metavar="STEPS",
+        help="between checkpoints (default 1000)")
+    add("--samples-every", type=int, metavar="STEPS",
+        help="between sample sheets; 0 draws none (default: as --checkpoint-every)")
+    add("--keep", type=positive, default=1, metavar="N", help="checkpoints that stay, the newest (default 1)")
     args = parser.parse_args()
     if args.samples_every is None:
         args.samples_every = args.checkpoint_every

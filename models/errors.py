@@ -28,12 +28,24 @@ def fail(error: Exception | str) -> NoReturn:
     sys.exit(2)
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps a command's help on one screen: its usage has only what must be given."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=32)
+
+    def add_usage(self, usage, actions, groups, prefix=None) -> None:
+        needed = [action for action in actions if action.required]
+        needed += [action for group in groups if group.required for action in group._group_actions]
+        super().add_usage(usage, needed, groups, prefix)
+
+
 class Parser(argparse.ArgumentParser):
     """A command's flags, none of which may be shortened: `--subject` is not `--subjects`."""
 
     def __init__(self, description: str, **options):
-        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
-                         allow_abbrev=False, **options)
+        super().__init__(description=description, formatter_class=HelpFormatter, allow_abbrev=False,
+                         **options)
 
     def error(self, message: str) -> NoReturn:
         fail(f"{message}; see --help")
