@@ -9,6 +9,7 @@
 set -u
 export OMP_NUM_THREADS=1
 export TORCHINDUCTOR_CACHE_DIR=$(mktemp -d)  # one that nobody has left half-written
+trap 'rm -rf "$TORCHINDUCTOR_CACHE_DIR"' EXIT
 cd "$(dirname "$0")/.."
 OUT=${OUT:-runs/gpu} SIZE=${SIZE:-sd15} DEVICE=${DEVICE:-cuda} LIMIT=${LIMIT:-1}
 if [ "$SIZE" = small ]; then PIXELS=64 BATCHES="1 2" BATCH=2 STEPS=2 REPEATS=1; else

@@ -29,13 +29,13 @@ def fail(error: Exception | str) -> NoReturn:
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Keeps a command's help on one screen: its usage has only what must be given."""
+    """Keeps a command's help on one screen: its usage has only what it works on and what must be given."""
 
     def __init__(self, prog: str):
         super().__init__(prog, max_help_position=32)
 
     def add_usage(self, usage, actions, groups, prefix=None) -> None:
-        needed = [action for action in actions if action.required]
+        needed = [action for action in actions if action.required or not action.option_strings]
         needed += [action for group in groups if group.required for action in group._group_actions]
         super().add_usage(usage, needed, groups, prefix)
 
