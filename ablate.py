@@ -42,7 +42,7 @@ import training.moa
 import training.stage
 from data.sample import ENCODED
 from moa import MixtureOfAttention, moa_layers
-from pipeline import pick_device
+from models.device import pick_device
 from toyworld.benchmark import FEWEST
 from toyworld.rendered import render_cache
 

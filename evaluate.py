@@ -24,8 +24,9 @@ from tqdm import tqdm
 
 import sample
 import toyworld
+from models.device import pick_device
 from models.load import read_config, write_json, write_whole
-from pipeline import Pipeline, pick_device
+from pipeline import Pipeline
 from samplers import SAMPLERS, timesteps_of
 from toyworld.benchmark import (BATCH, NAMES, RENDERS, SCORES, START, Case, attribute_hits, background_change,
                                 classifier_scores, draw_cases, identity, references_of, router_arrays,
@@ -49,8 +50,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="default: classifier.safetensors in the weights folder, or the shipped one")
     add("--count", type=int, default=256, metavar="N", help="how many cases (default 256)")
     add("--first", type=int, default=0, metavar="CASE",
-        help="number of the first case: others than those that something was chosen by (default 0)")
+        help="number of the first case; from 256 on nothing was chosen by them (default 0)")
     add("--steps", type=int, default=20, metavar="N", help="sampling steps (default 20)")
+    add("--sampler", choices=SAMPLERS, default="unipc", help="default unipc")
     add("--guidance-scale", type=float, metavar="SCALE",
         help="classifier-free guidance; 1 is none (default: the weights')")
     add("--prior-above", type=int, metavar="T",
@@ -75,10 +77,10 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("--count must be at least 1 and --first at least 0")
     args.output.mkdir(parents=True, exist_ok=True)
     fill_in(args)
-    timesteps = moa_timesteps(args.steps, args.prior_above)
+    timesteps = moa_timesteps(args.sampler, args.steps, args.prior_above)
     pipeline, classifier, files = load(args)
     options = {"steps": args.steps, "guidance_scale": args.guidance_scale, "prior_above": args.prior_above,
-               "sparse": args.sparse}
+               "sparse": args.sparse, "sampler": args.sampler}
     settings = {"count": args.count, "first": args.first, **options, "start": args.start,
                 "weights": args.weights.resolve().name, "moa": files["moa"].name}
     numbers, cases, seconds = range(args.first, args.first + args.count), [], []
@@ -113,9 +115,9 @@ def fill_in(args: argparse.Namespace) -> None:
             setattr(args, name, value)
 
 
-def moa_timesteps(steps: int, prior_above: int) -> list[int]:
+def moa_timesteps(sampler: str, steps: int, prior_above: int) -> list[int]:
     """The timesteps at which MoA draws, falling. Raises ValueError where there are none."""
-    below = [t for t in timesteps_of(SAMPLERS["unipc"], steps) if t < prior_above]
+    below = [t for t in timesteps_of(SAMPLERS[sampler], steps) if t < prior_above]
     if not below:
         raise ValueError(f"nothing is left to MoA: none of the timesteps of {steps} steps lies below "
                          f"{prior_above}; give more --steps, or another --prior-above")

@@ -3,9 +3,6 @@
     pipeline = Pipeline.load("weights/toyworld", "weights/toyworld/moa.safetensors")
     pipeline("a woman on the beach", subjects={"woman": "examples/zoe.png"}, seed=0).save("zoe.png")
 """
-import ctypes
-import os
-import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -15,8 +12,8 @@ from pathlib import Path
 from models import Models, load_models  # before torch, whose threads it sets up
 
 import torch
-import torch.nn.functional as F
 import torch.nn as nn
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -24,7 +21,7 @@ from images import to_images
 from moa import (ExpertContext, MultimodalPrompt, base_modules, training_of, force_routing, load_moa,
                  scale_personalized, sparse_routing)
 from models.clip_text import Tokenizer
-from models.controlnet import ControlNet, add_residuals
+from models.controlnet import Control, ControlNet, steering
 from models.load import load_part, read_tensors
 from samplers import NUM_TIMESTEPS, SAMPLERS, guided, timesteps_of
 from subjects import PEOPLE, BoundSubject, bind_subjects, on_grey, on_noise, read_photos
@@ -32,39 +29,6 @@ from weights.lora import LoRASetting, MergedLoRAs
 
 DECODED = 64 * 64  # latent pixels that are decoded at a time
 PRIOR_ABOVE = 800  # MoA was trained below this timestep; from it on the prior draws alone
-HEAP = ((-4, 0), (-1, -1), (-2, 1 << 28))  # of glibc's malloc.h: M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
-
-
-def reuse_memory() -> None:
-    """Keep what is freed for the next call of the network, in place of giving it back to the system.
-
-    By default glibc maps every large tensor anew, and the system fills each of its pages with zeros when it
-    is touched: up to a quarter of the time of a UNet call on a CPU (see docs/performance.md). Does nothing
-    where the C library is another one, and nothing to a GPU's memory.
-    """
-    try:
-        set_option = ctypes.CDLL(None).mallopt
-    except (AttributeError, TypeError, OSError):  # not Linux, or another C library
-        return
-    for option, value in HEAP:
-        set_option(option, value)
-
-
-def pick_device(name: str) -> torch.device:
-    """A device by name; `auto` is CUDA where there is one. `cuda` is under `torchrun` this process's own.
-
-    Raises ValueError when it cannot be used.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    if not re.fullmatch(r"(cpu|mps|xpu|cuda(:\d+)?)", name):
-        raise ValueError(f"--device {name!r} is unknown: give auto, cpu, cuda, cuda:1, ...")
-    try:
-        return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name} cannot be used here: {str(error)[:90]}") from error
 
 
 @dataclass(frozen=True)
@@ -74,50 +38,6 @@ class Subject:
     position: int  # index of the token among the prompt's 77
     feature: Tensor  # (F,)
     start: int = NUM_TIMESTEPS  # the person is there at timesteps below this one
-
-
-@dataclass(frozen=True)
-class Control:
-    """A ControlNet at work: the picture that it follows, how strongly, and in which steps."""
-
-    net: ControlNet
-    hint: Tensor  # (1 or B, 3, H, W) in [0, 1], RGB; brought to the size of what is drawn
-    scale: float = 1.0
-    start: float = 0.0  # shares of the sampler's steps
-    end: float = 1.0
-
-    def acts(self, step: int, steps: int) -> bool:
-        """Whether it acts in step 0, 1, ... of `steps`."""
-        return self.scale != 0 and self.start <= step / steps and (step + 1) / steps <= self.end
-
-    def residuals(self, x: Tensor, t: Tensor, text: Tensor, prompted: int) -> list[Tensor]:
-        """What it adds to the UNet on x (N, 4, h, w), whose last `prompted` samples have the prompt.
-
-        text: (N, M, C) the plain text, with MoA too: subject tokens are unknown to a ControlNet.
-        """
-        rows = prompted if self.net.cfg.global_pool else len(x)
-        found = self.net(x[-rows:], t[-rows:], text[-rows:], self.hint_for(x, rows))
-        unsteered = (0,) * 6 + (len(x) - rows, 0)  # zeros in front, for the samples without the prompt
-        return [F.pad(residual * self.scale, unsteered) for residual in found]
-
-    def hint_for(self, x: Tensor, rows: int) -> Tensor:
-        """The hint, as large as what the latents x will be, for `rows` samples."""
-        hint, size = self.hint.to(x.device, torch.float32), [n * self.net.cfg.factor for n in x.shape[-2:]]
-        if list(hint.shape[-2:]) != size:
-            hint = F.interpolate(hint, size, mode="bilinear", antialias=True)
-        return hint.repeat(1 if len(hint) == 1 else rows // len(hint), 1, 1, 1).to(x.dtype)
-
-
-def steering(controls: Sequence[Control], text: Tensor, prompted: int, timesteps: Sequence[int]
-             ) -> Callable[[Tensor, Tensor], list[Tensor]]:
-    """What ControlNets add to the UNet at x, t: the sum of those that act, [] of none. text, prompted: as in
-    `Control.residuals`. timesteps: the sampler's, falling; how many lie above t says which step it is."""
-    def steer(x: Tensor, t: Tensor) -> list[Tensor]:
-        step = sum(passed > int(t[0]) for passed in timesteps)
-        return add_residuals(control.residuals(x, t, text, prompted)
-                             for control in controls if control.acts(step, len(timesteps)))
-
-    return steer
 
 
 def warn_if_absent(subjects: Sequence[Sequence[Subject] | None], timesteps: Sequence[int],

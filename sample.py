@@ -33,8 +33,10 @@ from tqdm import tqdm
 
 from images import (RoutingSheet, check_finite, labelled, page, photo_image, read_picture, read_settings,
                     save_png, thumbnail, to_images)
+from models.controlnet import Control
+from models.device import pick_device, reuse_memory
 from models.load import remove_leftovers
-from pipeline import Control, Pipeline, Subject, pick_device, reuse_memory
+from pipeline import Pipeline, Subject
 from samplers import SAMPLERS
 from subjects import BoundSubject, bind_subjects, file_of, read_photos
 from weights.checkpoints import Refusal

@@ -29,9 +29,9 @@ from tqdm import tqdm
 
 from data.fastcomposer import Folder, read_ids
 from data.sample import ENCODED, Samples
+from models.device import pick_device, reuse_memory
 from models.load import build_config, read_config
 from models.unet import UNetConfig
-from pipeline import pick_device, reuse_memory
 from sample import WarningPrinter
 from toyworld import SIZE
 from toyworld.crayon import Crayons

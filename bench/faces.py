@@ -32,7 +32,7 @@ from bench.table3 import IMAGES, MULTI, SINGLE, SUBJECTS, TABLE3
 from evaluate import checksum, device_name
 from images import read_picture, read_settings, to_images
 from models.load import write_json, write_whole
-from pipeline import pick_device
+from models.device import pick_device
 from subjects import PEOPLE, bind_subjects
 from train import git_describe
 

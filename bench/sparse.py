@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     args.moa = args.classifier = args.guidance_scale = args.prior_above = None
     evaluate.fill_in(args)
-    evaluate.moa_timesteps(args.steps, args.prior_above)  # refuses what leaves none
+    evaluate.moa_timesteps("unipc", args.steps, args.prior_above)  # refuses what leaves none
     pipeline, _, files = evaluate.load(args)
     scenes = [case_scenes(number)[0] for number in range(args.count)]
     people = [subjects_of(pipeline, scene, references_of(scene, number, 0))

@@ -27,7 +27,7 @@ def save_moa(unet: nn.Module, prompt: MultimodalPrompt, path: str | Path,
 
 
 def moa_state(unet: nn.Module) -> dict[str, Tensor]:
-    """All that MoA has added to the base model, and whatever else of `unet` has requires_grad, by name."""
+    """MoA's tensors, and whatever else of `unet` has requires_grad, by name."""
     added = {id(p) for _, _, moa in moa_layers(unet) for module in moa.children() if module is not moa.prior
              for p in module.parameters()}
     base = {name for name, p in unet.named_parameters() if not p.requires_grad and id(p) not in added}
@@ -82,18 +82,20 @@ def load_moa(unet: nn.Module, path: str | Path) -> MultimodalPrompt:
     wrong = sorted((needed.keys() - state.keys()) | (state.keys() - known.keys()))
     wrong += [k for k in sorted(known.keys() & state.keys()) if known[k].shape != state[k].shape]
     if wrong:
-        raise ValueError(f"{path} does not fit this UNet: {len(wrong)} tensors are missing, unexpected "
-                         f"or of another shape, such as {', '.join(wrong[:5])}")
+        raise ValueError(f"{path} does not fit this UNet, or was trained with other code: {len(wrong)} "
+                         "tensors are missing, unexpected or of another shape, such as "
+                         f"{', '.join(wrong[:5])}")
     state[FREQUENCIES] = state[FREQUENCIES] * units[:, None]
     with torch.no_grad():
         for key, value in state.items():  # state_dict's tensors are the parameters' own memory
             known[key].copy_(value)
+    unet.eval()  # what `add_moa` made
     return prompt.eval()
 
 
 def check_sizes(config: dict, state: dict[str, Tensor]) -> None:
     """Raise an error unless the sizes that a config claims are those of the tensors beside it, before
-    anything is made of these sizes."""
+    memory is taken for them."""
     with torch.device("meta"):
         prompt = MultimodalPrompt(PromptConfig(**config["prompt"])).state_dict()
     claimed = {f"prompt.{k}": v.shape for k, v in prompt.items()}

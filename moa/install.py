@@ -30,8 +30,9 @@ def moa_layers(unet: nn.Module) -> Iterator[tuple[int, str, MixtureOfAttention]]
 
 
 def base_modules(unet: nn.Module) -> dict[str, nn.Module]:
-    """The base model's modules by the names that they have without MoA: of an attention the prior."""
-    new = {name for module in unet.modules() if isinstance(module, MixtureOfAttention)
-           for name in (*module.names[1:], "router")}
+    """The base model's modules by the names that they have without MoA: for an attention, its prior."""
+    mixtures = [module for module in unet.modules() if isinstance(module, MixtureOfAttention)]
+    added = {module for mixture in mixtures for name, child in mixture.named_children() if name != "prior"
+             for module in child.modules()}
     return {name.replace(".prior", ""): module for name, module in unet.named_modules()
-            if not new & set(name.split("."))}
+            if module not in added}

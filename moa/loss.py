@@ -40,7 +40,7 @@ def masked_loss(eps_hat: Tensor, eps: Tensor, mask: Tensor, weight: Tensor | flo
     """L_masked = ||M (eps_hat - eps)||^2, as a mean over all elements.
 
     Args:
-        eps_hat, eps: (B, 4, h, w). mask: (B, h, w) in [0, 1], all people of the picture.
+        eps_hat, eps: (B, 4, h, w). mask: (B, h, w) in [0, 1], where the error counts.
         weight: (B,) per-sample weight, such as min-SNR's.
     """
     error = reduce((mask[:, None] * (eps_hat - eps)) ** 2, "b c h w -> b", "mean")

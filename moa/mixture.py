@@ -13,8 +13,8 @@ class ExpertContext(NamedTuple):
     """What the experts of a cross-attention attend to (section 3.2.1).
 
     The prior sees `prior` (B, M, C), the text alone. All other experts see `personalized` (L, B, M, C), or a
-    tuple of its L parts: the text with the subjects' tokens, which are different ones in each transformer
-    block l and at each timestep (Eq. 8).
+    tuple of its L parts: for each transformer block l the text with the subjects' tokens, made anew for
+    every block and timestep (Eq. 8).
     """
 
     prior: Tensor
@@ -59,8 +59,9 @@ class MixtureOfAttention(nn.Module):
         self.names = tuple(experts)
         for name, expert in experts.items():
             self.add_module(name, expert)
-        self.router = Router(prior.to_q.in_features, len(experts), router_hidden).to(prior.to_q.weight)
-        # What moa/routing.py puts between the router and the experts.
+        self.router = Router(prior.to_q.in_features, len(experts), router_hidden)
+        self.to(prior.to_q.weight)  # its device and dtype
+        # Set by moa/routing.py.
         self.prior_only = False
         self.overrides: list[Callable[[Tensor], Tensor]] = []
         self.watchers: list[Callable[[Tensor], None]] = []
@@ -72,17 +73,18 @@ class MixtureOfAttention(nn.Module):
 
     def forward(self, z: Tensor, context: Tensor | ExpertContext | None = None) -> Tensor:
         """(B, N, D), and for cross-attention a context -> (B, N, D). A tensor goes to all experts."""
-        prior_context, subject_context = self.contexts(context)
+        contexts = self.contexts(context)
         if self.prior_only:
-            return self.prior(z, prior_context)
-        r = self.routing(z)  # (B, N, E)
-        out = r[..., :1] * self.prior(z, prior_context)
+            return self.prior(z, contexts[0])
+        r = self.routing(z, context)  # (B, N, E)
+        out = r[..., :1] * self.prior(z, contexts[0])
         for e, expert in enumerate(self.experts[1:], 1):
-            out = out + r[..., e:e + 1] * expert(z, subject_context)
+            out = out + r[..., e:e + 1] * expert(z, contexts[e])
         return out
 
-    def routing(self, z: Tensor) -> Tensor:
-        """R (B, N, E): the router's weights, after what overrides make of them."""
+    def routing(self, z: Tensor, context: Tensor | ExpertContext | None = None) -> Tensor:
+        """R (B, N, E): the router's weights, after all overrides. The paper's router does not use `context`,
+        which is as in `forward`; another one may."""
         r = self.router(z)
         for override in self.overrides:
             r = override(r)
@@ -90,8 +92,8 @@ class MixtureOfAttention(nn.Module):
             watch(r)
         return r
 
-    def contexts(self, context: Tensor | ExpertContext | None) -> tuple[Tensor | None, Tensor | None]:
-        """What the prior and what the other experts attend to in this layer, each (B, M, C)."""
+    def contexts(self, context: Tensor | ExpertContext | None) -> list[Tensor | None]:
+        """What each expert attends to in this layer, (B, M, C); None for self-attention."""
         if isinstance(context, ExpertContext):
-            return context.prior, context.personalized[self.layer]
-        return context, context
+            return [context.prior] + [context.personalized[self.layer]] * (len(self.names) - 1)
+        return [context] * len(self.names)

@@ -20,13 +20,12 @@ class PromptConfig:
 class PositionalEncoding(nn.Module):
     """PE(t, l): learned frequencies of the timestep and the layer, as sines and cosines.
 
-    Both axes are scaled to [0, 1]: then a step of the optimizer moves a phase by no more than its learning
-    rate. Multiplied by the raw timestep, one step of 1e-3 moves it by up to 1 rad at t = 1000, and the
-    encoding of a timestep is another one a few steps later. The frequencies start random, with the spreads
+    Both axes are scaled to [0, 1]. On raw timesteps one optimizer step of 1e-3 would turn a phase by 1 rad at
+    t = 1000, and training would scramble the encoding. The frequencies start random, with the spreads
     that NeTI (arXiv 2305.15391) uses: .03 for each timestep, 2 for each layer.
     """
 
-    # Powers of two, so that frequencies of raw axes, as in older files, give the same phases bit for bit.
+    # Powers of two: the frequencies of older files, which had raw axes, are then rescaled without rounding.
     units = (1024, 16)
 
     def __init__(self, dim: int):

@@ -27,8 +27,8 @@ class RoutingKey(NamedTuple):
 def record_routing(unet: nn.Module) -> Iterator[dict[RoutingKey, Tensor]]:
     """Collect the weights that the experts get in each UNet call made inside: {(l, kind): (B, N, E)}.
 
-    Each call overwrites the last one's. Gradients flow through what is collected (not under
-    reentrant checkpointing, which runs the layers without them).
+    Each call overwrites the last one's. Gradients flow through what is collected; reentrant
+    checkpointing cuts them.
     """
     routing: dict[RoutingKey, Tensor] = {}
     layers = [(partial(routing.__setitem__, RoutingKey(layer, kind)), moa)
@@ -69,8 +69,8 @@ def record_subject_attention(unet: nn.Module, positions: Tensor,
 
 @contextmanager
 def force_routing(unet: nn.Module, prior: float | Tensor) -> Iterator[None]:
-    """Inside, the prior gets this weight whatever the routers say; the other experts share the rest as
-    they do otherwise.
+    """Inside, the prior gets this weight whatever the routers say; the other experts share the rest
+    in their usual ratio.
 
     1.0 is the base model (no other expert is even computed), 0.0 is all personalized; a map (h, w) or
     (B, h, w) of weights in [0, 1] is brought to each layer's grid.
@@ -139,7 +139,7 @@ def overridden(unet: nn.Module, override: Callable[[Tensor], Tensor], prior_only
 
 @contextmanager
 def sparse_routing(unet: nn.Module, threshold: float) -> Iterator[None]:
-    """Inside, an expert's weights of at most `threshold` are the prior's, and are not computed.
+    """Inside, weights up to `threshold` go to the prior, and the expert is not computed there.
 
     Where a router gives an expert next to nothing, its attention costs as much as elsewhere and changes
     nothing. Its keys and values stay dense, so what is computed is what `MixtureOfAttention` computes.
@@ -161,13 +161,13 @@ def sparse_routing(unet: nn.Module, threshold: float) -> Iterator[None]:
 def sparse_forward(moa: MixtureOfAttention, threshold: float, z: Tensor,
                    context: Tensor | ExpertContext | None = None) -> Tensor:
     """`MixtureOfAttention.forward` with all weights R_e, e > 0, of at most `threshold` taken as 0."""
-    prior_context, subject_context = moa.contexts(context)
-    prior = out = moa.prior(z, prior_context)
+    contexts = moa.contexts(context)
+    prior = out = moa.prior(z, contexts[0])
     if moa.prior_only:
         return out
-    r = moa.routing(z)
+    r = moa.routing(z, context)
     for e, expert in enumerate(moa.experts[1:], 1):
-        out = out + weighted_change(expert, r[..., e] * (r[..., e] > threshold), z, subject_context, prior)
+        out = out + weighted_change(expert, r[..., e] * (r[..., e] > threshold), z, contexts[e], prior)
     return out
 
 
@@ -192,6 +192,6 @@ def weighted_change(expert: nn.Module, weight: Tensor, z: Tensor, context: Tenso
 def grid(pixels: int, aspect: float = 1.0) -> tuple[int, int]:
     """Height and width of a feature map of `pixels` pixels whose height / width is about `aspect`."""
     height = max(1, round((pixels * aspect) ** 0.5))
-    while pixels % height:  # odd sizes are rounded up on the way down: take the nearest divisor
+    while pixels % height:  # a side may be odd: take the nearest divisor below
         height -= 1
     return height, pixels // height

@@ -4,10 +4,11 @@ A copy of the UNet's encoder reads the latents and the picture; what it finds is
 through 1x1 convolutions that start at zero. Module names are those of diffusers' files. With the default
 config: 340 tensors, 361,279,120 parameters.
 """
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 
+import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
@@ -98,3 +99,47 @@ def zeroed(module: nn.Module) -> nn.Module:
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
+
+
+@dataclass(frozen=True)
+class Control:
+    """A ControlNet at work: the picture that it follows, how strongly, and in which steps."""
+
+    net: ControlNet
+    hint: Tensor  # (1 or B, 3, H, W) in [0, 1], RGB; brought to the size of what is drawn
+    scale: float = 1.0
+    start: float = 0.0  # shares of the sampler's steps
+    end: float = 1.0
+
+    def acts(self, step: int, steps: int) -> bool:
+        """Whether it acts in step 0, 1, ... of `steps`."""
+        return self.scale != 0 and self.start <= step / steps and (step + 1) / steps <= self.end
+
+    def residuals(self, x: Tensor, t: Tensor, text: Tensor, prompted: int) -> list[Tensor]:
+        """What it adds to the UNet on x (N, 4, h, w), whose last `prompted` samples have the prompt.
+
+        text: (N, M, C) the plain text, with MoA too: subject tokens are unknown to a ControlNet.
+        """
+        rows = prompted if self.net.cfg.global_pool else len(x)
+        found = self.net(x[-rows:], t[-rows:], text[-rows:], self.hint_for(x, rows))
+        unsteered = (0,) * 6 + (len(x) - rows, 0)  # zeros in front, for the samples without the prompt
+        return [F.pad(residual * self.scale, unsteered) for residual in found]
+
+    def hint_for(self, x: Tensor, rows: int) -> Tensor:
+        """The hint, as large as what the latents x will be, for `rows` samples."""
+        hint, size = self.hint.to(x.device, torch.float32), [n * self.net.cfg.factor for n in x.shape[-2:]]
+        if list(hint.shape[-2:]) != size:
+            hint = F.interpolate(hint, size, mode="bilinear", antialias=True)
+        return hint.repeat(1 if len(hint) == 1 else rows // len(hint), 1, 1, 1).to(x.dtype)
+
+
+def steering(controls: Sequence[Control], text: Tensor, prompted: int, timesteps: Sequence[int]
+             ) -> Callable[[Tensor, Tensor], list[Tensor]]:
+    """What ControlNets add to the UNet at x, t: the sum of those that act, [] of none. text, prompted: as in
+    `Control.residuals`. timesteps: the sampler's, falling; how many lie above t says which step it is."""
+    def steer(x: Tensor, t: Tensor) -> list[Tensor]:
+        step = sum(passed > int(t[0]) for passed in timesteps)
+        return add_residuals(control.residuals(x, t, text, prompted)
+                             for control in controls if control.acts(step, len(timesteps)))
+
+    return steer

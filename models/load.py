@@ -29,8 +29,9 @@ from models.controlnet import ControlNet, ControlNetConfig
 from models.unet import UNet, UNetConfig
 from models.vae import AutoencoderKL, VAEConfig
 
-# Kind of image encoder, as config.json calls it -> (its class, the class of its sizes). Another one is a line
-# here and a module with `cfg.output_dim`, `preprocess(image)` and `forward(pixels)` as CLIPImageEncoder has.
+# Kind of image encoder, as config.json calls it -> (its class, the class of its sizes, its own). Another one
+# is a line here and a module with `cfg.output_dim`, `preprocess(image)` and `forward(pixels)` -> (B, F), as
+# CLIPImageEncoder has. Only `image_layers` in training/moa.py needs more of it.
 IMAGE_ENCODERS: dict[str, tuple[type[nn.Module], type]] = {
     "clip": (CLIPImageEncoder, CLIPImageConfig),
 }
@@ -124,8 +125,17 @@ def build_config(config: dict, part: str):
 
 def describe_sizes(cfg) -> dict:
     """What config.json says about a part: its sizes, and the kind of an image encoder."""
-    kinds = [kind for kind, (_, config) in IMAGE_ENCODERS.items() if type(cfg) is config]
-    return {**({"kind": kinds[0]} if kinds else {}), **asdict(cfg)}
+    kind = kind_of(cfg)
+    return {**({"kind": kind} if kind else {}), **asdict(cfg)}
+
+
+def kind_of(cfg) -> str | None:
+    """The kind of image encoder that has these sizes, None of another part. Raises WeightsError."""
+    kinds = [kind for kind, (_, sizes) in IMAGE_ENCODERS.items() if type(cfg) is sizes]
+    if len(kinds) > 1:
+        raise WeightsError(f"the image encoders {' and '.join(kinds)} share {type(cfg).__name__}: give each "
+                           "kind a class of sizes of its own")
+    return kinds[0] if kinds else None
 
 
 def build_empty(cfg) -> nn.Module:
@@ -135,9 +145,12 @@ def build_empty(cfg) -> nn.Module:
             value = getattr(cfg, name, 0)
             if (value if isinstance(value, int) else len(value)) > MOST_LAYERS:
                 raise ValueError(f"{name} has or is more than {MOST_LAYERS}")
-        modules = {config: module for module, config in [*ALL_PARTS.values(), *IMAGE_ENCODERS.values()]}
+        kind = kind_of(cfg)
+        modules = {sizes: module for module, sizes in ALL_PARTS.values()}
         with torch.device("meta"):
-            return modules[type(cfg)](cfg)
+            return (IMAGE_ENCODERS[kind][0] if kind else modules[type(cfg)])(cfg)
+    except WeightsError:
+        raise
     except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise WeightsError(f"the sizes {cfg} make no model: {error}") from error
 

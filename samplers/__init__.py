@@ -1,8 +1,8 @@
 """From noise to a picture: noise schedule, DDIM, UniPC, classifier-free guidance.
 
 A sampler is a function `sample(denoise, x, steps=..., progress=None)` that brings the noise x down to clean
-latents. It may call denoise(x, t) -> eps any number of times a step; after each step it calls
-progress(step, steps, t, x0). A new one is a line in `SAMPLERS`, from where `--sampler` knows it.
+latents. It may call denoise(x, t) -> eps any number of times a step; once a step, after the call at t, it
+calls progress(step, steps, t, x0). A new one is a line in `SAMPLERS`, from where `--sampler` knows it.
 """
 
 from .ddim import invert_ddim, sample_ddim

@@ -139,8 +139,8 @@ def autocast(function, lower: bool, *args, **kwargs):
 
 def main() -> None:
     libraries = register()
-    import pipeline
-    pipeline.pick_device = lambda name: torch.device(GPU, 0)
+    from models import device
+    device.pick_device = lambda name: torch.device(GPU, 0)
     commands, words = [[]], sys.argv[1:]
     for word in words:
         commands.append([]) if word == "--" else commands[-1].append(word)

@@ -20,7 +20,8 @@ from models.load import carry_over, load_part, read_config, save_part
 from models.unet import UNet, UNetConfig
 from moa import add_moa
 from images import read_picture, read_settings, to_uint8
-from pipeline import Control, Pipeline, Subject
+from models.controlnet import Control
+from pipeline import Pipeline, Subject
 from weights import convert_controlnet, convert_sd15
 from weights.controlnet import load_controlnet
 

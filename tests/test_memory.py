@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import reuse_memory
+from models.device import reuse_memory
 
 GLIBC = hasattr(ctypes.CDLL(None), "gnu_get_libc_version")
 FAULTS = """
 import resource, sys
 import torch
 if sys.argv[1] == "kept":
-    from pipeline import reuse_memory
+    from models.device import reuse_memory
     reuse_memory()
 def fill(pages):
     torch.ones(pages << 10)

@@ -62,6 +62,7 @@ def test_another_router_is_trained_saved_and_loaded(hard, tmp_path):
     assert all(not torch.equal(state[k], v) for k, v in before.items())
     again = base(SMALL)
     loaded = load_moa(again, tmp_path / "moa.safetensors")
+    assert not any(module.training for module in (*again.modules(), *loaded.modules()))
     x, t, *rest = inputs()
     with torch.no_grad():
         assert torch.equal(again(x, t, contexts(loaded, *rest)), unet(x, t, contexts(prompt.eval(), *rest)))

@@ -6,10 +6,9 @@ from parity_full import randomize
 from PIL import Image
 from torch import Tensor
 
-import pipeline
 import sample
 from images import read_settings
-from models.controlnet import ControlNet
+from models.controlnet import Control, ControlNet
 from models.load import load_part, save_part
 from samplers import SAMPLERS
 from samplers.schedule import Denoise, Progress, noise_level, predict_eps, timesteps
@@ -26,12 +25,12 @@ def sample_heun(denoise: Denoise, x: Tensor, steps: int = 20, progress: Progress
         there = noise_level(t_next)
         eps = predict_eps(denoise, x, t, x.dtype)
         x0 = (x - here.sigma * eps) / here.alpha
+        if progress:
+            progress(i + 1, steps, t, x0)
         ahead = there.alpha * x0 + there.sigma * eps
         eps = (eps + predict_eps(denoise, ahead, t_next, x.dtype)) / 2
         x0 = (x - here.sigma * eps) / here.alpha
         x = there.alpha * x0 + there.sigma * eps
-        if progress:
-            progress(i + 1, steps, t, x0)
     return x
 
 
@@ -59,8 +58,8 @@ def test_it_draws_with_a_controlnet_and_its_metadata(heun, control, world, place
     assert settings["sampler"] == "heun" and settings["steps"] == 4
     assert "Sampler: heun" in Image.open("x.png").text["parameters"]
 
-    seen, residuals = [], pipeline.Control.residuals
-    monkeypatch.setattr(pipeline.Control, "residuals",
+    seen, residuals = [], Control.residuals
+    monkeypatch.setattr(Control, "residuals",
                         lambda self, x, t, *rest: seen.append(int(t[0])) or residuals(self, x, t, *rest))
     steer = ["--controlnet", "control", "--control-image", "bob.png"]
     steered = picture(world, *steer, "--control-end", "0.5")

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 import pipeline
 import sample
 from moa import MultimodalPrompt, PromptConfig, add_moa, save_moa
+from models.device import pick_device
 from models.load import read_config, write_json
 from models.unet import UNet, UNetConfig
 from images import read_picture, to_images
@@ -233,8 +234,8 @@ def test_each_process_has_its_gpu(monkeypatch):
     for rank, index in ((None, 0), ("3", 3)):
         if rank:
             monkeypatch.setenv("LOCAL_RANK", rank)
-        assert pipeline.pick_device("auto") == pipeline.pick_device("cuda") == torch.device("cuda", index)
-        assert pipeline.pick_device("cuda:1") == torch.device("cuda:1")
+        assert pick_device("auto") == pick_device("cuda") == torch.device("cuda", index)
+        assert pick_device("cuda:1") == torch.device("cuda:1")
 
 
 def test_a_safety_checker_is_given_every_picture(draw, refuse, place, monkeypatch):

@@ -190,6 +190,15 @@ def test_a_run_leaves_a_complete_folder(stage, runs):
     assert not [name for name in names if name.startswith(".")]
 
 
+def test_a_run_that_goes_on_with_other_code_names_both(runs, tmp_path, monkeypatch):
+    shutil.copytree(runs / "moa", tmp_path / "moa")
+    for code in ("later", "later", CODE):
+        monkeypatch.setattr(train, "git_describe", lambda code=code: code)
+        assert run(*options_of("moa", runs), "--output", tmp_path / "moa", "--resume") == 0
+    config = json.loads((tmp_path / "moa" / "config.json").read_text())
+    assert config["training"]["code"] == f"{CODE}, then later"
+
+
 def test_each_folder_is_the_next_stage_s_weights(runs):
     held = {stage: {path.stem for path in (runs / stage).glob("*.safetensors")} for stage in STEPS}
     assert held["vae"] == {"vae"}

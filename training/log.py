@@ -37,7 +37,9 @@ class Log:
         for left in output.rglob(".*.tmp"):  # by a process that was killed while it wrote
             left.unlink()
         written = read_config(output) if first else {}
-        write_json({**written, "training": settings}, output / "config.json")
+        codes = [*written.get("training", {}).get("code", "").split(", then "), settings["code"]]
+        codes = ", then ".join(code for code in dict.fromkeys(codes) if code)  # it may have been edited
+        write_json({**written, "training": {**settings, "code": codes}}, output / "config.json")
         print(settings_table(settings))
         lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.exists() else []
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= first]

@@ -9,8 +9,8 @@ import torch.nn as nn
 from torch import Tensor
 
 from data.fastcomposer import Folder
-from moa import (ExpertContext, MultimodalPrompt, PromptConfig, add_moa, load_moa, moa_config, moa_layers,
-                 record_routing, record_subject_attention, save_moa)
+from moa import (ExpertContext, MultimodalPrompt, PromptConfig, add_moa, load_moa, moa_config, record_routing,
+                 record_subject_attention, save_moa)
 from moa.loss import mean_routing, moa_loss, people_of, subject_attention
 from models import load_models
 from models.load import carry_over, load_part, save_part, save_tensors
@@ -59,6 +59,7 @@ class MoAStage(Stage):
             checkpoint_blocks(self.unet)
         if isinstance(self.samples, Folder) and not self.samples.people:
             raise StageError(f"{self.samples.folder} has no subjects to train on")
+        self.module.train()
         self.encode = Encoder(models.vae, models.text_encoder, models.image_encoder, models.tokenize,
                               self.device, self.config.frozen_bf16)
         self.encoded = Encoded(self, self.encode, self.cache)
@@ -91,18 +92,18 @@ class MoAStage(Stage):
                 "present": present, "region": region}
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Eq. 11. The people's mask is kept on samples without subjects, so that these train too."""
+        """Eq. 11. A sample without its subjects keeps their masks, for the masked and the router loss."""
         t, text, masks, positions, present = (
             batch[name] for name in ("t", "text", "masks", "positions", "present"))
         people = people_of(masks)
-        # Layer by layer: the gradient of an index would be as large as the whole, once for each layer.
+        # Unbound, since indexing would make a gradient of full size for each layer.
         context = ExpertContext(text, self.prompt(text, batch["features"], positions, present, t).unbind())
         with record_routing(self.unet) as routing, record_subject_attention(
                 self.unet, positions, self.config.object_layers) as maps:
             eps_hat = self.unet(batch["x"], t, context).float()
         self.watched = ({key: r.detach() for key, r in routing.items()},
                         {layer: a.detach() for layer, a in maps.items()}, masks, present)
-        routing_map = mean_routing([r[..., 0].float() for key, r in routing.items()
+        routing_map = mean_routing([r[..., 0] for key, r in routing.items()
                                     if key.layer in self.config.router_layers], *people.shape[-2:])
         attention = [a.float() for layer, a in maps.items() if layer in self.config.object_layers]
         loss, terms = moa_loss(eps_hat, batch["eps"], routing_map, attention, masks, present,
@@ -126,11 +127,12 @@ class MoAStage(Stage):
         if not people:
             print(f"warning: no {path.name}: nobody is to be seen in the first samples", file=sys.stderr)
             return
-        pipeline = Pipeline(self.models, self.prompt.eval())
+        self.module.eval()
+        pipeline = Pipeline(self.models, self.prompt)
         with self.encode.precision():
             swap_sheet(pipeline, people, path)
             routing_sheet(pipeline, people[0], path.with_name(f"{path.stem}_routing.png"))
-        self.prompt.train()
+        self.module.train()
 
     def export(self, folder: Path) -> None:
         carry_over(self.weights, folder)
@@ -143,6 +145,9 @@ class MoAStage(Stage):
         features = self.subject_features()
         if len(features) >= ENOUGH * features.shape[1]:
             save_tensors(feature_statistics(features), folder / "subjects.safetensors")
+        else:
+            print(f"no subjects.safetensors: {len(features)} subjects are too few to know who is unlike "
+                  "them. sample.py will refuse nobody")
 
     @torch.no_grad()
     def subject_features(self) -> Tensor:
@@ -183,10 +188,13 @@ class MoAStage(Stage):
         values = {"prior_weight_people_by_layer": ratio("people", "people_cells"),
                   "prior_weight_background_by_layer": ratio("background", "background_cells"),
                   "subject_attention_by_layer": ratio("attention", "subjects")}
-        parts = {"experts": [expert for _, _, layer in moa_layers(self.unet) for expert in layer.experts],
-                 "routers": [layer.router for _, _, layer in moa_layers(self.unet)], "prompt": [self.prompt]}
-        for part, modules in parts.items():
-            gradients = [p.grad for module in modules for p in module.parameters() if p.requires_grad]
+        # By name, so that what an edit adds to a layer counts as well: with the experts.
+        parts = {"experts": [], "routers": [], "prompt": []}
+        for name, p in self.module.named_parameters():
+            if p.requires_grad:
+                part = "experts" if name.startswith("unet.") else "prompt"
+                parts["routers" if ".router." in name else part].append(p.grad)
+        for part, gradients in parts.items():
             values[f"gradient_norm_{part}"] = float(torch.nn.utils.get_total_norm(gradients))
         return values
 
@@ -195,8 +203,8 @@ def feature_statistics(features: Tensor) -> dict[str, Tensor]:
     """Where the image features (N, F) of the training subjects lie, so that `sample.py` can refuse a
     subject of another world: mean (F,), precision (F, F) and the largest usual distance ()."""
     mean, spread = features.mean(0), torch.cov(features.T)
-    # Without it directions in which people hardly differ count as much as all others, and what is plain in
-    # those, such as text on white, passes for somebody.
+    # Without the ridge, directions in which people hardly differ count as much as all others. What is plain
+    # in those, such as text on white, then passes for somebody.
     ridge = SHRINKAGE * spread.diagonal().mean()
     precision = torch.linalg.inv(spread + ridge * torch.eye(len(mean)))
     distances = squared_distance(features, mean, precision)

@@ -10,7 +10,8 @@ from images import to_picture, to_uint8
 from models import load_models
 from models.controlnet import ControlNet
 from models.load import carry_over, save_part
-from pipeline import Control, Pipeline
+from models.controlnet import Control
+from pipeline import Pipeline
 from toyworld.presets import SMALL
 from toyworld.skeleton import draw_skeletons, scene_joints
 from training.diffusion import noise_loss, noised
