@@ -84,7 +84,7 @@ def load_moa(unet: nn.Module, path: str | Path) -> MultimodalPrompt:
     if wrong:
         raise ValueError(f"{path} does not fit this UNet, or was trained with other code: {len(wrong)} "
                          "tensors are missing, unexpected or of another shape, such as "
-                         f"{', '.join(wrong[:5])}")
+                         f"{', '.join(wrong[:3])}")
     state[FREQUENCIES] = state[FREQUENCIES] * units[:, None]
     with torch.no_grad():
         for key, value in state.items():  # state_dict's tensors are the parameters' own memory

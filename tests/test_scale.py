@@ -16,6 +16,7 @@ from tests.test_train import (
     Killed,
     assert_close_runs,
     assert_same_run,
+    closed,
     make_stage,
     metrics_of,
     options_of,
@@ -29,6 +30,8 @@ from training.encode import Encoded
 from weights import export_moa
 
 ROOT = Path(__file__).parents[1]
+assert closed  # a fixture of each test here, too
+
 
 @pytest.fixture(scope="module", autouse=True)
 def place(tmp_path_factory):
