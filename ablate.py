@@ -426,8 +426,8 @@ def spread_of_seeds(found: Results, column: str) -> tuple[float, int]:
 
 
 def plot(found: Results, path: Path) -> None:
-    """Identity against what is kept of the prior's picture: a large mark for the mean of an experiment, with
-    two standard errors of its seeds, and a small one for each seed. A line joins what was drawn with the same
+    """Identity against what is kept of the base model's picture: means over the seeds, with two standard
+    errors. Named are the method and what differs clearly from it. A line joins what was drawn with the same
     weights, the people entering later and later. Needs matplotlib."""
     try:
         from matplotlib.figure import Figure
@@ -436,26 +436,36 @@ def plot(found: Results, path: Path) -> None:
         return
     figure = Figure(figsize=(11, 5), dpi=100, layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
-    labels = {"locality": "background change: outside / inside the people (low is good)",
-              "prior_agreement": "agreement with the prior's layout (high is good)"}
+    labels = {"locality": "background change when the person is swapped (low is good)",
+              "prior_agreement": "agreement with the base model's layout (high is good)"}
+    chance = [result["prior_identity"]["mean"] for seeds in found.values() for result in seeds.values()
+              if "prior_identity" in result]
     for axes, (column, text) in zip(panels, labels.items(), strict=True):
         deviations = np.array([spread_of_seeds(found, score)[0] for score in (column, "identity")])
-        chains = defaultdict(list)
-        for k, (name, seeds) in enumerate(found.items()):
+        means, errors, chains = {}, {}, defaultdict(list)
+        for name, seeds in found.items():
             points = np.array([[result[score]["mean"] for score in (column, "identity")]
                                for result in seeds.values()], float)
-            mean, error = points.mean(0), 2 * deviations / len(points) ** 0.5
-            chains[EXPERIMENTS[name].trained_by or name].append(mean)
-            shape, color = ("*", "black") if name == METHOD else ("os^Dv<>"[k % 7], f"C{k % 10}")
-            axes.plot(*points.T, shape, color=color, markersize=3, alpha=0.4)
-            axes.errorbar(*mean, *error[::-1], fmt=shape, color=color, markersize=15 if name == METHOD else 7,
-                          elinewidth=0.8, label=name, zorder=4 if name == METHOD else 3)
+            means[name], errors[name] = points.mean(0), 2 * deviations / len(points) ** 0.5
+            chains[EXPERIMENTS[name].trained_by or name].append(means[name])
+        method, named = means.get(METHOD, np.full(2, np.nan)), 0
+        for name, mean in sorted(means.items(), key=lambda item: item[1][1]):
+            same = name != METHOD and (abs(mean - method) < 3 * errors[name]).all()
+            color = "C3" if name == METHOD else "0.7" if same else "C0"
+            axes.errorbar(*mean, *errors[name][::-1], fmt="o", color=color, elinewidth=0.8, markersize=4)
+            if not same:
+                # On one side of its line, others on the other; neighbours below and above.
+                chain, named = chains[EXPERIMENTS[name].trained_by or name], named + 1
+                x, align = (5, "left") if (len(chain) > 1) == (axes is panels[0]) else (-5, "right")
+                axes.annotate(name, mean, (x, 4 if named % 2 else -10), textcoords="offset points", ha=align,
+                              color=color, fontsize=9, weight="bold" if name == METHOD else None)
         for chain in chains.values():
-            axes.plot(*np.array(chain).T, "--", color="black", linewidth=0.8, zorder=1)
+            axes.plot(*np.array(chain).T, "--", color="C0", linewidth=0.8, zorder=1)
+        axes.axhline(np.mean(chance) if chance else np.nan, color="0.5", linewidth=0.8, linestyle=":")
+        axes.margins(x=0.25)
         axes.set(xlabel=text)
         axes.grid(alpha=0.3)
-    panels[0].set(ylabel="identity: attributes read right (high is good)")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center")
+    panels[0].set(ylabel="identity (high is good; dotted: chance)")
     figure.savefig(path)
 
 

@@ -127,11 +127,9 @@ def test_the_table_of_ablations_is_that_of_the_results(tmp_path):
 
 # How docs/results.md calls an experiment.
 CALLED = {"one finetuned branch": "one-branch", "the same, people enter below t = 800": "one-branch-800",
-          "the same, people enter below t = 600": "one-branch-600", "the people alone count": "people-only",
+          "the same, people enter below t = 600": "one-branch-600", "loss on the people alone": "people-only",
           "... and no router loss": "people-only-no-router-loss", "no router loss": "no-router-loss",
-          "no object loss": "no-object-loss", "MoA in cross-attention only": "cross-only",
-          "MoA in the decoder only": "decoder-only", "routers with a hidden layer of 64": "router-64",
-          "twice the training": "double", "no (t, l)": "no-encoding"}
+          "no object loss": "no-object-loss", "twice the training": "double", "no (t, l)": "no-encoding"}
 
 
 def test_differences_of_the_results_are_those_of_the_table():
