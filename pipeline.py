@@ -268,7 +268,7 @@ class Pipeline:
 
     def check_prompt(self, prompt: str) -> None:
         """Raise ValueError where more than half of a prompt's words are unknown to the weights: the picture
-        would be of something else. Not for `generate`, which also draws a training's own sheets."""
+        would be of something else. `generate` does not check, since it draws training sheets too."""
         tokenize = self.models.tokenize
         words, unknown = tokenize.words(prompt), tokenize.unknown_words(prompt)
         if sum(word in unknown for word in words) > len(words) / 2:
@@ -293,7 +293,7 @@ class Pipeline:
             sampling: of `sample`: steps (20), guidance_scale (5.0), sampler (a name in `SAMPLERS`,
                 "unipc"), controls, whose effects are added up; progress, called after each step as
                 (step, steps, t, predicted clean latents); prior_only, to draw with the base model;
-                prior_above (800), the timesteps from which on it draws anyway; strength (1.0), a factor
+                prior_above (800), from this t up the base model draws alone; strength (1.0), a factor
                 of the personalized experts' weight; sparse (0.0), weights of theirs that are no larger
                 count as 0 and are not computed (see moa/routing.py).
         Returns: (B, 3, H, W) in [-1, 1], float32 on the CPU.

@@ -24,8 +24,8 @@ class Run:
                  averages: dict[str, Tensor], optimizer: torch.optim.Optimizer):
         self.output, self.stage, self.optimizer = output, stage, optimizer
         self.trained, self.averages = trained, averages
-        # What has to be equal for a run to be the same run. Of the weights below it a checksum, of the data
-        # no path: both may be moved.
+        # What has to be equal for a run to be the same run. Weights by their checksum and data by their
+        # contents, not by their paths: both may be moved.
         checksum, weights = 0, [stage.weights / f"{part}.safetensors" for part in PARTS if stage.weights]
         for path in [*weights, *([stage.moa] if stage.moa else [])]:
             if path.exists():

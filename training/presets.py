@@ -8,7 +8,7 @@ class StageError(ValueError):
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Hyperparameters of one stage; those that are on are printed at the start, all kept in config.json."""
+    """Hyperparameters of one stage; printed at the start and kept in config.json."""
 
     steps: int
     batch_size: int
@@ -31,12 +31,12 @@ class TrainConfig:
     min_snr: float = 5.0  # gamma of min-SNR weighting (arXiv 2303.09556); 0 is the plain eps loss
     null_probability: float = 0.1
     max_timestep: int = 1000
-    masked_probability: float = 1.0  # that only the people of a sample count, else all of it (moa)
+    masked_probability: float = 1.0  # that the loss of a sample sees the people alone, else all of it (moa)
     lambda_router: float = 0.0
     lambda_object: float = 0.0
     router_layers: tuple[int, ...] = tuple(range(16))  # L in Eq. 10
     object_layers: tuple[int, ...] = tuple(range(16))  # those of Eq. 12
-    lora_layers: tuple[str, ...] = ()  # names that the path of a changed layer has one of (lora)
+    lora_layers: tuple[str, ...] = ()  # a layer is changed if its path has one of these names (lora)
     lora_rank: int = 0
     lora_alpha: float = 0.0  # the change is scaled by alpha / rank
 

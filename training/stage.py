@@ -54,8 +54,8 @@ class Stage:
         raise NotImplementedError
 
     def batch(self, step: int, turn: int = 0) -> dict[str, Tensor]:
-        """All that the loss is computed from, on the device: this process's share of a step in one of
-        `config.accumulate` turns."""
+        """All that the loss is computed from, on the device. A turn is one of the `config.accumulate`
+        micro-batches of a step; this is the process's share of it."""
         raise NotImplementedError
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
