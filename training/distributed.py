@@ -1,8 +1,8 @@
 """One training run in several processes, started by `torchrun`; alone, everything here does nothing.
 
 Every process knows which samples the whole batch has and draws its noise, both functions of the step, and
-reads and works on its share, in one micro-batch or in several (turns), to save memory. So a run is the same run for any
-number of processes and turns, up to the order of sums.
+reads and works on its share, in one micro-batch or in several (turns), to save memory. So a run is the same
+run for any number of processes and turns, up to the order of sums.
 
 A process that dies ends the others: `torchrun` ends those of its machine, closed connections those of
 all others. One that hangs, or whose machine is gone, ends them after `PATIENCE`.
