@@ -323,7 +323,7 @@ class RoutingSheet:
         maps = [weights for _, column in self.columns for (_, kind), weights in column.items()
                 if (kind == name if name else kind not in self.names)]
         if not maps:
-            return Image.new("RGB", size, NO_MAP), "drawn by the prior alone"
+            return Image.new("RGB", size, NO_MAP), "drawn by the base model"
         mean = mean_routing(maps, *self.size)[0]
         low, high = mean.min(), mean.max()
         image = paint((mean - low) / (high - low).clamp(min=1e-6))
@@ -395,7 +395,7 @@ class RoutingSheet:
         canvas, x = ImageDraw.Draw(image), 8
         scale, none = paint(torch.linspace(0, 1, 100)[None]), Image.new("RGB", (1, 1), NO_MAP)
         for tile, size, text in ((scale, 100, "weight of the personalized expert, from 0 to 1"),
-                                 (none, LINE, "drawn by the prior alone;   "
+                                 (none, LINE, "drawn by the base model;   "
                                               "l: transformer block in forward order, t: timestep")):
             image.paste(tile.resize((size, LINE - 2)), (x, 8))
             write(canvas, x + size + 6, 8, text, width)

@@ -281,7 +281,7 @@ def add_flags(parser: argparse.ArgumentParser, seeds: Sequence[int] = (), withou
     add("--strength", type=float, default=1.0, metavar="FACTOR",
         help="times the routers' weight for the subjects; 0 is the base model (default 1)")
     add("--sparse", type=float, default=0.0, metavar="WEIGHT",
-        help="faster: pixels routed below this, such as 0.1, get the prior alone (default 0)")
+        help="faster: pixels routed below this, such as 0.1, get the prior only (default 0)")
     add = parser.add_argument_group("models").add_argument
     add("--weights", type=Path, default=SHIPPED, metavar="FOLDER",
         help="a folder, or user/name[@revision] on the hub (default: the small world)")

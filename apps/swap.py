@@ -5,11 +5,11 @@
     python -m apps.swap --prompt "a woman and a man dancing in Paris" --keep man=examples/max.png \\
         --subjects examples/ada.png examples/mia.png
 
-The paper's Fig. 7 and 9. First row: the prior alone. Each further row is a SUBJECT or, for several
+The paper's Fig. 7 and 9. First row: the base model alone. Each further row is a SUBJECT or, for several
 people, SUBJECT+SUBJECT; those of --keep are in all of them. A column is a seed: its steps above
 --prior-above are the same for everybody and are computed once.
 
-How far each row is from the prior's pictures is printed, in shares of the range of colours: inside and
+How far each row is from the base model's pictures is printed, in shares of the range of colours: inside and
 outside of where the routers let the personalized experts work (their mean weight over layers, timesteps
 and rows lies above the middle of its range in this column).
 """
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
     rows, maps = swap(args, pipeline, [None, *people])
     if maps is not None:
         print_changes(rows, names, maps)
-    sheet = rows_sheet(args.prompt, [[], *photos], ["the prior alone", *names], rows,
+    sheet = rows_sheet(args.prompt, [[], *photos], ["the base model", *names], rows,
                        [f"seed {seed}" for seed in args.seeds])
     save(sheet, args.output, settings_of(args, sum(subjects, []), seeds=args.seeds,
                                          rows=[list(map(str, row)) for row in subjects]))
@@ -82,7 +82,7 @@ def swap(args: argparse.Namespace, pipeline: Pipeline, people: list[list[Subject
 
 
 def print_changes(rows: list[list[Image.Image]], names: list[str], maps: Tensor) -> None:
-    """Mean absolute difference to the prior's pictures (the first row), inside and outside."""
+    """Mean absolute difference to the base model's pictures (the first row), inside and outside."""
     pictures = np.array([[np.array(image) for image in row] for row in rows], dtype=float) / 255
     large = F.interpolate(maps[:, None], pictures.shape[2:4], mode="bilinear")[:, 0]
     low, high = large.amin((1, 2), keepdim=True), large.amax((1, 2), keepdim=True)

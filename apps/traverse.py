@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
     if args.animation:
         check_picture("--animation", args.animation, ANIMATIONS, [args.output])
     subjects = bind_rows(args.prompt, args.subjects)
-    names = ["the prior alone", *(" + ".join(subject.name for subject in row) for row in subjects)]
+    names = ["the base model", *(" + ".join(subject.name for subject in row) for row in subjects)]
     pipeline, photos, people = load_people(args, subjects, [args.output, args.animation])
     ends = pipeline.noise(args.seeds, (args.height, args.width))
     rows = generate_rows(args, pipeline, [None, *people], interpolate(*ends, args.frames, spherical=True))

@@ -235,8 +235,8 @@ def test_scores_of_known_pictures(capsys):
     variations.print_diversity([plain, same])
     lines = capsys.readouterr().out.splitlines()
     # Pairs differ by 51, 102, 51; the boards by 255 in all, by half of it from black, in cells not at all.
-    assert lines[0] == "pixels: prior alone 0.267, with the subject 0.667 (2.50 of it)"
-    assert lines[1] == "layout: prior alone 0.267, with the subject 0.333 (1.25 of it)"
+    assert lines[0] == "pixels: base model 0.267, with the subject 0.667 (2.50 of it)"
+    assert lines[1] == "layout: base model 0.267, with the subject 0.333 (1.25 of it)"
     assert lines[2] == "moved: 0.400"  # from 0, 0.2 and 0.4 to 0.5, 0.5 and 0
     assert pairwise_distance(torch.tensor([0.0, 1, 3])[:, None, None, None].expand(3, 3, 2, 2)) == 2
 
@@ -259,7 +259,7 @@ def test_traverse_ends_in_the_pictures_of_the_seeds(app, drawn):
         assert animation.n_frames == 3
         for k in range(3):
             animation.seek(k)
-            names = ["the prior alone", "ada.png", "bob.png"]
+            names = ["the base model", "ada.png", "bob.png"]
             images = [Image.fromarray(tile(sheet, row, k + 1).astype(np.uint8)) for row in range(3)]
             frame = labelled(list(zip(images, names, strict=True)), 3)
             assert np.array_equal(np.array(animation.convert("RGB")), np.array(frame))
