@@ -77,7 +77,7 @@ class Hub(BaseHTTPRequestHandler):
 def hub(world, tmp_path, monkeypatch):
     """Has the tiny world as me/tiny, a repository of something else, and a private one."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    Thread(target=server.serve_forever, daemon=True).start()
+    Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     files = {file.name: file.read_bytes() for file in world.iterdir() if file.is_file()}
     card = b"---\nlicense: openrail\n---\n# tiny\n"
     Hub.repositories = {"me/tiny": {**files, CARD: card, "danger.bin": b"x"}, "me/other": {CARD: card},
