@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib import cbook
 from PIL import Image
+from skimage.data import astronaut, camera
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -77,10 +79,13 @@ def models(tmp_path_factory) -> list[str]:
 
 @pytest.fixture
 def photos(tmp_path) -> Path:
+    """Three people, photographed."""
     (tmp_path / "photos").mkdir()
-    for name, size in (("zoe", (200, 120)), ("leo", (120, 200)), ("mia", (160, 160))):
-        picture = Image.open(ROOT / "examples" / f"{name}.png").convert("RGB").resize(size)
-        picture.save(tmp_path / "photos" / f"{name}.jpg")
+    hopper = cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)
+    for name, picture, size in (("astronaut", Image.fromarray(astronaut()), (200, 120)),
+                                ("camera", Image.fromarray(camera()), (120, 200)),
+                                ("hopper", Image.open(hopper), (160, 160))):
+        picture.resize(size).save(tmp_path / "photos" / f"{name}.jpg")
     return tmp_path / "photos"
 
 
@@ -94,9 +99,9 @@ def test_from_photographs_to_a_picture(photos, models, world, monkeypatch):
     """Every command of docs/photos.md, on three photographs and a small checkpoint in diffusers' layout."""
     monkeypatch.chdir(photos.parent)
     photos.rename("PICTURES")
-    Path("PICTURES/mia.txt").write_text("a girl in a garden\n")
+    Path("PICTURES/hopper.txt").write_text("a woman in a uniform\n")
     Path("ME").mkdir()
-    shutil.copy("PICTURES/mia.jpg", "ME/me.jpg")
+    shutil.copy("PICTURES/hopper.jpg", "ME/me.jpg")
     export_diffusers.main([str(world), "--output", "v1-5-pruned-emaonly.safetensors"])
     Path("clip-vit-large-patch14").mkdir()
     shutil.copy(world / "image_encoder.safetensors", "clip-vit-large-patch14/model.safetensors")
@@ -113,12 +118,12 @@ def test_from_photographs_to_a_picture(photos, models, world, monkeypatch):
         except SystemExit as end:
             assert not end.code, module
 
-    assert Path("PICTURES/mia.txt").read_text() == "a girl in a garden\n"  # it was there
-    assert Path("PICTURES/zoe.txt").read_text().split()[:2] == ["man", "man"]
-    mask = np.array(Image.open("PICTURES/leo_mask.png"))
+    assert Path("PICTURES/hopper.txt").read_text() == "a woman in a uniform\n"  # it was there
+    assert Path("PICTURES/astronaut.txt").read_text().split()[:2] == ["man", "man"]
+    mask = np.array(Image.open("PICTURES/camera_mask.png"))
     sizes = [(mask == number).sum() for number in range(1, mask.max() + 1)]
     assert mask.shape == (200, 120) and 1 <= len(sizes) <= 4 and all(sizes) and sizes == sorted(sizes)[::-1]
-    assert np.array(Image.open("PICTURES/mia_mask.png")).max() == 1  # the caption has one word for a person
+    assert np.array(Image.open("PICTURES/hopper_mask.png")).max() == 1  # one word in its caption
     assert Image.open("annotations.png").width > 100
     assert json.loads(Path("runs/mine/metrics.jsonl").read_text().splitlines()[-1])["step"] == 2
     assert len(list(Path("sample").glob("00?.png"))) == 4
@@ -150,21 +155,21 @@ def test_processes_share_the_pictures(photos, models, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     assert run(photos, *models) == 0
-    assert [path.name for path in photos.glob("*.txt")] == ["mia.txt"]
+    assert [path.name for path in photos.glob("*.txt")] == ["camera.txt"]
 
 
 def test_what_cannot_be_built_is_named_with_its_reason(photos, models, capsys):
-    (photos / "zoe.txt").write_text("a bowl of fruit")
-    (photos / "leo.jpg").write_bytes(b"nothing")
+    (photos / "astronaut.txt").write_text("a bowl of fruit")
+    (photos / "camera.jpg").write_bytes(b"nothing")
     assert run(photos, *models, "--min-share", 1.1) == 1
     out = capsys.readouterr().out
-    assert "zoe.jpg: its caption names nobody: 'a bowl of fruit'" in out
-    assert "leo.jpg" in out and "mia.jpg: the largest person covers" in out
+    assert "astronaut.jpg: its caption names nobody: 'a bowl of fruit'" in out
+    assert "camera.jpg" in out and "hopper.jpg: the largest person covers" in out
     assert not list(photos.glob("*_mask.png"))
 
 
 @pytest.mark.parametrize(("arguments", "said"), [
-    (["{photos}/zoe.jpg"], "is not a folder"),
+    (["{photos}/astronaut.jpg"], "is not a folder"),
     (["{photos}/empty"], "holds no picture"),
     (["{photos}", "--captioner", "{photos}"], "photos"),
 ])
@@ -185,9 +190,9 @@ def test_without_transformers_it_says_what_to_install(photos, monkeypatch, capsy
 def test_masks_of_people_who_wrote_them_fit_the_builder(photos, models, capsys):
     """A mask of another size is the builder's to refuse, by name."""
     assert run(photos, *models) == 0
-    Image.new("L", (3, 3), 1).save(photos / "zoe_mask.png")
+    Image.new("L", (3, 3), 1).save(photos / "astronaut_mask.png")
     with pytest.raises(SystemExit, match="1"):
         build.main([str(photos), "--output", str(photos.parent / "data")])
     out = capsys.readouterr().out
-    assert "zoe_mask.png" in out and "3 x 3" in out
+    assert "astronaut_mask.png" in out and "3 x 3" in out
     assert build.find_pictures(photos)[0] == sorted(photos.glob("*.jpg"))
