@@ -71,7 +71,7 @@ def models(tmp_path_factory) -> list[str]:
     with torch.no_grad():
         segmenter.class_predictor.bias.copy_(torch.tensor([20.0, 0.0, 0.0]))
     segmenter.save_pretrained(folder / "mask2former")
-    Mask2FormerImageProcessor(size={"height": 64, "width": 64}, num_labels=2,
+    Mask2FormerImageProcessor(size={"shortest_edge": 64, "longest_edge": 128}, num_labels=2,
                               ignore_index=255).save_pretrained(folder / "mask2former")
     return ["--captioner", str(folder / "blip2"), "--segmenter", str(folder / "mask2former"),
             "--threshold", "0.2", "--device", "cpu"]
@@ -151,11 +151,24 @@ def test_it_goes_on_where_it_was_stopped(photos, models, monkeypatch):
     assert run(photos, *models) == 0
 
 
+def test_a_mask_is_of_its_picture_alone(photos, models):
+    """Whatever shape the others of a batch have."""
+    found = []
+    for size in (1, 3):
+        assert run(photos, *models, "--batch-size", size) == 0
+        masks = sorted(photos.glob("*_mask.png"))
+        found.append([np.array(Image.open(mask)) for mask in masks])
+        for mask in masks:
+            mask.unlink()
+    assert len(found[0]) == 3 and all((a != b).mean() < 0.01 for a, b in zip(*found, strict=True))
+
+
 def test_processes_share_the_pictures(photos, models, monkeypatch):
+    (photos / "broken.png").write_bytes(b"nothing")  # status 1 would make torchrun stop the others
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     assert run(photos, *models) == 0
-    assert [path.name for path in photos.glob("*.txt")] == ["camera.txt"]
+    assert [path.name for path in photos.glob("*.txt")] == ["hopper.txt"]
 
 
 def test_what_cannot_be_built_is_named_with_its_reason(photos, models, capsys):
