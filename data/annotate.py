@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 # First: it says what is not installed.
-from models.errors import Parser, fail
+from models.errors import Parser, fail, no_file
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ from tqdm import tqdm
 from data.build import COLORS, NOUNS, TILE, find_people, find_pictures, read_picture
 from data.fastcomposer import MAX_PEOPLE, DataError, naming
 from data.files import read_text
-from data.masks import beside, mask_of
+from data.masks import beside, mask_of, read_mask
 from data.shards import whole
 from weights.hub import fetch
 
@@ -190,6 +190,8 @@ def square(picture: Image.Image) -> Image.Image:
 def load(processor: type, model: type, name: str, device: str) -> tuple:
     """A processor and a model of transformers, safetensors only, in fp16 on a GPU. Raises ValueError."""
     folder = fetch(Path(name), MODEL_FILES)
+    if not folder.is_dir():
+        raise DataError(f"{no_file(folder)}: give a model's folder, or user/name on the hub")
     with naming(name):
         loaded = model.from_pretrained(folder, dtype=torch.float32 if device == "cpu" else torch.float16,
                                        use_safetensors=True, local_files_only=True)
@@ -212,19 +214,18 @@ def draw_sheet(pictures: list[Path]) -> Image.Image:
     for place, path in enumerate(shown):
         x, y = place % columns * (TILE + 8), place // columns * height
         try:
-            picture = read_picture(path)
-        except (OSError, ValueError):  # it has been named
+            picture, caption = read_picture(path), caption_of(path) or "no caption"
+            mask = read_mask(mask_of(path), picture.size) if mask_of(path).exists() else np.zeros(1, int)
+        except (OSError, ValueError):  # it has been named, here or by the builder
             continue
         pixels = np.array(picture, np.float32)
-        if mask_of(path).exists():
-            mask = np.array(Image.open(mask_of(path)))
-            for number in np.unique(mask[mask > 0]) if mask.shape == pixels.shape[:2] else ():
-                pixels[mask == number] = (pixels[mask == number] * 0.55
-                                          + np.array(COLORS[(number - 1) % len(COLORS)]) * 0.45)
+        for number in np.unique(mask[mask > 0]):
+            pixels[mask == number] = (pixels[mask == number] * 0.55
+                                      + np.array(COLORS[(number - 1) % len(COLORS)]) * 0.45)
         tile = Image.fromarray(pixels.astype(np.uint8))
         tile.thumbnail((TILE, TILE))
         sheet.paste(tile, (x, y))
-        for i, line in enumerate(textwrap.wrap(f"{path.name}: {caption_of(path) or 'no caption'}", 32)[:3]):
+        for i, line in enumerate(textwrap.wrap(f"{path.name}: {caption}", 32)[:3]):
             canvas.text((x + 2, y + TILE + 2 + 14 * i), line, "black", font)
     return sheet
 

@@ -5,6 +5,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import huggingface_hub.constants
 import numpy as np
 import pytest
 import torch
@@ -174,23 +175,30 @@ def test_processes_share_the_pictures(photos, models, monkeypatch):
 def test_what_cannot_be_built_is_named_with_its_reason(photos, models, capsys):
     (photos / "astronaut.txt").write_text("a bowl of fruit")
     (photos / "camera.jpg").write_bytes(b"nothing")
+    shutil.copy(photos / "hopper.jpg", photos / "old.jpg")
+    (photos / "old.txt").write_bytes("a man in a café".encode("latin-1"))
     assert run(photos, *models, "--min-share", 1.1) == 1
     out = capsys.readouterr().out
     assert "astronaut.jpg: its caption names nobody: 'a bowl of fruit'" in out
-    assert "camera.jpg" in out and "hopper.jpg: the largest person covers" in out
+    assert "camera.jpg" in out and "old.txt: not a text in UTF-8" in out
+    assert "hopper.jpg: the largest person covers" in out
     assert not list(photos.glob("*_mask.png"))
 
 
 @pytest.mark.parametrize(("arguments", "said"), [
     (["{photos}/astronaut.jpg"], "is not a folder"),
     (["{photos}/empty"], "holds no picture"),
-    (["{photos}", "--captioner", "{photos}"], "photos"),
+    (["{photos}", "--captioner", "{photos}"], "photos: "),
+    (["{photos}", "--captioner", "nothing"], "nothing does not exist"),
+    (["{photos}", "--captioner", "me/nothing"], "the hub cannot be reached"),
 ])
-def test_mistakes_are_one_line(photos, models, arguments, said, capsys):
+def test_mistakes_are_one_line(photos, arguments, said, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # where nobody answers
+    monkeypatch.chdir(tmp_path)
     (photos / "empty").mkdir()
     (photos / "empty" / "film.mp4").write_bytes(b"film")
     assert run(*(argument.format(photos=photos) for argument in arguments)) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
+    error, = capsys.readouterr().err.splitlines()
     assert error.startswith("error: ") and said in error
 
 
