@@ -152,7 +152,7 @@ def read_photo(file: str, mask: Path | None = None) -> Tensor:
             return picture
         raise ValueError(f"{file}: there is no {mask} that says who is where")
     try:
-        labels = read_mask(mask, (picture.shape[2], picture.shape[1]))
+        labels = read_mask(mask, (picture.shape[2], picture.shape[1])).astype(int)
     except (ValueError, OSError) as error:
         raise ValueError(f"{mask}: {error}") from error
     people = dict(zip(*np.unique(labels[labels > 0], return_counts=True), strict=True))

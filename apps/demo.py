@@ -31,6 +31,7 @@ from torch import Tensor
 
 import toyworld
 from apps import generate_rows
+from data.masks import mask_of, read_mask
 from images import RoutingSheet, read_picture, save_png, to_images
 from pipeline import Subject, interpolate
 from sample import (BATCH_PIXELS, Parser, add_flags, check, execute, generate_images, load_pipeline,
@@ -247,15 +248,11 @@ class Studio:
         return " ".join(re.sub(rf"{re.escape(str(self.folder))}/(cache/)?\w+/", "", str(message)).split())
 
 
-def mask_of(photo: Path) -> Path:
-    """Where the mask of a photo lies, if it has one."""
-    return photo.with_name(f"{photo.stem}_mask.png")
-
-
 def person_at(person: str, x: int, y: int) -> str:
     """PHOTO or PHOTO#N, the person of number N at a pixel of its mask; without #N the largest of all."""
     photo = person.partition("#")[0]
-    number = Image.open(mask_of(Path(photo))).getpixel((x, y)) if mask_of(Path(photo)).exists() else 0
+    mask = mask_of(Path(photo))
+    number = int(read_mask(mask, None)[y, x]) if mask.exists() else 0
     return f"{photo}#{number}" if number else photo
 
 

@@ -11,7 +11,10 @@ already is kept, so the command can be stopped and given again, and any line can
 The mask's first person is taken for the caption's first word for a person. With several people that may be
 wrong: look at the contact sheet, and swap the caption's words where it is.
 
-Exit status: 0 all pictures can be built, 1 some cannot (each is named with the reason), 2 an error.
+`torchrun` shares the pictures; give the command once more without it for the contact sheet of all.
+
+Exit status: 0 all pictures can be built, 1 some cannot (each is named with the reason; under torchrun 0,
+since 1 would stop the other processes), 2 an error.
 """
 import argparse
 import os
@@ -21,7 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 # First: it says what is not installed.
-from models.errors import Parser
+from models.errors import Parser, fail, no_file
 
 import numpy as np
 import torch
@@ -31,12 +34,15 @@ from tqdm import tqdm
 from data.build import COLORS, NOUNS, TILE, find_people, find_pictures, read_picture
 from data.fastcomposer import MAX_PEOPLE, DataError, naming
 from data.files import read_text
-from data.masks import beside, mask_of
+from data.masks import beside, mask_of, read_mask
 from data.shards import whole
+from weights.hub import fetch
 
 CAPTIONER = "Salesforce/blip2-opt-2.7b"
 SEGMENTER = "facebook/mask2former-swin-base-coco-instance"
 PERSON = "person"  # as the segmenter's labels call people
+MODEL_FILES = ("*.json", "*.txt", "*.model", "*.safetensors")  # no pickles
+GROUND = (124, 116, 104)  # ImageNet's mean, which the segmenter's processor makes 0
 SHOWN = 20  # pictures on the contact sheet
 
 
@@ -58,8 +64,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--nouns", nargs="+", default=[], metavar="WORD", help="more words for a person")
     parser.add_argument("--batch-size", type=int, default=8, metavar="N",
                         help="pictures at a time (default %(default)s)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", metavar="NAME",
-                        help="default: cuda where there is one")
+    own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=own, metavar="NAME", help="default: cuda where there is one")
     parser.add_argument("--sheet", type=Path, metavar="FILE",
                         help="contact sheet to write (default annotations.png beside PICTURES)")
     return parser.parse_args(arguments)
@@ -72,24 +78,25 @@ def main(arguments: list[str] | None = None) -> None:
         if not args.pictures.is_dir():
             raise DataError(f"{args.pictures} is not a folder")
         pictures, broken = find_pictures(args.pictures)
-        broken += annotate(pictures[rank::world], args)
+        broken = (broken if rank == 0 else []) + annotate(pictures[rank::world], args)
         if rank == 0:
             sheet = args.sheet or args.pictures.resolve().with_name("annotations.png")
             draw_sheet(pictures).save(sheet)
             print(f"{args.pictures}: {len(pictures)} pictures; look at {sheet}")
     except ImportError as error:
-        print(f"error: {error.name or 'transformers'} is missing: pip install -r requirements-data.txt",
-              file=sys.stderr)
-        sys.exit(2)
+        fail(f"{error.name or 'transformers'} is missing: pip install -r requirements-data.txt")
     except (DataError, OSError, ValueError) as error:
-        print("error:", " ".join(str(error).split())[:400], file=sys.stderr)
-        sys.exit(2)
+        fail(str(error)[:400])
+    except (MemoryError, RuntimeError) as error:
+        if "allocate" not in str(error):  # on a CPU, torch has no error class for it
+            raise
+        fail("not enough memory: give a smaller --batch-size or another --captioner")
     except KeyboardInterrupt:
         print("stopped: what was written stays; give the command again to go on", file=sys.stderr)
         sys.exit(130)
     for line in broken:
         print(f"cannot be built: {line}")
-    sys.exit(1 if broken else 0)
+    sys.exit(1 if broken and world == 1 else 0)
 
 
 def annotate(pictures: list[Path], args: argparse.Namespace) -> list[str]:
@@ -99,13 +106,15 @@ def annotate(pictures: list[Path], args: argparse.Namespace) -> list[str]:
     """
     nouns, broken, good = (*NOUNS, *args.nouns), [], []
     for path in tqdm(pictures, "looking", unit="picture", disable=None, leave=False):
-        if caption_of(path) is None or not mask_of(path).exists():
-            try:
+        try:
+            with naming(beside(path, ".txt")):
+                caption = caption_of(path)
+            if caption is None or not mask_of(path).exists():
                 with naming(path):
                     read_picture(path)
-                good.append(path)
-            except DataError as error:
-                broken.append(str(error))
+            good.append(path)
+        except DataError as error:
+            broken.append(str(error))
     if todo := [path for path in good if caption_of(path) is None]:
         for path, caption in captions(todo, args):
             with whole(path.with_suffix(".txt")) as temporary:
@@ -138,8 +147,7 @@ def caption_of(path: Path) -> str | None:
 def captions(todo: list[Path], args: argparse.Namespace) -> Iterator[tuple[Path, str]]:
     """A line for each picture, by the captioner."""
     from transformers import AutoModelForImageTextToText, AutoProcessor  # an extra: requirements-data.txt
-    processor = AutoProcessor.from_pretrained(args.captioner)
-    model = load(AutoModelForImageTextToText, args.captioner, args.device)
+    processor, model = load(AutoProcessor, AutoModelForImageTextToText, args.captioner, args.device)
     for batch in batches(todo, args.batch_size, "captions"):
         pictures = [read_picture(path) for path in batch]
         inputs = processor(images=pictures, return_tensors="pt").to(args.device, model.dtype)
@@ -152,27 +160,42 @@ def captions(todo: list[Path], args: argparse.Namespace) -> Iterator[tuple[Path,
 def masks(todo: list[Path], args: argparse.Namespace) -> Iterator[tuple[Path, list[np.ndarray]]]:
     """The people of each picture, (H, W) bool each, by the segmenter."""
     from transformers import AutoImageProcessor, AutoModelForUniversalSegmentation
-    processor = AutoImageProcessor.from_pretrained(args.segmenter)
-    model = load(AutoModelForUniversalSegmentation, args.segmenter, args.device)
+    processor, model = load(AutoImageProcessor, AutoModelForUniversalSegmentation, args.segmenter,
+                            args.device)
     if PERSON not in model.config.id2label.values():
         raise ValueError(f"{args.segmenter} has no label {PERSON!r}: take one trained on COCO's instances")
     for batch in batches(todo, args.batch_size, "masks"):
         pictures = [read_picture(path) for path in batch]
-        inputs = processor(images=pictures, return_tensors="pt").to(args.device, model.dtype)
+        # In squares: pictures of other shapes are padded by the processor, which forgets that in the masks.
+        squares = [square(picture) for picture in pictures]
+        inputs = processor(images=squares, return_tensors="pt")
         with torch.inference_mode():
-            outputs = model(**inputs)
+            outputs = model(**inputs.to(args.device, model.dtype))
         found = processor.post_process_instance_segmentation(
-            outputs, threshold=args.threshold, target_sizes=[picture.size[::-1] for picture in pictures])
-        for path, instances in zip(batch, found, strict=True):
+            outputs, threshold=args.threshold, target_sizes=[picture.size for picture in squares])
+        for path, picture, instances in zip(batch, pictures, found, strict=True):
             ids = [segment["id"] for segment in instances["segments_info"]
                    if model.config.id2label[segment["label_id"]] == PERSON]
-            yield path, [(instances["segmentation"] == i).cpu().numpy() for i in ids]
+            seen = instances["segmentation"][:picture.height, :picture.width]
+            yield path, [(seen == i).cpu().numpy() for i in ids]
 
 
-def load(kind: type, name: str, device: str) -> torch.nn.Module:
-    """A model of transformers, safetensors only, in fp16 on a GPU."""
-    return kind.from_pretrained(name, dtype=torch.float32 if device == "cpu" else torch.float16,
-                                use_safetensors=True).to(device).eval()
+def square(picture: Image.Image) -> Image.Image:
+    """With room to the right or below."""
+    canvas = Image.new("RGB", (max(picture.size),) * 2, GROUND)
+    canvas.paste(picture)
+    return canvas
+
+
+def load(processor: type, model: type, name: str, device: str) -> tuple:
+    """A processor and a model of transformers, safetensors only, in fp16 on a GPU. Raises ValueError."""
+    folder = fetch(Path(name), MODEL_FILES)
+    if not folder.is_dir():
+        raise DataError(f"{no_file(folder)}: give a model's folder, or user/name on the hub")
+    with naming(name):
+        loaded = model.from_pretrained(folder, dtype=torch.float32 if device == "cpu" else torch.float16,
+                                       use_safetensors=True, local_files_only=True)
+        return processor.from_pretrained(folder, local_files_only=True), loaded.to(device).eval()
 
 
 def batches(todo: list[Path], size: int, title: str) -> Iterator[list[Path]]:
@@ -191,19 +214,18 @@ def draw_sheet(pictures: list[Path]) -> Image.Image:
     for place, path in enumerate(shown):
         x, y = place % columns * (TILE + 8), place // columns * height
         try:
-            picture = read_picture(path)
-        except (OSError, ValueError):  # it has been named
+            picture, caption = read_picture(path), caption_of(path) or "no caption"
+            mask = read_mask(mask_of(path), picture.size) if mask_of(path).exists() else np.zeros(1, int)
+        except (OSError, ValueError):  # it has been named, here or by the builder
             continue
         pixels = np.array(picture, np.float32)
-        if mask_of(path).exists():
-            mask = np.array(Image.open(mask_of(path)))
-            for number in np.unique(mask[mask > 0]) if mask.shape == pixels.shape[:2] else ():
-                pixels[mask == number] = (pixels[mask == number] * 0.55
-                                          + np.array(COLORS[(number - 1) % len(COLORS)]) * 0.45)
+        for number in np.unique(mask[mask > 0]):
+            pixels[mask == number] = (pixels[mask == number] * 0.55
+                                      + np.array(COLORS[(number - 1) % len(COLORS)]) * 0.45)
         tile = Image.fromarray(pixels.astype(np.uint8))
         tile.thumbnail((TILE, TILE))
         sheet.paste(tile, (x, y))
-        for i, line in enumerate(textwrap.wrap(f"{path.name}: {caption_of(path) or 'no caption'}", 32)[:3]):
+        for i, line in enumerate(textwrap.wrap(f"{path.name}: {caption}", 32)[:3]):
             canvas.text((x + 2, y + TILE + 2 + 14 * i), line, "black", font)
     return sheet
 

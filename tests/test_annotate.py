@@ -1,14 +1,17 @@
 """From three photographs to a picture, by small random models of the real classes."""
+import importlib
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub.constants
 import numpy as np
 import pytest
 import torch
+from matplotlib import cbook
 from PIL import Image
+from skimage.data import astronaut, camera
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -27,7 +30,8 @@ from transformers import (
 
 import sample
 from data import annotate, build
-from weights import convert_sd15, export_diffusers
+from test_docs import commands
+from weights import export_diffusers
 
 ROOT = Path(__file__).parents[1]
 WORDS = ["<s>", "<pad>", "</s>", "<image>", "a", "man", "woman", "dog"]
@@ -68,7 +72,7 @@ def models(tmp_path_factory) -> list[str]:
     with torch.no_grad():
         segmenter.class_predictor.bias.copy_(torch.tensor([20.0, 0.0, 0.0]))
     segmenter.save_pretrained(folder / "mask2former")
-    Mask2FormerImageProcessor(size={"height": 64, "width": 64}, num_labels=2,
+    Mask2FormerImageProcessor(size={"shortest_edge": 64, "longest_edge": 128}, num_labels=2,
                               ignore_index=255).save_pretrained(folder / "mask2former")
     return ["--captioner", str(folder / "blip2"), "--segmenter", str(folder / "mask2former"),
             "--threshold", "0.2", "--device", "cpu"]
@@ -76,10 +80,13 @@ def models(tmp_path_factory) -> list[str]:
 
 @pytest.fixture
 def photos(tmp_path) -> Path:
+    """Three people, photographed."""
     (tmp_path / "photos").mkdir()
-    for name, size in (("zoe", (200, 120)), ("leo", (120, 200)), ("mia", (160, 160))):
-        picture = Image.open(ROOT / "examples" / f"{name}.png").convert("RGB").resize(size)
-        picture.save(tmp_path / "photos" / f"{name}.jpg")
+    hopper = cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)
+    for name, picture, size in (("astronaut", Image.fromarray(astronaut()), (200, 120)),
+                                ("camera", Image.fromarray(camera()), (120, 200)),
+                                ("hopper", Image.open(hopper), (160, 160))):
+        picture.resize(size).save(tmp_path / "photos" / f"{name}.jpg")
     return tmp_path / "photos"
 
 
@@ -89,41 +96,47 @@ def run(*arguments: object) -> int:
     return end.value.code
 
 
-def test_from_photographs_to_a_picture(photos, models, tmp_path):
-    (photos / "mia.txt").write_text("a girl in a garden\n")
-    assert run(photos, *models, "--max-people", 2) == 0
-    assert (photos / "mia.txt").read_text() == "a girl in a garden\n"
-    assert (photos / "zoe.txt").read_text().split()[:2] == ["man", "man"]
-    mask = np.array(Image.open(photos / "leo_mask.png"))
-    assert mask.shape == (200, 120) and set(np.unique(mask)) <= {0, 1, 2} and mask.any()
-    if (mask == 2).any():
-        assert (mask == 1).sum() >= (mask == 2).sum()
-    assert np.array(Image.open(photos / "mia_mask.png")).max() == 1  # the caption has one word for a person
-    assert Image.open(tmp_path / "annotations.png").width > 400
+def test_from_photographs_to_a_picture(photos, models, world, monkeypatch):
+    """Every command of docs/photos.md, on three photographs and a small checkpoint in diffusers' layout."""
+    monkeypatch.chdir(photos.parent)
+    photos.rename("PICTURES")
+    Path("PICTURES/hopper.txt").write_text("a woman in a uniform\n")
+    Path("ME").mkdir()
+    shutil.copy("PICTURES/hopper.jpg", "ME/me.jpg")
+    export_diffusers.main([str(world), "--output", "v1-5-pruned-emaonly.safetensors"])
+    Path("clip-vit-large-patch14").mkdir()
+    shutil.copy(world / "image_encoder.safetensors", "clip-vit-large-patch14/model.safetensors")
+    small = {"data.annotate": models, "sample": ["--steps", "2"],
+             "train": ["--steps", "2", "--batch-size", "2", "--accumulate", "1", "--samples-every", "0"]}
+    given = commands([ROOT / "docs" / "photos.md"])
+    assert [module for module, _ in given] == [
+        "weights.convert_sd15", "data.annotate", "data.build", "data.build", "train", "data.annotate",
+        "sample", "weights.publish"]
+    for module, arguments in given:
+        monkeypatch.setattr(sys, "argv", [module, *arguments, *small.get(module, [])])
+        try:
+            importlib.import_module(module).main()
+        except SystemExit as end:
+            assert not end.code, module
 
-    def command(*words: object) -> None:
-        done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+    assert Path("PICTURES/hopper.txt").read_text() == "a woman in a uniform\n"  # it was there
+    assert Path("PICTURES/astronaut.txt").read_text().split()[:2] == ["man", "man"]
+    mask = np.array(Image.open("PICTURES/camera_mask.png"))
+    sizes = [(mask == number).sum() for number in range(1, mask.max() + 1)]
+    assert mask.shape == (200, 120) and 1 <= len(sizes) <= 4 and all(sizes) and sizes == sorted(sizes)[::-1]
+    assert np.array(Image.open("PICTURES/hopper_mask.png")).max() == 1  # one word in its caption
+    assert Image.open("annotations.png").width > 100
+    assert json.loads(Path("runs/mine/metrics.jsonl").read_text().splitlines()[-1])["step"] == 2
+    assert len(list(Path("sample").glob("00?.png"))) == 4
+    assert Path("shared/README.md").exists() and Path("shared/moa.safetensors").exists()
 
-    command("-m", "data.build", photos, "--output", tmp_path / "data")
-    command("-m", "data.build", "--check", tmp_path / "data")
-    world = ROOT / "weights" / "toyworld"  # as a checkpoint of diffusers, and converted
-    export_diffusers.main([str(world), "--output", str(tmp_path / "checkpoint")])
-    shutil.copy(world / "image_encoder.safetensors", tmp_path)
-    convert_sd15.main([str(tmp_path / "checkpoint"), "--output", str(tmp_path / "base"),
-                       "--image-encoder", str(tmp_path / "image_encoder.safetensors")])
-    command("train.py", "moa", "--weights", tmp_path / "base", "--data", tmp_path / "data", "--steps", 2,
-            "--batch-size", 2, "--log-every", 1, "--samples-every", 0, "--output", tmp_path / "run")
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert lines[-1]["step"] == 2
-    shutil.copy(photos / "mia.jpg", tmp_path)
+    shutil.copy("ME/me.jpg", "plain.jpg")  # has no mask
     drawn = []
-    for photo in (photos / "mia.jpg", photos / "mia.jpg#1", tmp_path / "mia.jpg"):  # the last has no mask
-        output = tmp_path / f"{len(drawn)}.png"
-        sample.main(["--weights", str(tmp_path / "run"), "--subject", str(photo), "--output", str(output),
-                     "--prompt", "a girl on the beach", "--steps", "2", "--seed", "0"])
-        drawn.append(np.array(Image.open(output)).tolist())
-    assert drawn[0] == drawn[1] != drawn[2]
+    for photo in ("ME/me.jpg", "plain.jpg"):
+        sample.main(["--weights", "runs/mine", "--moa", str(world / "moa.safetensors"), "--subject", photo,
+                     "--prompt", "a girl on the beach", "--output", "one.png", "--steps", "2", "--seed", "0"])
+        drawn.append(np.array(Image.open("one.png")))
+    assert (drawn[0] != drawn[1]).any()
 
 
 def test_it_goes_on_where_it_was_stopped(photos, models, monkeypatch):
@@ -139,33 +152,53 @@ def test_it_goes_on_where_it_was_stopped(photos, models, monkeypatch):
     assert run(photos, *models) == 0
 
 
+def test_a_mask_is_of_its_picture_alone(photos, models):
+    """Whatever shape the others of a batch have."""
+    found = []
+    for size in (1, 3):
+        assert run(photos, *models, "--batch-size", size) == 0
+        masks = sorted(photos.glob("*_mask.png"))
+        found.append([np.array(Image.open(mask)) for mask in masks])
+        for mask in masks:
+            mask.unlink()
+    assert len(found[0]) == 3 and all((a != b).mean() < 0.01 for a, b in zip(*found, strict=True))
+
+
 def test_processes_share_the_pictures(photos, models, monkeypatch):
+    (photos / "broken.png").write_bytes(b"nothing")  # status 1 would make torchrun stop the others
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     assert run(photos, *models) == 0
-    assert [path.name for path in photos.glob("*.txt")] == ["mia.txt"]
+    assert [path.name for path in photos.glob("*.txt")] == ["hopper.txt"]
 
 
 def test_what_cannot_be_built_is_named_with_its_reason(photos, models, capsys):
-    (photos / "zoe.txt").write_text("a bowl of fruit")
-    (photos / "leo.jpg").write_bytes(b"nothing")
+    (photos / "astronaut.txt").write_text("a bowl of fruit")
+    (photos / "camera.jpg").write_bytes(b"nothing")
+    shutil.copy(photos / "hopper.jpg", photos / "old.jpg")
+    (photos / "old.txt").write_bytes("a man in a café".encode("latin-1"))
     assert run(photos, *models, "--min-share", 1.1) == 1
     out = capsys.readouterr().out
-    assert "zoe.jpg: its caption names nobody: 'a bowl of fruit'" in out
-    assert "leo.jpg" in out and "mia.jpg: the largest person covers" in out
+    assert "astronaut.jpg: its caption names nobody: 'a bowl of fruit'" in out
+    assert "camera.jpg" in out and "old.txt: not a text in UTF-8" in out
+    assert "hopper.jpg: the largest person covers" in out
     assert not list(photos.glob("*_mask.png"))
 
 
 @pytest.mark.parametrize(("arguments", "said"), [
-    (["{photos}/zoe.jpg"], "is not a folder"),
+    (["{photos}/astronaut.jpg"], "is not a folder"),
     (["{photos}/empty"], "holds no picture"),
-    (["{photos}", "--captioner", "{photos}"], "photos"),
+    (["{photos}", "--captioner", "{photos}"], "photos: "),
+    (["{photos}", "--captioner", "nothing"], "nothing does not exist"),
+    (["{photos}", "--captioner", "me/nothing"], "the hub cannot be reached"),
 ])
-def test_mistakes_are_one_line(photos, models, arguments, said, capsys):
+def test_mistakes_are_one_line(photos, arguments, said, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # where nobody answers
+    monkeypatch.chdir(tmp_path)
     (photos / "empty").mkdir()
     (photos / "empty" / "film.mp4").write_bytes(b"film")
     assert run(*(argument.format(photos=photos) for argument in arguments)) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
+    error, = capsys.readouterr().err.splitlines()
     assert error.startswith("error: ") and said in error
 
 
@@ -175,11 +208,12 @@ def test_without_transformers_it_says_what_to_install(photos, monkeypatch, capsy
     assert "pip install -r requirements-data.txt" in capsys.readouterr().err
 
 
-def test_masks_of_people_who_wrote_them_fit_the_builder(photos, models):
+def test_masks_of_people_who_wrote_them_fit_the_builder(photos, models, capsys):
     """A mask of another size is the builder's to refuse, by name."""
     assert run(photos, *models) == 0
-    Image.new("L", (3, 3), 1).save(photos / "zoe_mask.png")
-    done = subprocess.run([sys.executable, "-m", "data.build", photos, "--output", photos.parent / "data"],
-                          cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and "zoe_mask.png" in done.stdout and "3 x 3" in done.stdout
+    Image.new("L", (3, 3), 1).save(photos / "astronaut_mask.png")
+    with pytest.raises(SystemExit, match="1"):
+        build.main([str(photos), "--output", str(photos.parent / "data")])
+    out = capsys.readouterr().out
+    assert "astronaut_mask.png" in out and "3 x 3" in out
     assert build.find_pictures(photos)[0] == sorted(photos.glob("*.jpg"))

@@ -136,6 +136,8 @@ def test_a_person_is_chosen_by_the_mask(studio, photos, tmp_path, monkeypatch):
     assert np.array_equal(Image.open(Path(photo).parent / "bob_mask.png"), values)
     assert [demo.person_at(f"{photo}#1", x, 5) for x in (0, 15, 25)] == [photo, f"{photo}#1", f"{photo}#2"]
     assert demo.person_at(photos[0], 15, 5) == photos[0]  # has no mask
+    Image.fromarray(np.uint8(values == 1) * 255).save(tmp_path / "white.png")
+    assert demo.person_at(studio.mask(photos[1], str(tmp_path / "white.png")), 15, 5).endswith("bob.png#1")
     read = []
     monkeypatch.setattr(demo, "read_photos", lambda row: read.extend(row) or [[read_picture(photo)]])
     settings = read_settings(Path(drawn(studio, studio.draw, [f"{photo}#2"])["drawn"]["file"]))

@@ -14,10 +14,10 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def commands() -> list[tuple[str, list[str]]]:
+def commands(pages: list[Path] = PAGES) -> list[tuple[str, list[str]]]:
     """(module, arguments) of every command of ours in a code block of a page."""
     found = []
-    for page in PAGES:
+    for page in pages:
         text = page.read_text(encoding="utf-8")
         for kind, block in re.findall(r"^```(\w*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
             if kind:  # a program, an edit, an equation

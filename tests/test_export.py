@@ -162,6 +162,7 @@ def test_converts_back(weights, exported, tmp_path):
         back = load_file(tmp_path / "back" / f"{part}.safetensors")
         assert there.keys() == back.keys() and all(torch.equal(there[k], back[k]) for k in there)
         assert build_config(read_config(tmp_path / "back"), part) == cfg
+    assert read_config(tmp_path / "back")["image_size"] == 64
 
 
 # What it refuses

@@ -77,7 +77,7 @@ class Hub(BaseHTTPRequestHandler):
 def hub(world, tmp_path, monkeypatch):
     """Has the tiny world as me/tiny, a repository of something else, and a private one."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    Thread(target=server.serve_forever, daemon=True).start()
+    Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     files = {file.name: file.read_bytes() for file in world.iterdir() if file.is_file()}
     card = b"---\nlicense: openrail\n---\n# tiny\n"
     Hub.repositories = {"me/tiny": {**files, CARD: card, "danger.bin": b"x"}, "me/other": {CARD: card},
@@ -135,7 +135,7 @@ def test_paths_are_paths(hub, world):
         assert find_weights(path) == path == find_moa(path)
 
 
-def test_what_is_shared_can_be_drawn_with(hub, world, tmp_path, capsys):
+def test_what_is_shared_can_be_drawn_with(hub, world, tmp_path):
     shutil.copytree(world, "mine")
     (tmp_path / "mine" / "checkpoint.pt").write_bytes(b"secret")
     Path("results.json").write_text(json.dumps({"settings": {"count": 9}, "identity": {"mean": 0.5}}))
@@ -147,6 +147,17 @@ def test_what_is_shared_can_be_drawn_with(hub, world, tmp_path, capsys):
     card = sent[CARD].decode()
     assert "license: mit" in card and "| identity | 0.500 |" in card and "9 cases" in card
     assert find_weights(Path("me/new")) != Path("me/new")
-    with pytest.raises(SystemExit):
-        publish.main(["results.json", "me/new", "--license", "mit"])
-    assert "is no weights folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("options", "said"), [
+    ([], "me/new cannot be sent to the hub"), (["--dry-run", "."], "exists already: give a new folder"),
+    (["--results", "tiny/config.json"], "config.json is no results.json")])
+def test_what_cannot_be_shared_is_one_line(hub, world, options, said, capsys):
+    shutil.copytree(world, "tiny")
+    hub.shutdown()
+    hub.server_close()
+    for folder, expected in (("tiny", said), ("cache", "is no weights folder")):
+        with pytest.raises(SystemExit, match="2"):
+            publish.main([folder, "me/new", "--license", "mit", *options])
+        error, = capsys.readouterr().err.splitlines()
+        assert expected in error

@@ -58,6 +58,8 @@ def test_imports_point_one_way(path):
     wrong = tops & FORBIDDEN.get(room, set())
     if path == ROOT / "weights" / "export_moa.py":
         wrong -= {"moa"}  # a MoA file is written in one place
+    if path == ROOT / "data" / "annotate.py":
+        wrong -= {"weights"}  # and a name on the hub is looked up in one
     assert not wrong, f"{name(path)} imports {', '.join(sorted(wrong))}"
     if room == "data":
         inner = {m for m in imported(path) if m.split(".")[0] == "models"}

@@ -44,6 +44,8 @@ def test_subject_mask_takes_the_place_of_the_file_beside_it(pair):
     subject = bind_subjects("a man", ["couple.png"])
     (alone,), = read_photos(subject, [Path("left.png")])
     assert torch.equal(alone, read_photo("couple.png#1"))
+    with pytest.raises(ValueError, match="the people on left.png are 1$"):
+        read_photo("couple.png#2", Path("left.png"))
 
 
 @pytest.mark.parametrize(("name", "said"), [

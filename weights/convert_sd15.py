@@ -94,7 +94,9 @@ def describe(args: argparse.Namespace, parts: dict[str, Part], base: dict, notes
               "dropped": {**old.get("dropped", {}), **notes.dropped},
               "repaired": [*old.get("repaired", []), *notes.repaired]}
     sizes = {name: describe_sizes(part.cfg) for name, part in parts.items()}
-    return {**DEFAULTS, **base, **sizes, "conversion": record}
+    side = parts["unet"].settings.get("sample_size")  # of latents, in diffusers' folders
+    drawn = {"image_size": side * parts["vae"].cfg.factor} if isinstance(side, int) else {}
+    return {**DEFAULTS, **drawn, **base, **sizes, "conversion": record}
 
 
 def run(work: Callable[[], None]) -> None:

@@ -4,6 +4,7 @@ What is fetched is kept in the hub's cache, so the second time no network is nee
 and the model card are fetched.
 """
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import ModelCard, snapshot_download
@@ -35,7 +36,7 @@ def find_moa(name: Path) -> Path:
     return name if folder == name else folder / "moa.safetensors"
 
 
-def fetch(name: Path, files: list[str] | tuple[str, ...]) -> Path:
+def fetch(name: Path, files: Sequence[str]) -> Path:
     """`name` itself unless it reads as user/name[@revision] and there is no folder `user` here; else the
     folder of these files of the hub's repository. Prints its licence. Raises ValueError."""
     found = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", str(name))

@@ -20,7 +20,7 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 from safetensors import SafetensorError, safe_open
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from models.errors import fail
+from models.errors import Parser, fail, one_line
 from models.load import read_config
 from weights.hub import CARD, FILES
 
@@ -32,8 +32,7 @@ SCORES = ("identity", "mixup", "locality", "context", "activity", "prior_context
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("folder", type=Path, metavar="FOLDER", help="a weights folder, such as that of a train.py moa run")
     add("name", metavar="USER/NAME", help="of the repository, made where there is none")
@@ -54,19 +53,25 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"{args.folder} is no weights folder: it has no config.json")
         card = model_card(args)
         if args.dry_run:
+            if args.dry_run.exists():
+                raise ValueError(f"--dry-run {args.dry_run} exists already: give a new folder")
             args.dry_run.mkdir(parents=True)
             for file in files:
                 shutil.copy(file, args.dry_run)
             card.save(args.dry_run / CARD)
             print(f"{args.dry_run}: {len(files)} files and {CARD}; nothing was sent")
             return
+    except (OSError, ValueError, SafetensorError) as error:
+        fail(error)
+    try:
         hub = HfApi()
         hub.create_repo(args.name, private=args.private, exist_ok=True)
         hub.upload_folder(repo_id=args.name, folder_path=args.folder, allow_patterns=list(FILES))
         hub.upload_file(repo_id=args.name, path_in_repo=CARD, path_or_fileobj=str(card).encode())
-        print(f"shared: python sample.py --weights {args.name} ...")
-    except (OSError, ValueError, SafetensorError) as error:
-        fail(error)
+    except Exception as error:  # the network library's own errors among them
+        fail(f"{args.name} cannot be sent to the hub: {one_line(error)[:200]}. Is there a network, a token "
+             "that may write (`hf auth login`), and is the user yours?")
+    print(f"shared: python sample.py --weights {args.name} ...")
 
 
 def model_card(args: argparse.Namespace) -> ModelCard:
@@ -83,6 +88,8 @@ def model_card(args: argparse.Namespace) -> ModelCard:
              "## Training", table(("setting", "value"), settings.items())]
     if args.results:
         scores = json.loads(args.results.read_text(encoding="utf-8"))
+        if "settings" not in scores:
+            raise ValueError(f"{args.results} is no results.json of evaluate.py")
         rows = [(name, f"{scores[name]['mean']:.3f}") for name in SCORES if scores.get(name, {}).get("mean")]
         parts += ["## Scores", f"Of evaluate.py, {scores['settings']['count']} cases.",
                   table(("score", "value"), rows)]
