@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> None:
                                                  **{**sampling_options(args), **watch}))
 
     print(f"the base model's round trip, PSNR: {psnr(untouched, pipeline.decode(latents)):.2f} dB to what "
-          f"the VAE makes of the picture, {psnr(untouched, picture):.2f} dB to the picture itself", flush=True)
+          f"the VAE makes of it, {psnr(untouched, picture):.2f} dB to the picture itself", flush=True)
     settings = settings_of(args, subjects, prompt=args.source_prompt, inversion=args.inversion)
     images = [to_images(picture)[0], *(args.checker(to_images(one)[0]) for one in (untouched, edited))]
     labels = ["picture", "round trip", ", ".join(map(str, subjects[len(kept):]))]
