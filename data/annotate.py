@@ -18,6 +18,7 @@ import os
 import sys
 import textwrap
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 # First: it says what is not installed.
@@ -31,7 +32,7 @@ from tqdm import tqdm
 from data.build import COLORS, NOUNS, TILE, find_people, find_pictures, read_picture
 from data.fastcomposer import MAX_PEOPLE, DataError, naming
 from data.files import read_text
-from data.masks import beside, mask_of
+from data.masks import beside, mask_of, read_mask
 from data.shards import whole
 
 CAPTIONER = "Salesforce/blip2-opt-2.7b"
@@ -195,9 +196,9 @@ def draw_sheet(pictures: list[Path]) -> Image.Image:
         except (OSError, ValueError):  # it has been named
             continue
         pixels = np.array(picture, np.float32)
-        if mask_of(path).exists():
-            mask = np.array(Image.open(mask_of(path)))
-            for number in np.unique(mask[mask > 0]) if mask.shape == pixels.shape[:2] else ():
+        with suppress(OSError, ValueError):  # data.build names what is wrong with a mask
+            mask = read_mask(mask_of(path), picture.size)
+            for number in np.unique(mask[mask > 0]):
                 pixels[mask == number] = (pixels[mask == number] * 0.55
                                           + np.array(COLORS[(number - 1) % len(COLORS)]) * 0.45)
         tile = Image.fromarray(pixels.astype(np.uint8))

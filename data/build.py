@@ -159,17 +159,17 @@ def find_pictures(folder: Path) -> tuple[list[Path], list[str]]:
                    and not any(part.startswith(".") for part in path.relative_to(folder).parts))
     pictures = [path for path in files
                 if path.suffix.lower() in SUFFIXES and not path.name.lower().endswith("_mask.png")
-                and not path.is_dir()]
+                and path.is_file()]
     if not pictures:
         raise DataError(f"{folder} holds no picture ({', '.join(SUFFIXES)})")
     names = Counter(path.with_suffix("") for path in pictures)
     broken = [f"{path}: {n} pictures have this name" for path, n in names.items() if n > 1]
     for path in files:
         owner = re.fullmatch(r"(.+?)(_mask\.png|_people\.txt|\.txt)", path.name, re.IGNORECASE)
-        if owner and not {path.with_name(owner[1]), path.with_suffix("")} & names.keys():
+        if not path.is_file():
+            broken.append(f"{path}: not read, it is a link or a device, no file: copy here what it leads to")
+        elif owner and not {path.with_name(owner[1]), path.with_suffix("")} & names.keys():
             broken.append(f"{path}: there is no picture for it")
-        elif path.is_dir():
-            broken.append(f"{path}: not read, it is a link to a folder: copy or move that here")
         elif not owner and path.suffix.lower() not in SUFFIXES:
             broken.append(f"{path}: not read, pictures are {', '.join(SUFFIXES)}")
     return [path for path in pictures if names[path.with_suffix("")] == 1], broken
