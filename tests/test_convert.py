@@ -815,7 +815,8 @@ def settings() -> dict:
     found = {"args": argparse.Namespace(lr=1e-4, output=Path("runs/a")), "started": datetime.datetime.now(),
              "counts": collections.defaultdict(int, {"a": 1}), "loss": np.float64(0.5), "rate": np.arange(3),
              "seen": {1, 2}, "counter": collections.Counter("ab"), "last": collections.deque([1], 9),
-             "run": uuid.uuid4(), "steps": range(9), "more": types.SimpleNamespace(a=1)}
+             "run": uuid.uuid4(), "steps": range(9), "torch": torch.__version__,
+             "more": types.SimpleNamespace(a=1)}
     try:
         import omegaconf
     except ImportError:

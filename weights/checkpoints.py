@@ -177,10 +177,11 @@ class EmptyList:
 
 # What training scripts leave beside tensors. A checkpoint may mention these names; each becomes inert.
 INERT = re.compile(
-    r"(pytorch_lightning|lightning|lightning_fabric|omegaconf|numpy|pathlib|datetime|typing)\..+|"
-    r"(builtins|__builtin__)\.(dict|list|set|tuple|int|float|str|bool|object|frozenset|complex|range|xrange|slice|"
-    r"bytearray|Ellipsis|NotImplemented)|"
-    r"collections\.\w+|argparse\.Namespace|types\.SimpleNamespace|uuid\.\w+|decimal\.Decimal|fractions\.Fraction")
+    r"(pytorch_lightning|lightning|lightning_fabric|omegaconf|numpy|pathlib|datetime|typing|collections)\..+|"
+    r"(builtins|__builtin__)\.(dict|list|set|tuple|int|float|str|bool|object|frozenset|complex|bytearray|"
+    r"range|xrange|slice|Ellipsis|NotImplemented)|"
+    r"argparse\.Namespace|types\.SimpleNamespace|uuid\.UUID|decimal\.Decimal|fractions\.Fraction|"
+    r"torch\.torch_version\.TorchVersion")
 
 
 def load_pickle(path: Path):
