@@ -31,6 +31,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
+from data.files import read_text
 from images import (RoutingSheet, check_finite, labelled, page, photo_image, read_picture, read_settings,
                     save_png, thumbnail, to_images)
 from models.controlnet import Control
@@ -213,7 +214,9 @@ def read_lines(file: Path, seed: int) -> list[Line]:
     Raises ValueError with the number of the first line that cannot be read.
     """
     lines = []
-    for number, text in enumerate(file.read_text(encoding="utf-8-sig").splitlines(), 1):
+    with naming(f"--from-file {file}"):
+        texts = read_text(file).split("\n")
+    for number, text in enumerate(texts, 1):
         if text.strip():
             name = f"--from-file {file}, line {number}"
             with naming(name):
@@ -391,14 +394,6 @@ def check_keys(values: object, needed: dict[str, type], optional: dict[str, type
         raise ValueError("its prompt is empty: say what to draw")
     if "seed" in values:
         check_limits("seed", "seed", values["seed"])
-
-
-def read_json(path: Path) -> object:
-    """What a JSON file holds. Raises ValueError and OSError."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not a JSON file: {error}") from error
 
 
 def check_words(pipeline: Pipeline, texts: Sequence[str]) -> None:

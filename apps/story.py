@@ -16,8 +16,9 @@ from pathlib import Path
 
 from apps import plan_sheet, save_sheet
 from images import captioned, labelled, portrait, stack
+from models.load import read_json
 from sample import (Parser, add_flags, check, check_keys, execute, generate_images, keep_inputs,
-                    load_pipeline, naming, read_json, settings_of)
+                    load_pipeline, naming, settings_of)
 from subjects import BoundSubject, read_photos
 
 COLUMNS = 5
@@ -64,8 +65,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def read_story(path: Path) -> tuple[dict[str, BoundSubject], list[tuple]]:
-    """The characters by name, and per scene its prompt, the subjects in it and its seed or None. Raises
-    ValueError."""
+    """Characters by name; per scene its prompt, the subjects in it, its seed or None. Raises ValueError."""
     story = read_json(path)
     check_keys(story, {"characters": dict, "scenes": list})
     characters, scenes = {}, []

@@ -155,17 +155,20 @@ def find_pictures(folder: Path) -> tuple[list[Path], list[str]]:
     """The pictures of a folder, sorted, and a line for every file that is of no use.
     Raises DataError without a picture."""
     files = sorted(path for path in folder.rglob("*")
-                   if path.is_file() and path.name.lower() not in BY_SYSTEMS
+                   if (path.is_symlink() or not path.is_dir()) and path.name.lower() not in BY_SYSTEMS
                    and not any(part.startswith(".") for part in path.relative_to(folder).parts))
     pictures = [path for path in files
-                if path.suffix.lower() in SUFFIXES and not path.name.lower().endswith("_mask.png")]
+                if path.suffix.lower() in SUFFIXES and not path.name.lower().endswith("_mask.png")
+                and path.is_file()]
     if not pictures:
         raise DataError(f"{folder} holds no picture ({', '.join(SUFFIXES)})")
     names = Counter(path.with_suffix("") for path in pictures)
     broken = [f"{path}: {n} pictures have this name" for path, n in names.items() if n > 1]
     for path in files:
         owner = re.fullmatch(r"(.+?)(_mask\.png|_people\.txt|\.txt)", path.name, re.IGNORECASE)
-        if owner and not {path.with_name(owner[1]), path.with_suffix("")} & names.keys():
+        if not path.is_file():
+            broken.append(f"{path}: not read, it is a link or a device, no file: copy here what it leads to")
+        elif owner and not {path.with_name(owner[1]), path.with_suffix("")} & names.keys():
             broken.append(f"{path}: there is no picture for it")
         elif not owner and path.suffix.lower() not in SUFFIXES:
             broken.append(f"{path}: not read, pictures are {', '.join(SUFFIXES)}")

@@ -31,7 +31,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from data.augment import augment_reference
-from data.files import open_picture, read_text
+from data.files import open_picture, read_text, to_rgb
 from data.masks import cut_out
 from data.sample import CACHE_ROOT, Sample, pad_subjects
 from data.processes import in_processes
@@ -97,7 +97,7 @@ def open_sample(folder: Path, image_id: str) -> Opened:
     Everything that can be wrong with a sample is found here.
     """
     with sample_path(folder, image_id, ".jpg") as path, open_picture(path, ("JPEG", "PNG")) as image:
-        picture = image.convert("RGB")
+        picture = to_rgb(image)  # not turned: its mask is not
     with sample_path(folder, image_id, ".npy") as path:
         instances = np.load(path, mmap_mode="r", allow_pickle=False)  # mapped: a header may lie
         shape = (picture.height, picture.width)

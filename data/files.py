@@ -3,7 +3,7 @@ import codecs
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
 
@@ -14,8 +14,8 @@ from PIL import Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageErro
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
 LOSSY = ("JPEG", "MPO", "WEBP", "AVIF")  # their colours may come out as others
 SRGB = ImageCms.createProfile("sRGB")
-# Of a PNG's texts and profile, when unpacked: one, and all. A workflow alone takes more than Pillow's 1 MB.
-PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = 2 ** 25, 2 ** 27
+# Of a PNG's texts and profile, when unpacked. A workflow alone takes more than Pillow's 1 MB.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2 ** 27
 # How a file begins that has a picture's name and is none -> what it is, and the cure.
 NO_PICTURE = {b"version https://git-lfs": "a git-LFS pointer: run `git lfs pull`",
               **dict.fromkeys((b"<svg", b"<?xml"), "an SVG drawing: save it as PNG"),
@@ -37,8 +37,8 @@ def read_text(path: Path) -> str:
 
 @contextmanager
 def open_picture(path: Path, formats: tuple[str, ...] = FORMATS) -> Iterator[Image.Image]:
-    """A picture file in one of these formats. Raises ValueError for what is none, and an error for more than
-    Pillow's 89 million pixels."""
+    """A picture file in one of these formats. Raises ValueError for what is none or has floating-point
+    numbers, and an error for more than Pillow's 89 million pixels."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about odd metadata
         warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -47,6 +47,8 @@ def open_picture(path: Path, formats: tuple[str, ...] = FORMATS) -> Iterator[Ima
         except UnidentifiedImageError as error:
             raise ValueError(why_no_picture(path, formats)) from error
         with image:
+            if image.mode == "F":
+                raise ValueError("pictures of floating-point numbers are not supported, save it as PNG")
             yield image
 
 
@@ -63,7 +65,7 @@ def why_no_picture(path: Path, formats: tuple[str, ...]) -> str:
 
 def as_shown(image: Image.Image) -> Image.Image:
     """Any picture -> RGB: EXIF rotation and colour profile applied, alpha over white."""
-    return to_rgb(to_srgb(ImageOps.exif_transpose(image)))
+    return to_rgb(ImageOps.exif_transpose(image))
 
 
 def as_labels(image: Image.Image) -> Image.Image:
@@ -74,43 +76,44 @@ def as_labels(image: Image.Image) -> Image.Image:
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.int64).clip(0, 2 ** 24 - 1)
-        return Image.fromarray(np.stack([values >> 16, values >> 8, values], -1).astype(np.uint8))
-    return to_rgb(image, "black", cut=True)
+        rgb = np.stack([values >> 16, values >> 8, values], -1).astype(np.uint8)
+    else:
+        rgb = np.array(image.convert("RGBA"))[..., :3]
+    return Image.fromarray(rgb * opaque(image)[..., None])
 
 
-def to_rgb(image: Image.Image, ground: str = "white", cut: bool = False) -> Image.Image:
-    """Any Pillow mode -> RGB, transparent parts over `ground`; with `cut` a pixel is either there or not."""
+def opaque(image: Image.Image) -> np.ndarray:
+    """(H, W) bool: which pixels of labels are there, and not transparent."""
+    if image.mode.startswith("I"):
+        return np.asarray(image) != image.info.get("transparency", -1)
+    return np.asarray(image.convert("RGBA").getchannel("A")) > 127
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any Pillow mode -> RGB of 8 bits: colour profile applied, transparent parts over white."""
+    profile = image.info.get("icc_profile")
     if image.mode.startswith("I"):  # more than 8 bits: Pillow's own conversion would clip them to 255
         values = np.asarray(image).clip(0, 65535)
         whole = image.mode == "I" and values.max() <= 255  # 32 bits may hold numbers of 8
         image = Image.fromarray((values >> (0 if whole else 8)).astype(np.uint8))
-    if image.mode == "F":
-        raise ValueError("pictures of floating-point numbers are not supported, save it as PNG")
     if image.mode == "La":  # premultiplied, which Pillow brings to nothing else
         image = image.convert("LA")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        if cut:
-            image.putalpha(image.getchannel("A").point(lambda alpha: 255 * (alpha > 127)))
-        image = Image.alpha_composite(Image.new("RGBA", image.size, ground), image)
-    return image.convert("RGB")
+    colours = to_srgb(image, profile)
+    if not image.has_transparency_data:
+        return colours
+    return Image.composite(colours, Image.new("RGB", image.size, "white"),
+                           image.convert("RGBA").getchannel("A"))
 
 
-def to_srgb(image: Image.Image) -> Image.Image:
-    """A picture with a colour profile -> its colours in sRGB; a profile that cannot be used is left out, as
+def to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """The colours of a picture, without alpha, as RGB in sRGB; a profile that cannot be used is left out, as
     viewers do."""
     if image.mode == "LAB":
         return ImageCms.profileToProfile(image, ImageCms.createProfile("LAB"), SRGB, outputMode="RGB")
-    if not (data := image.info.get("icc_profile")) or image.mode not in ("RGB", "RGBA", "CMYK"):
-        return image
-    try:
-        profile = ImageCms.ImageCmsProfile(BytesIO(data))
-        if "sRGB" in ImageCms.getProfileDescription(profile):
-            return image
-        colours = image.convert("RGB") if image.mode == "RGBA" else image
-        colours = ImageCms.profileToProfile(colours, profile, SRGB, outputMode="RGB")
-    except (ImageCms.PyCMSError, OSError):
-        return image
-    if image.mode == "RGBA":
-        colours.putalpha(image.getchannel("A"))
-    return colours
+    kinds = {"1": "L", "L": "L", "LA": "L", "CMYK": "CMYK"}
+    colours = image.convert(kinds.get(image.mode, "RGB"))
+    with suppress(ImageCms.PyCMSError, OSError):
+        found = ImageCms.ImageCmsProfile(BytesIO(profile or b""))
+        if "sRGB" not in ImageCms.getProfileDescription(found):
+            colours = ImageCms.profileToProfile(colours, found, SRGB, outputMode="RGB")
+    return colours.convert("RGB")

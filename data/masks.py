@@ -1,17 +1,21 @@
 """Who is where on a picture: its mask, and a person cut out by it."""
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 from PIL import ImageOps
 
-from data.files import open_picture
+from data.files import open_picture, opaque
+
+WHITE = ([255], [65535])  # of 8 and of 16 bits
 
 
 def beside(picture: Path, ending: str) -> Path:
-    """The file of a sample that ends so, in small letters or capitals."""
-    usual = picture.with_name(picture.stem + ending)
-    capitals = usual.with_suffix(usual.suffix.upper()), picture.with_name(picture.stem + ending.upper())
-    return next((path for path in (usual, *capitals) if path.exists()), usual)
+    """The file of a sample that ends so, in small letters, capitals, or with a capital first."""
+    mark, dot, suffix = ending.partition(".")
+    spelled = ((text, text.upper(), text.title()) for text in (mark, dot + suffix))
+    usual, *others = (picture.with_name(picture.stem + "".join(ends)) for ends in product(*spelled))
+    return next((path for path in (usual, *others) if path.exists()), usual)
 
 
 def mask_of(picture: Path) -> Path:
@@ -23,7 +27,7 @@ def read_mask(path: Path, size: tuple[int, int] | None) -> np.ndarray:
     """(H, W) integers or bool: the number of the person that a pixel belongs to, 0 where nobody is.
 
     A PNG of grey numbers or with a palette, of the picture's `size` (width, height) where that is known.
-    White (255) alone is person 1, transparent is nobody. Raises ValueError and OSError.
+    White alone is person 1, transparent is nobody. Raises ValueError and OSError.
     """
     with open_picture(path) as image:
         if image.format != "PNG":
@@ -33,19 +37,15 @@ def read_mask(path: Path, size: tuple[int, int] | None) -> np.ndarray:
             raise ValueError(f"the mask has {image.width} x {image.height} pixels, the picture (turned as "
                              f"its EXIF data say) {size[0]} x {size[1]}")
         if image.mode in ("1", "L", "P", "I", "I;16"):
-            mask = np.array(image).astype(np.int64)
+            mask = np.array(image).astype(np.int64) * opaque(image)
         else:
-            *channels, alpha = np.moveaxis(np.array(image.convert("RGBA")), -1, 0)
-            if any((channel != channels[0]).any() for channel in channels):
+            colours = np.array(image.convert("RGBA"))[..., :3] * opaque(image)[..., None]
+            mask = colours[..., 0]
+            if (colours != mask[..., None]).any():
                 raise ValueError("a mask is greyscale or palette, a number for each person, not in colours")
-            mask = np.where(alpha > 127, channels[0], 0)
-        if image.mode == "P" and "transparency" in image.info:
-            clear = image.info["transparency"]
-            clear = [clear] if isinstance(clear, int) else [i for i, a in enumerate(clear) if a < 128]
-            mask[np.isin(mask, clear)] = 0
     if not mask.any():
         raise ValueError("there is nobody on the mask")
-    return mask > 0 if (mask[mask > 0] == 255).all() else mask
+    return mask > 0 if np.unique(mask[mask > 0]).tolist() in WHITE else mask
 
 
 def cut_out(picture: np.ndarray, mask: np.ndarray, rng: np.random.Generator,

@@ -183,15 +183,17 @@ def what_is_wrong(path: Path, error: Exception | str = "") -> str:
         begin = next((begin for begin in BEGINNINGS if head.lstrip().startswith(begin)), None)
         return (f"is {BEGINNINGS[begin]}" if begin else
                 f"is not a model file (it starts with {head[:8]!r}): give a .safetensors file")
+    metadata = {}
     with suppress(ValueError, RecursionError, AttributeError, TypeError, LookupError):
         header = json.loads(text)
-        for name, value in header.pop("__metadata__", {}).items():
-            if not isinstance(value, str):
-                return (f"has {name!r} {value!r} in its __metadata__, where only text may be: its tensors "
-                        "are whole, write it again without that entry")
+        metadata = header.pop("__metadata__", {})
         length += max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
     if 8 + length > size:
         return f"is truncated ({size} of {8 + length} bytes): download it again"
+    odd = {k: v for k, v in metadata.items() if type(v) is not str} if type(metadata) is dict else metadata
+    if odd:
+        return (f"has {odd!r} in its __metadata__, where only text may be: its tensors are whole, write it "
+                "again without that")
     return f"is damaged ({error}): download it again"
 
 

@@ -277,7 +277,7 @@ def test_edit_refuses_areas(refuse, flags, words):
 
 
 @pytest.mark.parametrize("change, words", [
-    ("{", "not a JSON file"), ({"scenes": []}, "'scenes' must be a list that is not empty"),
+    ("{", "not valid JSON"), ({"scenes": []}, "'scenes' must be a list that is not empty"),
     ({"characters": {"Ada": {"word": "woman"}}}, "character 'Ada': an object with word, photos is needed"),
     ({"title": "Ada"}, "an object with characters, scenes is needed"),
     ({"scenes": [{"prompt": "a"}, {"prompt": "a", "steps": 3}]},

@@ -125,22 +125,25 @@ def test_layouts(layout, theirs, expected, tmp_path):
     assert all((out / file.name).read_bytes() == file.read_bytes() for file in again.iterdir())
 
 
-def test_a_folder_as_diffusers_saves_it(tmp_path):
+@pytest.mark.parametrize("name, pooled", [("saved", True), ("shuffled", False)])
+def test_a_folder_as_diffusers_saves_it(name, pooled, tmp_path):
     """Heads, groups and pooling are known from its config alone."""
-    cfg = replace(OTHER, global_pool=True)
+    cfg = replace(OTHER, global_pool=pooled)
     theirs = public("controlnet", cfg)
-    theirs.save_pretrained(tmp_path / "saved")
-    for source in (tmp_path / "saved", tmp_path / "saved" / "diffusion_pytorch_model.safetensors"):
+    theirs.save_pretrained(tmp_path / name)
+    for source in (tmp_path / name, tmp_path / name / "diffusion_pytorch_model.safetensors"):
         net = load_controlnet(str(source))
         assert net.cfg == cfg
         assert max(errors(*(OUTPUTS["controlnet"](m, cfg) for m in (net, theirs))).values()) < LIMIT
 
 
 @pytest.mark.parametrize("name", ["control_v11e_sd15_shuffle.pth",
-                                  "Control_V11e_Shuffle/diffusion_pytorch_model.safetensors"])
-def test_shuffle_is_known_by_its_name(name, theirs, tmp_path):
+                                  "Control_V11e_Shuffle/diffusion_pytorch_model.safetensors",
+                                  "models--lllyasviel--control_v11e_sd15_shuffle/snapshots/01/model.bin"])
+def test_shuffle_is_known_by_its_name(name, theirs, tmp_path, monkeypatch):
     source = put(ldm_controlnet(theirs.state_dict()), tmp_path / "there" / name)
-    assert load_controlnet(str(source)).cfg == replace(SMALL_CONTROLNET, global_pool=True)
+    monkeypatch.chdir(source.parent)
+    assert load_controlnet(source.name).cfg == replace(SMALL_CONTROLNET, global_pool=True)
 
 
 @pytest.fixture

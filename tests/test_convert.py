@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import types
+import uuid
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -213,7 +214,9 @@ def test_ema_that_is_not_there(tmp_path, states, refused):
 WRAPPERS = {
     "torch.compile": lambda state: {name.replace(UNET, UNET + "_orig_mod."): v for name, v in state.items()},
     "DistributedDataParallel": lambda state: under("module.", state),
-    "a trainer": lambda state: under("trainer.net.", state)}
+    "a trainer": lambda state: under("trainer.net.", state),
+    "ComfyUI": lambda state: {name.replace(UNET, "diffusion_model.").replace(
+        "cond_stage_model.", "text_encoders.clip_l."): v for name, v in state.items()}}
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
@@ -242,6 +245,15 @@ def test_a_text_encoder_of_another_tokenizer_is_refused(tmp_path, states):
                   Notes()).values()
     with pytest.raises(WrongTensors, match="32000 rows, CLIP's tokenizer 49408 words"):
         parts.fit("text_encoder", part, Notes())
+
+
+def test_another_number_of_positions_is_said(tmp_path, states):
+    """As in LongCLIP."""
+    name, notes = "text_model.embeddings.position_embedding.weight", Notes()
+    longer = lazy(states["text_encoder"] | {name: torch.ones(248, 32)})
+    part, = split(longer, tmp_path, {}, "auto", notes).values()
+    parts.fit("text_encoder", part, notes)
+    assert part.cfg.length == 248 and f"{name} has 248 rows, Stable Diffusion 1.5's 77" in notes.repaired[0]
 
 
 def test_half_a_vae_is_told_what_it_lacks(tmp_path, states):
@@ -323,7 +335,7 @@ def test_heads_come_from_the_configs(folder, out, states, theirs):
      "diffusion_pytorch_model.fp16.safetensors"),
     ("diffusion_pytorch_model.non_ema.safetensors", ""),
     ("model.bf16.safetensors model.fp16.safetensors model.fp32.safetensors", "model.fp32.safetensors"),
-    ("model.bf16.safetensors model.fp16.safetensors", "model.fp16.safetensors"),
+    ("model.bf16.safetensors model.FP16.SAFETENSORS Model.bin", "model.FP16.SAFETENSORS"),
     ("model-00001-of-00002.safetensors model-00002-of-00002.safetensors config.json",
      "model-00001-of-00002.safetensors model-00002-of-00002.safetensors")])
 def test_which_files_of_a_folder_are_taken(names, chosen):
@@ -365,6 +377,8 @@ def test_the_schedule_of_a_folder_is_its_unets_alone(folder):
 @pytest.mark.parametrize("part, change, code, message", [
     ("unet", {"cross_attention_dim": 768}, 3, "says cross_attention_dim 768, the tensors 32"),
     ("unet", {"attention_head_dim": 7}, 3, "32 is not divisible by 7"),
+    ("unet", {"attention_head_dim": [2, 4, 8, 8]}, 3, "[2, 4, 8, 8], not one whole number"),
+    ("unet", {"block_out_channels": 32}, 3, "says block_out_channels 32, not a list of them"),
     ("vae", {"scaling_factor": 0.13025}, 2, "has scaling_factor 0.13025"),
     ("text_encoder", {"hidden_act": "gelu"}, 2, "has hidden_act 'gelu'"),
     ("text_encoder", {"num_hidden_layers": 12}, 3, "says num_hidden_layers 12, the tensors 3"),
@@ -611,6 +625,8 @@ FOREIGN = [
     ({"oft_unet_x.oft_blocks": (4, 8), "y": (2,)}, "an OFT"), ({"x.lokr_w1": (4, 8), "y": (2,)}, "a LoKr"),
     ({"diffusion_model.input_blocks.0.0.diff": (4, 8), "y": (2,)}, "a full difference"),
     ({"encoder.layers.0.weight": (64, 3, 3, 3), "decoder.layers.1.weight": (8,)}, "a TAESD"),
+    ({"vae.decoder.layers.1.weight": (64, 64, 3, 3), "vae.decoder.layers.1.bias": (64,)}, "a TAESD"),
+    ({"vision_model.embeddings.patch_embedding.weight": (1280, 3, 14, 14)}, "a ViT-H of OpenCLIP"),
     ({"module.double_blocks.0.img_attn.qkv.weight": (8, 8)}, "a Flux checkpoint"),
     ({"control_model.input_blocks.0.0.weight": (8, 4, 3, 3), "control_model.zero_convs.0.0.bias": (8,)},
      "a ControlNet"),
@@ -645,6 +661,12 @@ def test_a_part_alone_says_which_flag_takes_it(tmp_path, refused, name, part):
     save_file({name: torch.zeros(8, 4, 3, 3)}, tmp_path / "part.safetensors")
     message = refused(2, tmp_path / "part.safetensors")
     assert f"holds {part} only, no UNet: give it as --{part.lower().replace(' ', '-')} beside" in message
+
+
+def test_names_of_no_part_are_said_where_one_is_missing(tmp_path, refused):
+    file = tmp_path / "a.safetensors"
+    save_file({"first_stage_model.x": torch.ones(2), "student.x": torch.ones(2)}, file)
+    assert "holds VAE only, no UNet; of no part are its student (1): give" in refused(2, file)
 
 
 def test_nested_bins_are_named(tmp_path, refused):
@@ -792,7 +814,9 @@ def settings() -> dict:
     """What training scripts leave beside the tensors, as the real libraries write it."""
     found = {"args": argparse.Namespace(lr=1e-4, output=Path("runs/a")), "started": datetime.datetime.now(),
              "counts": collections.defaultdict(int, {"a": 1}), "loss": np.float64(0.5), "rate": np.arange(3),
-             "seen": {1, 2}, "counter": collections.Counter("ab")}
+             "seen": {1, 2}, "counter": collections.Counter("ab"), "last": collections.deque([1], 9),
+             "run": uuid.uuid4(), "steps": range(9), "torch": torch.__version__,
+             "more": types.SimpleNamespace(a=1)}
     try:
         import omegaconf
     except ImportError:

@@ -348,6 +348,12 @@ def test_a_subject_outside_the_cut_is_left_out(tmp_path):
     assert not sample.masks.any() and not sample.references.any()
 
 
+def test_a_transparent_picture_is_seen_on_white(tmp_path):
+    stem = write_sample(tmp_path)
+    Image.new("RGBA", (60, 40)).save(stem.with_suffix(".jpg"), format="PNG")
+    assert read_stem(stem, 40).image.min() == 255
+
+
 def test_a_tall_picture_gets_black_sides(tmp_path):
     tall = read_stem(write_sample(tmp_path, (60, 80)), 160)
     expected = np.zeros((160, 160), bool)

@@ -55,6 +55,13 @@ def test_a_picture_for_each_line(draw, lines, world):
     assert read_settings(Path("out/00002.png"))["subjects"] == ["man=ada.png,bob.png"]
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_prompts_in_any_unicode(encoding, place):
+    (place / "a.txt").write_text("a woman\r\na caf\u00e9\u2028by night\n", encoding=encoding, newline="")
+    assert [line.prompt for line in sample.read_lines(place / "a.txt", 0)] == [
+        "a woman", "a caf\u00e9\u2028by night"]
+
+
 def test_a_second_run_draws_what_is_missing_broken_or_changed(draw, lines):
     file = lines(*LINES)
     draw(file)

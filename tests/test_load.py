@@ -144,11 +144,14 @@ def test_files_that_hold_no_tensors_are_named(folder, content, message):
         load_models(folder)
 
 
-def test_metadata_that_is_no_text_is_named(tmp_path):
+@pytest.mark.parametrize(("metadata", "size", "match"), [
+    (b'{"step":3,"a":"b"}', 4, r"has {'step': 3} in its __metadata__, where only text may be"),
+    (b"[1]", 4, r"has \[1\] in its __metadata__"), (b'{"step":3}', 3, "is truncated")])
+def test_metadata_that_is_no_text_is_named(metadata, size, match, tmp_path):
     """As other writers leave it; safetensors itself reads no such file."""
-    header = b'{"__metadata__":{"step":3},"x":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
-    (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 4)
-    with pytest.raises(WeightsError, match="has 'step' 3 in its __metadata__, where only text may be"):
+    header = b'{"__metadata__":%s,"x":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}' % metadata
+    (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * size)
+    with pytest.raises(WeightsError, match=match):
         read_tensors(tmp_path / "x.safetensors")
 
 

@@ -182,6 +182,11 @@ LAYOUTS = {
             "text_encoder.", "text_encoders.clip_l.transformer.", 1): v
          for k, v in diffusers({f"unet.{ldm_place(k[5:])}" if k.startswith("unet.") else k: v
                                 for k, v in low.items()}).items()}, file)),
+    "kohya, torch.compile": (transformers, lambda low, file: save_file(
+        {k.replace("lora_unet_", "lora_unet__orig_mod_"): v for k, v in kohya(low).items()}, file)),
+    "PEFT inside of the UNet, CLIP as in ComfyUI's files": (anything, lambda low, file: save_file(
+        {k.replace("unet.", "unet.base_model.model.", 1).replace("text_encoder.", "clip_l.transformer.", 1): v
+         for k, v in peft(low).items()}, file, peft_metadata(low))),
     "LyCORIS": (lambda name: name.startswith("unet."), lambda low, file: save_file(
         {k.replace("lora_unet_", "lycoris_"): v for k, v in kohya(low).items()}, file)),
     "diffusers, pickled": (transformers, lambda low, file: torch.save(diffusers(low), file)),

@@ -100,22 +100,37 @@ def test_reads_8_bit_values_in_32(tmp_path):
     assert np.array_equal(read(tmp_path / "a.tiff"), grey(values))
 
 
-def test_colour_profiles_are_applied(tmp_path):
-    """A profile with its primaries swapped; a damaged one is left out."""
-    swapped = ImageCms.createProfile("sRGB")
-    data = bytearray(ImageCms.ImageCmsProfile(swapped).tobytes())
+def profile(grey: bool = False) -> bytes:
+    """A colour profile whose red and blue are exchanged, or one of linear greys: sRGB's, changed."""
+    data = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
     table = {bytes(data[i:i + 4]): i for i in range(132, 132 + 12 * int.from_bytes(data[128:132], "big"), 12)}
-    red, blue = table[b"rXYZ"] + 4, table[b"bXYZ"] + 4
-    data[red:red + 8], data[blue:blue + 8] = data[blue:blue + 8], data[red:red + 8]
-    data = bytes(data).replace("sRGB".encode("utf-16-be"), "swap".encode("utf-16-be"))
-    picture = Image.new("RGB", (W, H), (200, 20, 20))
-    picture.save(tmp_path / "a.png", icc_profile=data)
+    red, blue, curve = table[b"rXYZ"] + 4, table[b"bXYZ"] + 4, table[b"rTRC"]
+    if grey:
+        data[16:20], data[curve:curve + 4] = b"GRAY", b"kTRC"
+        start = int.from_bytes(data[curve + 4:curve + 8], "big") + 8
+        data[start:start + 8] = struct.pack(">HHI", 0, 0, 1 << 16)  # an exponent of 1
+    else:
+        data[red:red + 8], data[blue:blue + 8] = data[blue:blue + 8], data[red:red + 8]
+    return bytes(data).replace("sRGB".encode("utf-16-be"), "mine".encode("utf-16-be"))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+def test_colour_profiles_are_applied(tmp_path, mode):
+    """A damaged one is left out, and one of another kind of colours."""
+    picture = Image.new("RGB", (W, H), (200, 20, 20)).convert(mode, palette=Image.Palette.ADAPTIVE)
+    picture.save(tmp_path / "a.png", icc_profile=profile())
     assert np.abs(read(tmp_path / "a.png") - (20, 20, 200)).max() <= 3
-    picture.putalpha(255)
-    picture.save(tmp_path / "b.png", icc_profile=data)
-    assert np.abs(read(tmp_path / "b.png") - (20, 20, 200)).max() <= 3
-    picture.save(tmp_path / "c.png", icc_profile=data[:200])
-    assert np.array_equal(read(tmp_path / "c.png")[0, 0], (200, 20, 20))
+    for data in (profile()[:200], profile(grey=True)):
+        picture.save(tmp_path / "a.png", icc_profile=data)
+        assert np.array_equal(read(tmp_path / "a.png")[0, 0], (200, 20, 20))
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "I;16"])
+def test_profiles_of_greys_are_applied(tmp_path, mode):
+    picture = Image.fromarray(np.full((H, W), 64 << 8, np.uint16)) if mode == "I;16" else Image.new(
+        "L", (W, H), 64).convert(mode)
+    picture.save(tmp_path / "a.png", icc_profile=profile(grey=True))
+    assert np.abs(read(tmp_path / "a.png") - 137).max() <= 1  # 64 / 255, linear, in sRGB
 
 
 def test_reads_lab(tmp_path):
@@ -125,7 +140,7 @@ def test_reads_lab(tmp_path):
     assert np.abs(read(tmp_path / "a.tiff") - (200, 60, 20)).max() <= 4
 
 
-@pytest.mark.parametrize("mode", ["RGBA", "P"])
+@pytest.mark.parametrize("mode", ["RGBA", "P", "L", "I;16"])
 def test_labels_are_black_where_they_are_transparent(tmp_path, mode):
     labels = np.zeros((H, W, 4), np.uint8)
     labels[:, :8] = 255, 0, 0, 255
@@ -134,8 +149,12 @@ def test_labels_are_black_where_they_are_transparent(tmp_path, mode):
     image = Image.fromarray(labels)
     if mode == "P":
         image = image.convert("RGB").quantize(8)
+    elif mode != "RGBA":  # numbers; a PNG names the one that is transparent
+        image = Image.fromarray(labels[..., 0].astype(np.uint16 if mode == "I;16" else np.uint8) // 2
+                                + labels[..., 2] // 4)
+    if mode != "RGBA":
         image.info["transparency"] = image.getpixel((20, 0))
-    image.save(tmp_path / "a.png")
+    image.save(tmp_path / "a.png", transparency=image.info.get("transparency"))
     person, *others = read_masks(tmp_path / "a.png", torch.zeros(3, H, W))[::-1]
     assert len(others) == (mode == "P") and person[:, :8].all() and not person[:, 16:].any()
 

@@ -168,11 +168,20 @@ class EmptyDict:
         return {}
 
 
+class EmptyList:
+    """And of lists."""
+
+    def __new__(cls, *args, **kwargs):
+        return []
+
+
 # What training scripts leave beside tensors. A checkpoint may mention these names; each becomes inert.
 INERT = re.compile(
-    r"(pytorch_lightning|lightning|lightning_fabric|omegaconf|numpy|pathlib|datetime|typing)\..+|"
-    r"(builtins|__builtin__)\.(dict|list|set|tuple|int|float|str|bool|object|frozenset|complex)|"
-    r"collections\.\w+|argparse\.Namespace")
+    r"(pytorch_lightning|lightning|lightning_fabric|omegaconf|numpy|pathlib|datetime|typing|collections)\..+|"
+    r"(builtins|__builtin__)\.(dict|list|set|tuple|int|float|str|bool|object|frozenset|complex|bytearray|"
+    r"range|xrange|slice|Ellipsis|NotImplemented)|"
+    r"argparse\.Namespace|types\.SimpleNamespace|uuid\.UUID|decimal\.Decimal|fractions\.Fraction|"
+    r"torch\.torch_version\.TorchVersion")
 
 
 def load_pickle(path: Path):
@@ -193,7 +202,8 @@ def load_pickle(path: Path):
             asked = re.search(r"GLOBAL (\S+)", str(error))
             name = asked and (asked[1] if "." in asked[1] else f"builtins.{asked[1]}")
             if name and INERT.fullmatch(name) and name not in allowed:
-                kind = EmptyDict if re.search("dict$|Counter$", name, re.IGNORECASE) else StandIn
+                kind = (EmptyDict if re.search("dict$|Counter$", name, re.IGNORECASE) else
+                        EmptyList if re.search("list$|deque$", name) else StandIn)
                 allowed[name] = type(kind.__name__, (kind,), {})
             elif name:
                 raise Unsafe(f"{path} is an unsafe pickle: it asks for {name}, which could run code. "
@@ -209,7 +219,7 @@ def load_pickle(path: Path):
 # 2. Finding files: a file, a folder or a repository.
 
 FILE = re.compile(r"(diffusion_pytorch_model|model|pytorch_model|open_clip_model|open_clip_pytorch_model)"
-                  r"((?:[.-](?:fp32|fp16|bf16|\d{5}-of-\d{5}))*)\.(safetensors|bin)")
+                  r"((?:[.-](?:fp32|fp16|bf16|\d{5}-of-\d{5}))*)\.(safetensors|bin)", re.IGNORECASE)
 PRECISIONS = ("bf16", "fp16", "fp32")  # the best last
 
 
@@ -217,9 +227,9 @@ def choose(names: Iterable[str]) -> list[str]:
     """The weight files to take of one folder, all shards: safetensors before .bin, full before half."""
     groups: dict[tuple, list[str]] = {}
     for match in filter(None, map(FILE.fullmatch, sorted(names))):
-        precision = tuple(word in match[2] for word in PRECISIONS)  # none of them sorts first
-        count = re.search(r"-of-(\d{5})", match[2])
-        kind = (match[3] == "bin", precision, bool(count), match[1], int(count[1]) if count else 1)
+        precision = tuple(word in match[2].lower() for word in PRECISIONS)  # none of them sorts first
+        count = re.search(r"-of-(\d{5})", match[2].lower())
+        kind = (match[3].lower() == "bin", precision, bool(count), match[1], int(count[1]) if count else 1)
         groups.setdefault(kind, []).append(match[0])
     if not groups:
         return []

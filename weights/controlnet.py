@@ -46,8 +46,10 @@ def find_controlnet(state: State, path: Path, settings: dict, notes: Notes) -> P
         raise WrongKind(f"{path} is no ControlNet (it has neither input_hint_block nor "
                         f"controlnet_cond_embedding, its first names are {', '.join(list(state)[:3])}): give "
                         f"{WANTED}")
-    if "shuffle" in f"{path.parent.name} {path.name}".lower():  # nothing inside the file tells
-        settings = {**settings, "global_pool_conditions": True}
+    # Nothing inside the file tells: its name, its folder's, or that of a repository in Hugging Face's cache.
+    *folders, folder, file = path.absolute().parts
+    called = " ".join([file, folder, *(name for name in folders if name.startswith("models--"))])
+    settings = {"global_pool_conditions": "shuffle" in called.lower(), **settings}
     part = Part({}, path, settings)
     for key, tensor in found.items():
         part.add(names[key], key, tensor)

@@ -72,17 +72,23 @@ def gather(args: argparse.Namespace, notes: Notes) -> tuple[dict[str, Part], dic
     parts = open_source(args.source, args.ema, notes) if args.source else {}
     if parts and "unet" not in parts and not args.unet:
         raise WrongKind(f"{args.source} holds {' and '.join(LABELS[name] for name in parts)} only, no UNet"
-                        f"{not_taken(Path(args.source))}: give it as {' and '.join(map(flag, parts))} beside "
-                        "a checkpoint")
+                        f"{not_taken(Path(args.source))}{unknown(notes)}: give it as "
+                        f"{' and '.join(map(flag, parts))} beside a checkpoint")
     base = next((part.settings for part in parts.values() if part.cfg), {})
     for name in PARTS:
         if source := getattr(args, name):
             parts[name] = open_part(source, name, args.ema if name == "unet" else "off", notes)
     if missing := [name for name in REQUIRED if name not in parts]:
         raise WrongTensors(f"{args.source} has no {' and no '.join(LABELS[name] for name in missing)}"
-                           f"{not_taken(Path(args.source))}: add "
+                           f"{not_taken(Path(args.source))}{unknown(notes)}: add "
                            f"{' and '.join(f'{flag(name)} FILE' for name in missing)}")
     return {name: parts[name] for name in PARTS if name in parts}, base
+
+
+def unknown(notes: Notes) -> str:
+    """The first names of tensors that belong to no part, the most frequent ones, for messages."""
+    names = ", ".join(f"{name} ({count})" for name, count in notes.dropped.most_common(3))
+    return f"; of no part are its {names}" if names else ""
 
 
 def describe(args: argparse.Namespace, parts: dict[str, Part], base: dict, notes: Notes) -> dict:

@@ -222,10 +222,11 @@ def peft_alpha(path: Path, state: Mapping[str, Tensor],
 
 def plain(spelled: str) -> str:
     """A layer's name in a file without what differs between programs but its dots."""
-    spelled = re.sub(r"^base_model\.model\.|(?<=\.)processor\.", "", spelled)
+    spelled = re.sub(r"(?<![^.])base_model\.model\.|(?<=\.)processor\.", "", spelled)
     spelled = re.sub(r"^lora_te1_", "lora_te_", spelled)  # diffusers numbers the only text encoder, too
-    spelled = re.sub(r"^diffusion_model\.", "unet.", spelled)  # ComfyUI
-    return re.sub(r"^text_encoders\.clip_l\.transformer\.", "text_encoder.", spelled).replace(".", "_")
+    spelled = re.sub(r"^(model\.)?diffusion_model\.", "unet.", spelled)  # ComfyUI
+    spelled = re.sub(r"^(text_encoders\.)?clip_l\.(transformer\.)?", "text_encoder.", spelled)
+    return re.sub(r"(?<=_)(_orig_mod|module)_", "", spelled.replace(".", "_"))  # wrappers in kohya's names
 
 
 def spellings(layers: Iterable[str]) -> dict[str, str]:

@@ -41,13 +41,15 @@ FOREIGN = {
     r"\bcond_stage_model\.model\.": "an SD2 checkpoint",
     r"time_embed(ding)?\.cond_proj\.": "an LCM (latent consistency) checkpoint",
     r"^v_pred$": "a v-prediction checkpoint", r"^ztsnr$": "a checkpoint for zero terminal SNR",
-    r"^(taesd_)?(encoder|decoder)\.(layers\.)?\d+\.(weight|conv\.\d)|^\d+\.(weight|conv\.\d+\.weight)$":
+    r"(^|\.|^taesd_)(encoder|decoder)\.(layers\.)?\d+\.(weight|conv\.\d)|^\d+\.(weight|conv\.\d+\.weight)$":
         "a TAESD, a tiny VAE for previews",
     r"\bquantize\.embedding\b": "a VQ autoencoder",
     r"\btime_(stack|mixer|conv_out|res_block)|\btemporal_": "a video model's part",
     r"\bencoder\.block\.\d+\.layer\.|\bword_embeddings\b": "a text encoder that is not CLIP",
 }
 CHANNELS = {9: "an inpainting", 8: "an instruct-pix2pix", 5: "a depth-to-image", 7: "an upscaler"}
+VISION = re.compile(r"\b(visual\.conv1|embeddings\.patch_embedding)\.weight$")
+OPEN_CLIP = {1280: "a ViT-H", 1408: "a ViT-g", 1664: "a ViT-bigG"}  # other activations or heads, by width
 CONTEXTS = {1024: "an SD2", 2048: "an SDXL", 1280: "an SDXL refiner"}  # width of the text that is read
 
 
@@ -72,6 +74,8 @@ def refuse_foreign(state: Mapping, path: str | Path, foreign: Mapping[str, str],
         if channels != 4 and re.search(r"\binput_blocks\.0\.0\.weight$|^(unet\.)?conv_in\.weight$", key):
             kind = CHANNELS.get(channels, "an unknown")
             refuse(f"{kind} checkpoint", f"{key} reads {channels} channels, not 4")
+        if VISION.search(key) and tensor.shape[0] in OPEN_CLIP:
+            refuse(f"{OPEN_CLIP[tensor.shape[0]]} of OpenCLIP", f"{key} is {tensor.shape[0]} wide")
         if channels != 4 and re.search(r"\bdecoder\.conv_in\.weight$", key):
             refuse("the VAE of another model, as SD3's or Flux's", f"{key} reads {channels} channels, not 4")
 
@@ -79,14 +83,15 @@ def refuse_foreign(state: Mapping, path: str | Path, foreign: Mapping[str, str],
 # 2. Prefixes. What wraps a model while it is trained puts its own name into those of the tensors.
 
 WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|module)\.")
-# Prefix -> the part behind it, in LDM's files and in those that hold a whole pipeline.
+# Prefix -> the part behind it, in LDM's files and in those that hold a whole pipeline, ComfyUI's last.
 PREFIXES = {"model.diffusion_model.": "unet", "first_stage_model.": "vae",
             "cond_stage_model.transformer.": "text_encoder",
-            "unet.": "unet", "vae.": "vae", "text_encoder.": "text_encoder"}
+            "unet.": "unet", "vae.": "vae", "text_encoder.": "text_encoder",
+            "diffusion_model.": "unet", "text_encoders.clip_l.transformer.": "text_encoder"}
 # First parts of names that belong to a model; any other that all names of a file share is a wrapper's.
-FIRST = re.compile(r"model\.diffusion_model|model_ema|(first|cond)_stage_model|control_model|unet|vae|"
+FIRST = re.compile(r"(model\.diffusion_model|model_ema|(first|cond)_stage_model|control_model|unet|vae|"
                    r"text_encoder|text_model|vision_model|visual\w*|embeddings|encoder|decoder|\w+_blocks?|"
-                   r"(conv|time|post|quant|mid|final|pre)_\w+|out|input_hint_block|zero_convs")
+                   r"(conv|time|post|quant|mid|final|pre)_\w+|out|input_hint_block|zero_convs)\.")
 
 
 def unwrap(names: Collection[str]) -> dict[str, str]:

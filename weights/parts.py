@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from models.clip_text import EOS
+from models.clip_text import EOS, CLIPTextConfig
 from models.load import ALL_PARTS, PARTS, build_config, build_empty, differences, write_whole
 from samplers.schedule import BETA_FIRST, BETA_LAST, NUM_TIMESTEPS, alpha_bar
 from weights.checkpoints import (FLOATS, REQUIRED, Lazy, Notes, Refusal, State, WrongKind, WrongTensors,
@@ -76,7 +76,7 @@ def not_taken(folder: Path) -> str:
     """Files of a folder and its parts' folders that are models by other names, for messages."""
     found = [str(file.relative_to(folder)) for place in (folder, *(folder / name for name in REQUIRED))
              if place.is_dir() for file in sorted(place.iterdir())
-             if file.suffix in MODELS and not choose([file.name])]
+             if file.suffix.lower() in MODELS and not choose([file.name])]
     return f"; what it has ({', '.join(found[:3])}) can only be given as a file" if found else ""
 
 
@@ -252,8 +252,12 @@ def find_sizes(name: str, part: Part):
         sizes = {}  # the comparison with SD1.5's names will say what is missing
     for key, theirs in FIELDS[name].items():
         value = tuple(said[theirs]) if isinstance(said.get(theirs), list) else said.get(theirs)
-        if isinstance(value, tuple) and not key.endswith("channels") and len(set(value)) == 1:
+        kind = tuple if key in ("channels", "hint_channels") else int
+        if kind is int and isinstance(value, tuple) and len(set(value)) == 1:
             value = value[0]  # one for each level, all alike
+        if value is not None and not isinstance(value, kind):
+            raise WrongTensors(f"{part.path}: config.json says {theirs} {said[theirs]!r}, not "
+                               f"{'one whole number' if kind is int else 'a list of them'}")
         if value is not None and key not in ("heads", "groups") and value != sizes.get(key, value):
             raise WrongTensors(f"{part.path}: config.json says {theirs} {value}, the tensors {sizes[key]}")
         if value is not None:
@@ -289,6 +293,9 @@ def fit(name: str, part: Part, notes: Notes) -> None:
         if isinstance(error, Refusal):
             raise
         raise WrongTensors(f"{part.path}, {LABELS[name]}: {error}") from error
+    if name == "text_encoder" and part.cfg.length != CLIPTextConfig.length:
+        notes.repaired.append(f"text_model.embeddings.position_embedding.weight has {part.cfg.length} rows, "
+                              f"Stable Diffusion 1.5's {CLIPTextConfig.length}: prompts have so many tokens")
     found = part.tensors
     convolutions = [k for k in sorted(found.keys() & expected.keys())
                     if found[k].shape != expected[k].shape
