@@ -110,9 +110,9 @@ def test_from_photographs_to_a_picture(photos, models, world, monkeypatch):
              "train": ["--steps", "2", "--batch-size", "2", "--accumulate", "1", "--samples-every", "0"]}
     given = commands([ROOT / "docs" / "photos.md"])
     assert [module for module, _ in given] == [
-        "weights.convert_sd15", "data.annotate", "data.build", "data.build", "train", "data.annotate",
-        "sample", "weights.publish"]
-    for module, arguments in given:
+        "weights.convert_sd15", "data.annotate", "data.build", "train", "data.annotate", "sample",
+        "weights.publish"]
+    for module, arguments in [*given[:3], ("data.build", ["--check", "DATA"]), *given[3:]]:
         monkeypatch.setattr(sys, "argv", [module, *arguments, *small.get(module, [])])
         try:
             importlib.import_module(module).main()
