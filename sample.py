@@ -5,7 +5,9 @@
 
 Without --weights it uses the small cartoon world that ships with the code. A line of --from-file is a
 prompt, or a JSON object with `prompt` and perhaps `subjects`, a list of what --subject takes, and `seed`.
-What is drawn already is left alone when the command is given again. `torchrun` shares the lines.
+Existing pictures are skipped when the command is given again. Under torchrun the processes split the lines.
+A photo is for the prompt's next person; woman=a.png is for that word, 2=a.png for the prompt's second person.
+a.png,b.png are two photos of one person. crowd.png#2 is the second person of the photo's mask.
 """
 import argparse
 import importlib
@@ -65,10 +67,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--from-file", type=Path, metavar="FILE", help="one picture for each of its lines")
     add = parser.add_argument
     add("--subject", action="append", default=[], metavar="[WORD=]FILE",
-        help="a person's photo, for WORD or in the prompt's order; repeatable. FILE,FILE: photos of one "
-             "person; FILE#2: the second on it; 2=FILE: for the prompt's second")
+        help="a person's photo, see above; repeatable")
     add("--subject-mask", action="append", default=[], type=Path, metavar="FILE",
-        help="cuts them out (default: NAME_mask.png beside it); one for each --subject")
+        help="cuts the person out (default: NAME_mask.png beside it); one for each photo")
     add("--output", type=Path, default=Path("sample.png"), metavar="PATH",
         help="a .png, or a folder for several pictures (default sample.png)")
     add("--num", type=int, default=1, metavar="N", help="how many; picture k has seed SEED + k (default 1)")
@@ -273,7 +274,7 @@ def add_flags(parser: argparse.ArgumentParser, seeds: Sequence[int] = (), withou
         help=f"sampling steps (default: {said['steps']})")
     add("--guidance-scale", type=float, default=defaults.get("guidance_scale"), metavar="SCALE",
         help=f"classifier-free guidance; 1 is none (default: {said['guidance_scale']})")
-    add("--negative-prompt", default="", metavar="TEXT", help="what to lead away from")
+    add("--negative-prompt", default="", metavar="TEXT", help="what the picture shall not show")
     add("--clip-skip", type=int, default=1, metavar="N",
         help="the text encoder's N-th layer from the end, as web UIs count (default 1)")
     add("--sampler", choices=list(SAMPLERS), default="unipc", help="default unipc")
@@ -282,7 +283,7 @@ def add_flags(parser: argparse.ArgumentParser, seeds: Sequence[int] = (), withou
     add("--prior-above", type=int, metavar="T",
         help="the base model alone at timesteps from T on (default: the weights', or 800)")
     add("--strength", type=float, default=1.0, metavar="FACTOR",
-        help="times the routers' weight for the subjects; 0 is the base model (default 1)")
+        help="scales the subjects' router weight; 0 is the base model (default 1)")
     add("--sparse", type=float, default=0.0, metavar="WEIGHT",
         help="faster: pixels routed below this, such as 0.1, get the prior only (default 0)")
     add = parser.add_argument_group("models").add_argument
@@ -300,7 +301,7 @@ def add_flags(parser: argparse.ArgumentParser, seeds: Sequence[int] = (), withou
     add("--dtype", choices=list(DTYPES), default="fp32", help="default fp32")
     add("--checker", metavar="MODULE:FUNCTION",
         help="a safety checker: Pillow image -> the one to save, or ValueError")
-    add = parser.add_argument_group("control; repeatable, numbers once for all or for each").add_argument
+    add = parser.add_argument_group("control; repeatable, numbers once or for each ControlNet").add_argument
     add("--controlnet", action="append", default=[], metavar="FILE",
         help="a file or folder of a ControlNet")
     add("--control-image", action="append", default=[], metavar="FILE",

@@ -3,13 +3,10 @@
     python train.py moa --weights weights/toyworld --output runs/moa
     torchrun --nproc-per-node 4 train.py moa --preset sd15 --weights SD15 --data DATA --output runs/sd15
 
-A run's folder has config.json, metrics.jsonl, checkpoints, sample sheets and the weights, those of --weights
-too: it is the next stage's --weights (vae, clip, prior, moa; controlnet and lora on a prior). A run is a pure
-function of its seed: stop it at any moment, and --resume goes on to the same weights. `torchrun` shares each
-batch: same run, up to rounding. On a CPU, one process per core is faster than threads.
-
-Exit status: 0 trained, or saved and stopped by SIGTERM; 2 an error, in one line; 130 saved and stopped by
-Ctrl-C; 143 SIGTERM before the first step.
+A run's folder has config.json, metrics.jsonl, checkpoints, sample sheets and all weights: it is the next
+stage's --weights. The stages of the small world: vae -> clip -> prior -> moa; prior -> controlnet, lora.
+Runs are deterministic: --resume continues to the same weights. Under torchrun the processes split each
+batch. On a CPU, one process per core is faster than threads.
 """
 import argparse
 import signal
@@ -70,10 +67,10 @@ def parse_args() -> argparse.Namespace:
         help="how many to render (default: the preset's) or to read (default: all of --data)")
     add("--moa", type=Path, metavar="FILE", help="MoA file to go on from (moa; default: the base model)")
     add("--accumulate", type=positive, metavar="N",
-        help="a process takes its share of a batch in N parts, to save memory (default: the preset's)")
+        help="split a process's share of a batch into N parts, to save memory (default: the preset's)")
     add("--cache", type=Path, metavar="FOLDER",
-        help="keep what the frozen models make of --data there; faster, each augmentation drawn once (prior, "
-             "moa, lora)")
+        help="keep latents and features of --data there; faster, but each picture has one fixed augmentation "
+             "(prior, moa, lora)")
     add("--graph", action="store_true",
         help="steps as a CUDA graph, faster for small models (prior, moa, controlnet, lora; not sd15)")
     add("--log-every", type=positive, default=50, metavar="STEPS",
