@@ -156,7 +156,7 @@ class Pipeline:
         if (known := self.trained_on) and squared_distance(
                 feature[None].cpu(), known["mean"], known["precision"]) > known["limit"]:
             cartoons = ("They know a small cartoon world only, and trained weights for photos do not exist "
-                        "yet: docs/train.md says what training them needs. "
+                        "yet: docs/photos.md says what training them needs. "
                         if self.models.config.get("world") == "toyworld" else "")
             raise ValueError(f"{file} looks like nobody that these weights were trained on, so the picture "
                              f"would show somebody else. {cartoons}--any-subject draws it all the same")

@@ -476,7 +476,7 @@ def load_pipeline(args: argparse.Namespace, moa: bool | None = True, people: boo
     pipeline = Pipeline.load(args.weights, args.moa, pick_device(args.device), DTYPES[args.dtype])
     if moa and args.moa is None:
         raise ValueError(f"--weights {args.weights} has no moa.safetensors, which subjects and routing maps "
-                         "need: give --moa FILE. For photos no trained one exists yet, docs/train.md says "
+                         "need: give --moa FILE. For photos no trained one exists yet, docs/photos.md says "
                          "what training it needs")
     if people and args.moa and pipeline.models.image_encoder is None:
         raise ValueError(f"--weights {args.weights} has no image_encoder.safetensors, which subjects need")

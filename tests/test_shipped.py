@@ -60,7 +60,7 @@ def test_who_is_no_subject_of_the_small_world(tmp_path):
     ImageDraw.Draw(land).polygon([(0, 480), (200, 200), (400, 300), (640, 250), (640, 480)], "darkgreen")
     for image, refused in (*((image, False) for image in people), (text, True), (land, True)):
         image.save(tmp_path / "a.png")
-        with pytest.raises(ValueError, match="docs/train.md") if refused else nullcontext():
+        with pytest.raises(ValueError, match="docs/photos.md") if refused else nullcontext():
             pipeline.encode_photos([BoundSubject("man", 3, ["a.png"])], [[read_picture(tmp_path / "a.png")]])
 
 
