@@ -62,6 +62,6 @@ def no_file(path: str | Path) -> str:
 
 
 def near(word: str, known: list[str] | tuple[str, ...]) -> str:
-    """" (perhaps woman)" for "womn"; empty where no known word is like it, and for words too short to tell."""
+    """" (perhaps woman)" for "womn"; empty where no known word is like it, or the word is very short."""
     found = get_close_matches(word.lower(), known, 1, cutoff=0.8) if len(word) > 2 else []
     return f" (perhaps {found[0]})" if found else ""
