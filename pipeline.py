@@ -18,8 +18,8 @@ from PIL import Image
 from torch import Tensor
 
 from images import to_images
-from moa import (ExpertContext, MultimodalPrompt, base_modules, training_of, force_routing, load_moa,
-                 scale_personalized, sparse_routing)
+from moa import (ExpertContext, MultimodalPrompt, base_modules, force_routing, load_moa, scale_personalized,
+                 sparse_routing, training_of)
 from models.clip_text import Tokenizer
 from models.controlnet import Control, ControlNet, steering
 from models.load import load_part, read_tensors
@@ -218,7 +218,7 @@ class Pipeline:
         alone = self.prompt is None or prior_only or strength == 0
         mixed = [] if alone else [b for b, people in enumerate(subjects) if people is not None]
         context = self.context_at(text[mixed], [subjects[b] for b in mixed]) if mixed else None
-        unet, texts = self.models.unet, fingerprints(text)
+        unet, texts = self.models.unet, bytes_of(text)
 
         def denoise(x: Tensor, t: Tensor) -> Tensor:
             eps, residuals = torch.empty_like(x), steer(x, t)
@@ -230,7 +230,7 @@ class Pipeline:
             # The same for all people: samples with the same text and noise are computed once, except
             # that each may be steered to its own hint.
             alike: dict[object, list[int]] = {}
-            for b, key in enumerate(zip(texts, fingerprints(x), strict=True)):
+            for b, key in enumerate(zip(texts, bytes_of(x), strict=True)):
                 if b not in rows:
                     alike.setdefault(b if residuals else key, []).append(b)
             if alike:
@@ -388,6 +388,6 @@ def interpolate(a: Tensor, b: Tensor, count: int, spherical: bool = False) -> Te
     return torch.stack([between(a, b, k / (count - 1)) for k in range(count)])
 
 
-def fingerprints(samples: Tensor) -> list[bytes]:
+def bytes_of(samples: Tensor) -> list[bytes]:
     """The bytes of each sample of a batch: equal where the samples are."""
     return [sample.float().cpu().numpy().tobytes() for sample in samples]

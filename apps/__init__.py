@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from images import labelled, page, portrait
-from pipeline import Pipeline, Subject, fingerprints
+from pipeline import Pipeline, Subject, bytes_of
 from subjects import BoundSubject, read_photos
 
 ANIMATIONS = (".gif", ".png")
@@ -40,7 +40,7 @@ def generate_rows(args: argparse.Namespace, pipeline: Pipeline, rows: Sequence[S
     alike up to rounding only. seeds, watch: as in `generate_images`.
     """
     keys = [people if people is None else
-            tuple((one.position, one.start, *fingerprints(one.feature[None])) for one in people)
+            tuple((one.position, one.start, *bytes_of(one.feature[None])) for one in people)
             for people in rows]
     distinct = dict(zip(keys, rows, strict=True))
     pairs = [(seed, people) for seed in seeds for people in distinct.values()]

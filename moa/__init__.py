@@ -1,5 +1,5 @@
 """Mixture-of-Attention (arXiv 2404.11565): personalize a frozen text-to-image model."""
-from moa.checkpoint import training_of, load_moa, moa_config, read_moa, save_moa, write_moa
+from moa.checkpoint import load_moa, moa_config, read_moa, save_moa, training_of, write_moa
 from moa.install import add_moa, base_modules, moa_layers
 from moa.mixture import ExpertContext, MixtureOfAttention, Router
 from moa.prompt import MultimodalPrompt, PromptConfig
@@ -7,6 +7,6 @@ from moa.routing import (RoutingKey, force_routing, grid, record_routing, record
                          scale_personalized, sparse_routing)
 
 __all__ = ["ExpertContext", "MixtureOfAttention", "MultimodalPrompt", "PromptConfig", "Router", "RoutingKey",
-           "add_moa", "base_modules", "training_of", "force_routing", "grid", "load_moa", "moa_config",
+           "add_moa", "base_modules", "force_routing", "grid", "load_moa", "moa_config",
            "moa_layers", "read_moa", "record_routing", "record_subject_attention", "save_moa",
-           "scale_personalized", "sparse_routing", "write_moa"]
+           "scale_personalized", "sparse_routing", "training_of", "write_moa"]
