@@ -61,6 +61,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help=f"the subjects are there at timesteps below T (default {START})")
     add("--sparse", type=float, default=0.0, metavar="WEIGHT",
         help="sparse routing: router weights up to this count as 0 (default 0)")
+    add("--reuse", action="store_true", help="compute the subjects' self-attention in every second step only")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default auto)")
     return parser.parse_args(argv)
 
@@ -80,7 +81,7 @@ def run(args: argparse.Namespace) -> None:
     timesteps = moa_timesteps(args.sampler, args.steps, args.prior_above)
     pipeline, classifier, files = load(args)
     options = {"steps": args.steps, "guidance_scale": args.guidance_scale, "prior_above": args.prior_above,
-               "sparse": args.sparse, "sampler": args.sampler}
+               "sparse": args.sparse, "reuse": args.reuse, "sampler": args.sampler}
     settings = {"count": args.count, "first": args.first, **options, "start": args.start,
                 "weights": args.weights.resolve().name, "moa": files["moa"].name}
     numbers, cases, seconds = range(args.first, args.first + args.count), [], []

@@ -18,8 +18,8 @@ from PIL import Image
 from torch import Tensor
 
 from images import to_images
-from moa import (ExpertContext, MultimodalPrompt, base_modules, force_routing, load_moa, scale_personalized,
-                 sparse_routing, training_of)
+from moa import (ExpertContext, MultimodalPrompt, base_modules, force_routing, load_moa, reuse_self_attention,
+                 scale_personalized, sparse_routing, training_of)
 from models.clip_text import Tokenizer
 from models.controlnet import Control, ControlNet, steering
 from models.load import load_part, read_tensors
@@ -205,27 +205,30 @@ class Pipeline:
 
     def denoiser(self, text: Tensor, subjects: Sequence[Sequence[Subject] | None], prior_only: bool = False,
                  prior_above: int = PRIOR_ABOVE, strength: float = 1.0, sparse: float = 0.0,
+                 reuse: bool = False,
                  steer: Callable[[Tensor, Tensor], list[Tensor]] = lambda x, t: []
                  ) -> Callable[[Tensor, Tensor], Tensor]:
         """The network as a sampler calls it: x (B, 4, h, w), t (B,), all alike -> eps (B, 4, h, w).
 
         text, subjects: as in `context_at`, but None in place of a sample's subjects lets the prior draw
         it alone. steer: x, t -> what ControlNets add to the UNet. Raises ValueError for subjects without
-        MoA weights.
+        MoA weights, and for `sparse` with `reuse`.
         """
+        if sparse and reuse:
+            raise ValueError("sparse routing and reused self-attention do not go together: give one of them")
         if self.prompt is None and any(subjects):
             raise ValueError("subjects need MoA weights: load the pipeline with a MoA file")
         alone = self.prompt is None or prior_only or strength == 0
         mixed = [] if alone else [b for b, people in enumerate(subjects) if people is not None]
         context = self.context_at(text[mixed], [subjects[b] for b in mixed]) if mixed else None
-        unet, texts = self.models.unet, bytes_of(text)
+        unet, texts, kept = self.models.unet, bytes_of(text), {}
 
         def denoise(x: Tensor, t: Tensor) -> Tensor:
             eps, residuals = torch.empty_like(x), steer(x, t)
             rows = mixed if int(t[0]) < prior_above else []
             if rows:
-                with (scale_personalized(unet, strength),
-                      sparse_routing(unet, sparse) if sparse else nullcontext()):
+                with (scale_personalized(unet, strength), sparse_routing(unet, sparse) if sparse else
+                      reuse_self_attention(unet, kept) if reuse else nullcontext()):
                     eps[rows] = unet(x[rows], t[rows], context(t[rows]), [r[rows] for r in residuals])
             # The same for all people: samples with the same text and noise are computed once, except
             # that each may be steered to its own hint.
@@ -248,7 +251,8 @@ class Pipeline:
                subjects: Sequence[Sequence[Subject] | None] | None = None, steps: int = 20,
                guidance_scale: float = 5.0, sampler: str = "unipc", controls: Sequence[Control] = (),
                progress: Callable[[int, int, int, Tensor], None] | None = None, prior_only: bool = False,
-               prior_above: int = PRIOR_ABOVE, strength: float = 1.0, sparse: float = 0.0) -> Tensor:
+               prior_above: int = PRIOR_ABOVE, strength: float = 1.0, sparse: float = 0.0,
+               reuse: bool = False) -> Tensor:
         """From noise x (B, 4, h, w) to latents (B, 4, h, w), guided from the text states null (1 or
         B, 77, C) to text (B, 77, C). The rest as in `generate` and `denoiser`."""
         for control in controls:
@@ -261,7 +265,7 @@ class Pipeline:
             states = torch.cat([null.expand_as(text), text])
             people = [None if found is None else [] for found in people] + people
         steer = steering(controls, states, len(text), timesteps)
-        denoise = self.denoiser(states, people, prior_only, prior_above, strength, sparse, steer)
+        denoise = self.denoiser(states, people, prior_only, prior_above, strength, sparse, reuse, steer)
         if guidance_scale != 1:
             denoise = guided(denoise, guidance_scale)
         return SAMPLERS[sampler](denoise, x, steps=steps, progress=progress)
@@ -295,7 +299,8 @@ class Pipeline:
                 (step, steps, t, predicted clean latents); prior_only, to draw with the base model;
                 prior_above (800), from this t up the base model draws alone; strength (1.0), a factor
                 of the personalized experts' weight; sparse (0.0), weights of theirs that are no larger
-                count as 0 and are not computed (see moa/routing.py).
+                count as 0 and are not computed; reuse (False), the personalized self-attention of every
+                second call is that of the call before (see moa/routing.py for both).
         Returns: (B, 3, H, W) in [-1, 1], float32 on the CPU.
         Raises ValueError for bad sizes and clip skips, ControlNets of other models and, from the
         sampler, for bad steps.

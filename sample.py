@@ -286,6 +286,8 @@ def add_flags(parser: argparse.ArgumentParser, seeds: Sequence[int] = (), withou
         help="scales the subjects' router weight; 0 is the base model (default 1)")
     add("--sparse", type=float, default=0.0, metavar="WEIGHT",
         help="faster: pixels routed below this, such as 0.1, get the prior only (default 0)")
+    add("--reuse", action="store_true",
+        help="faster: compute the subjects' self-attention in every second step only")
     add = parser.add_argument_group("models").add_argument
     add("--weights", type=Path, default=SHIPPED, metavar="FOLDER",
         help="a folder, or user/name[@revision] on the hub (default: the small world)")
@@ -447,7 +449,7 @@ def save(image: Image.Image, path: Path, settings: dict) -> None:
 def settings_of(args: argparse.Namespace, subjects: Sequence[BoundSubject], **more: object) -> dict:
     """The settings that go into a picture's metadata: names of files, never where they lie."""
     kept = ("negative_prompt", "seed", "steps", "sampler", "guidance_scale", "clip_skip", "width", "height",
-            "prior_above", "strength", "sparse", "dtype")
+            "prior_above", "strength", "sparse", "reuse", "dtype")
     return {"prompt": getattr(args, "prompt", None), **{name: getattr(args, name) for name in kept},
             "weights": args.weights.resolve().name, "moa": args.moa.name if args.moa else None,
             "loras": [str(lora) for lora in args.lora],
@@ -592,7 +594,7 @@ def load_controls(args: argparse.Namespace, pipeline: Pipeline) -> list[Control]
 def sampling_options(args: argparse.Namespace) -> dict:
     """What the flags mean for `Pipeline.sample`."""
     return {name: getattr(args, name) for name in ("steps", "guidance_scale", "sampler", "prior_above",
-                                                   "strength", "sparse", "controls")}
+                                                   "strength", "sparse", "reuse", "controls")}
 
 
 def generate_images(args: argparse.Namespace, pipeline: Pipeline, prompts: Sequence[str] | Tensor,

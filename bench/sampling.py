@@ -31,8 +31,9 @@ from models.clip_text import Tokenizer
 from moa import force_routing, sparse_routing
 from pipeline import Pipeline, Subject
 
-SIDES = {"ours": ["diffusers"], "ours with MoA": ["ours", "diffusers with MoA"], "diffusers": [],
-         "diffusers with MoA": ["diffusers"]}
+REUSED = "ours with MoA, self-attention reused"
+SIDES = {"ours": ["diffusers"], "ours with MoA": ["ours", "diffusers with MoA"], REUSED: ["ours"],
+         "diffusers": [], "diffusers with MoA": ["diffusers"]}
 PROMPT, SCALE = "a man riding a bike", 5.0
 
 
@@ -87,7 +88,8 @@ def make_sides(args: argparse.Namespace, names: list[str]) -> dict:
     device, dtype = pick(args)
     parts = {part: [model.to(device, dtype) for model in pair(part, cfg)]
              for part, cfg in sizes(args.size).items() if part != "image_encoder"}
-    makers = {"ours": ours, "ours with MoA": ours_with_moa, "diffusers": theirs,
+    makers = {"ours": ours, "ours with MoA": ours_with_moa, REUSED: partial(ours_with_moa, reuse=True),
+              "diffusers": theirs,
               "diffusers with MoA": theirs_with_moa}
     sides = {}
     for name in names:
@@ -110,14 +112,14 @@ def ours(args, parts: dict, device, dtype):
     return lambda steps: pipeline.generate([PROMPT], [0], steps=steps, guidance_scale=SCALE)
 
 
-def ours_with_moa(args, parts: dict, device, dtype, threshold: float | None = None):
+def ours_with_moa(args, parts: dict, device, dtype, threshold: float | None = None, reuse: bool = False):
     unet, prompt = with_moa(parts["unet"][0])
     pipeline = our_pipeline(args, parts, unet, prompt)
     feature = torch.randn(prompt.cfg.image_dim, device=device, dtype=dtype)
     people = [[Subject(pipeline.models.tokenize.word_positions(PROMPT, "man")[0], feature)]]
 
     def draw(steps):
-        return pipeline.generate([PROMPT], [0], people, steps=steps, guidance_scale=SCALE)
+        return pipeline.generate([PROMPT], [0], people, steps=steps, guidance_scale=SCALE, reuse=reuse)
 
     def draw_sparsely(steps):
         with force_routing(unet, square(args.share)), sparse_routing(unet, threshold):

@@ -4,9 +4,9 @@ from moa.install import add_moa, base_modules, moa_layers
 from moa.mixture import ExpertContext, MixtureOfAttention, Router
 from moa.prompt import MultimodalPrompt, PromptConfig
 from moa.routing import (RoutingKey, force_routing, grid, record_routing, record_subject_attention,
-                         scale_personalized, sparse_routing)
+                         reuse_self_attention, scale_personalized, sparse_routing)
 
 __all__ = ["ExpertContext", "MixtureOfAttention", "MultimodalPrompt", "PromptConfig", "Router", "RoutingKey",
            "add_moa", "base_modules", "force_routing", "grid", "load_moa", "moa_config",
            "moa_layers", "read_moa", "record_routing", "record_subject_attention", "save_moa",
-           "scale_personalized", "sparse_routing", "training_of", "write_moa"]
+           "reuse_self_attention", "scale_personalized", "sparse_routing", "training_of", "write_moa"]

@@ -189,6 +189,34 @@ def weighted_change(expert: nn.Module, weight: Tensor, z: Tensor, context: Tenso
     return torch.zeros_like(prior).scatter_add(1, index, change)
 
 
+@contextmanager
+def reuse_self_attention(unet: nn.Module, kept: dict[int, list[Tensor]]) -> Iterator[None]:
+    """Inside, the personalized self-attention of every second UNet call is that of the call before.
+
+    What the experts changed stays in `kept`, by layer l, from one call to the next: give each picture or
+    batch a dictionary of its own. Routers and cross-attention are computed in every call.
+    """
+    layers = [moa for _, kind, moa in moa_layers(unet) if kind == "self"]
+    for moa in layers:
+        moa.forward = partial(reusing_forward, moa, kept)  # shadows the class's
+    try:
+        yield
+    finally:
+        for moa in layers:
+            del moa.forward
+
+
+def reusing_forward(moa: MixtureOfAttention, kept: dict[int, list[Tensor]], z: Tensor) -> Tensor:
+    """`MixtureOfAttention.forward` of a self-attention, every second time with the changes of the last."""
+    prior = moa.prior(z)
+    if moa.prior_only:
+        return prior
+    r, changes = moa.routing(z), kept.pop(moa.layer, None)
+    if changes is None:
+        changes = kept[moa.layer] = [expert(z) - prior for expert in moa.experts[1:]]
+    return prior + sum(r[..., e, None] * change for e, change in enumerate(changes, 1))
+
+
 def grid(pixels: int, aspect: float = 1.0) -> tuple[int, int]:
     """Height and width of a feature map of `pixels` pixels whose height / width is about `aspect`."""
     height = max(1, round((pixels * aspect) ** 0.5))

@@ -298,7 +298,7 @@ def test_results_hold_scores_and_where_they_come_from(output):
     assert run["code"] and run["device"] and run["seconds"] > 0
     assert results["settings"] == {
         "count": 2, "first": 0, "steps": 3, "guidance_scale": 4.0, "prior_above": 800, "sparse": 0.0,
-        "sampler": "unipc", "start": 1000, "weights": "toyworld", "moa": "moa.safetensors"}
+        "reuse": False, "sampler": "unipc", "start": 1000, "weights": "toyworld", "moa": "moa.safetensors"}
     router = results["router"]
     assert router["timesteps"] == [666, 333]
     assert np.shape(router["grid"]["people"]["mean"]) == (2, 16, 2)

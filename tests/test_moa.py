@@ -13,7 +13,7 @@ from models.attention import CrossAttention
 from models.unet import UNet, UNetConfig
 from moa import (ExpertContext, MixtureOfAttention, MultimodalPrompt, PromptConfig, Router, add_moa,
                  force_routing, load_moa, moa_layers, record_routing, record_subject_attention, save_moa,
-                 scale_personalized, sparse_routing)
+                 reuse_self_attention, scale_personalized, sparse_routing)
 from moa.loss import masked_loss, mean_routing, object_loss, router_loss
 from moa import grid
 from moa.routing import forced
@@ -224,6 +224,29 @@ def test_sparse_routing_takes_forced_and_scaled_weights():
             dense = unet(x, t, text)
             with sparse_routing(unet, 0):
                 assert relative_error(unet(x, t, text), dense) < 2e-5
+
+
+@torch.no_grad()
+def test_self_attention_is_reused_in_every_second_call():
+    """With weights of its own. On the same input it is the dense layer each time."""
+    unet, kept, seen = add_moa(base()), {}, []
+    shake(unet)
+    x, t, text, *_ = inputs()
+    layer = next(moa for _, kind, moa in moa_layers(unet) if kind == "self")
+    layer.personalized.register_forward_pre_hook(lambda *_: seen.append(1))
+    dense = unet(x, t, text)
+    with reuse_self_attention(unet, kept), record_routing(unet) as routing:
+        for calls in (2, 2, 3, 3):
+            assert relative_error(unet(x, t, text), dense) < 2e-5 and len(seen) == calls
+        first = unet(x, t, text)
+        assert routing and relative_error(unet(2 * x, t, text), first) > 0.01
+        kept.clear()  # another picture
+        new = unet(2 * x, t, text)
+    assert relative_error(new, unet(2 * x, t, text)) < 2e-5
+    with force_routing(unet, 1.0):
+        plain = unet(x, t, text)
+        with reuse_self_attention(unet, {}):
+            assert torch.equal(unet(x, t, text), plain)
 
 
 @pytest.mark.parametrize("strength", [-0.1, float("inf"), float("nan")])

@@ -128,6 +128,14 @@ def test_strength(draw):
     assert 0.5 < half < whole
 
 
+def test_reused_self_attention(draw, refuse):
+    """Another picture, and one that can be drawn again; not together with sparse routing."""
+    for name, *flags in (("dense.png",), ("a.png", "--reuse"), ("b.png", "--reuse")):
+        draw("--subject", "ada.png", *flags, "--output", name)
+    assert (pixels("a.png") != pixels("dense.png")).any() and (pixels("a.png") == pixels("b.png")).all()
+    assert "give one of them" in refuse("--subject", "ada.png", "--reuse", "--sparse", 0.1)
+
+
 def test_sparse_routing(draw):
     """From the picture with a person to the prior's, the more is left to the prior."""
     draw("--prior-only", "--output", "prior.png")
@@ -288,7 +296,8 @@ def test_one_picture(draw):
     assert settings("new/folder/x.png") == {
         "prompt": PROMPT, "negative_prompt": "", "steps": 3, "sampler": "unipc", "guidance_scale": 3.0,
         "clip_skip": 1, "width": 64, "height": 64, "prior_only": False, "dtype": "fp32",
-        "prior_above": 800, "strength": 1.0, "sparse": 0.0, "controls": [], "loras": [], "lora_scope": None,
+        "prior_above": 800, "strength": 1.0, "sparse": 0.0, "reuse": False, "controls": [], "loras": [],
+        "lora_scope": None,
         "weights": "tiny", "moa": "moa.safetensors", "subjects": ["woman=ada.png"], "seed": 5}
 
 
