@@ -126,6 +126,16 @@ def read_settings(path: Path) -> dict | None:
         return None
 
 
+def is_foreign(path: Path) -> bool:
+    """Whether this is a whole picture that `save_png` has not written."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except (OSError, ValueError, SyntaxError, MemoryError):
+        return False
+    return read_settings(path) is None
+
+
 def parameters_text(settings: dict) -> str:
     """The settings in the form that web UIs read back: prompt, negative prompt, one line of pairs."""
     lines = [settings["prompt"]]

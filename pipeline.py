@@ -65,6 +65,7 @@ class Pipeline:
     merged: MergedLoRAs | None = None
     trained_on: dict[str, Tensor] | None = None  # where the image features of the training's people lie
     max_people: int | None = None  # of one picture of the training
+    references: str = "noise"  # or "grey": on what people stood in training
 
     @classmethod
     def load(cls, weights: str | Path, moa: str | Path | None = None, device: str | torch.device = "cpu",
@@ -88,7 +89,9 @@ class Pipeline:
         if sizes != wanted:
             raise ValueError(f"{moa} was trained with other models than those in {weights}: its text tokens, "
                              f"image features and layers are {wanted}, here they are {sizes}")
-        return cls(models, prompt, trained_on=trained_on, max_people=trained.get("max_people"))
+        world = "grey" if models.config.get("world") == "toyworld" else "noise"  # of older files
+        return cls(models, prompt, trained_on=trained_on, max_people=trained.get("max_people"),
+                   references=trained.get("references") or world)
 
     def __call__(self, prompt: str, subjects: Mapping[str, str | Path] | None = None, seed: int = 0,
                  **options) -> Image.Image:
@@ -142,7 +145,7 @@ class Pipeline:
         are, or people alone (4, h, w), who are shown as in training. Raises ValueError for who is like nobody
         whom the weights were trained on."""
         means = []
-        cut = on_grey if self.models.config.get("world") == "toyworld" else on_noise
+        cut = on_grey if self.references == "grey" else on_noise
         for subject, several in zip(subjects, photos, strict=True):
             features = [self.encode_subjects(cut(photo)[None])[0] for photo in several]
             for feature, file in zip(features, subject.files, strict=True):

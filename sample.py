@@ -5,7 +5,7 @@
 
 Without --weights it uses the small cartoon world that ships with the code. A line of --from-file is a
 prompt, or a JSON object with `prompt` and perhaps `subjects`, a list of what --subject takes, and `seed`.
-Existing pictures are skipped when the command is given again. Under torchrun the processes split the lines.
+Given again, it skips existing pictures and redraws those of changed lines. `torchrun` splits the lines.
 A photo is for the prompt's next person; woman=a.png is for that word, 2=a.png for the prompt's second person.
 a.png,b.png are two photos of one person. crowd.png#2 is the second person of the photo's mask.
 """
@@ -34,8 +34,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.files import read_text
-from images import (RoutingSheet, check_finite, labelled, page, photo_image, read_picture, read_settings,
-                    save_png, thumbnail, to_images)
+from images import (RoutingSheet, check_finite, is_foreign, labelled, page, photo_image, read_picture,
+                    read_settings, save_png, thumbnail, to_images)
 from models.controlnet import Control
 from models.device import pick_device, reuse_memory
 from models.load import remove_leftovers
@@ -330,7 +330,7 @@ def execute(run: Callable[[argparse.Namespace], None], args: argparse.Namespace)
         fail("not enough memory: make --width and --height smaller, draw fewer pictures at once, or take "
              "--dtype fp16")
     except KeyboardInterrupt:
-        print("stopped: the files named above are kept, nothing else was written", file=sys.stderr)
+        print("stopped: what was saved is kept, nothing else was written", file=sys.stderr)
         sys.exit(130)
 
 
@@ -431,12 +431,15 @@ def check_writable(flag: str, path: Path) -> None:
 
 def keep_inputs(args: argparse.Namespace, subjects: Sequence[BoundSubject], outputs: Sequence[Path | None],
                 others: Sequence[Path] = ()) -> None:
-    """Raise ValueError if an output would replace a picture that is read."""
+    """Raise ValueError if an output would replace a picture that is read, or that no command of ours drew."""
     read = [*(file_of(file) for subject in subjects for file in subject.files), *args.control_image, *others]
     taken = {Path(file).resolve() for file in read}
     for output in outputs:
         if output and output.resolve() in taken:
             raise ValueError(f"{output} is a subject's photo or another file that is read, and would be "
+                             "replaced: give another --output")
+        if output and output.suffix.lower() == ".png" and is_foreign(output):
+            raise ValueError(f"{output} is a picture that was not drawn by these commands, and would be "
                              "replaced: give another --output")
 
 

@@ -101,8 +101,8 @@ def no_word(prompt: str, word: str | None, argument: str) -> str:
     if one_by_one != prompt:
         return f"subject {argument}: each subject needs a word of its own in the prompt, write: {one_by_one}"
     if word and word.isdecimal():
-        return (f"subject {argument}: the prompt has {people} words for people, each for one subject, and no "
-                f"free one of number {word}: {prompt!r}")
+        return (f"subject {argument}: no word is free for number {word}. Words for people count from 1, the "
+                f"prompt has {people}, each for one subject: {prompt!r}")
     if word and find_words(prompt, [word]):
         return f"subject {argument}: every {word!r} in the prompt has a subject already: {prompt!r}"
     if word:

@@ -171,8 +171,16 @@ def check(args: argparse.Namespace) -> None:
     if list_checkpoints(args.output):
         if not args.resume:
             raise StageError(f"{args.output} holds a run already: give --resume or another --output")
+        config = read_config(args.output) if (args.output / "config.json").exists() else {}
+        data = config.get("training", {"data": args.data}).get("data")
+        if bool(data) != bool(args.data):
+            raise StageError(f"{args.output} was trained on {data or 'rendered scenes'}: resume it with "
+                             f"{'the same' if data else 'no'} --data")
     elif any(args.output.glob("*.safetensors")):
         raise StageError(f"{args.output} holds weights already: give another --output")
+    elif (args.output / "metrics.jsonl").exists() and not args.resume:
+        raise StageError(f"{args.output} holds a run already, which may still go on: give another --output, "
+                         "or --resume")
     elif args.output.exists() and any(args.output.iterdir()) and not (args.output / "checkpoints").exists():
         raise StageError(f"{args.output} holds files that are of no run: give a new folder as --output")
 
@@ -209,6 +217,8 @@ def train(stage: Stage, args: argparse.Namespace) -> None:
     average = {name: p.detach().clone() for name, p in trained.items()} if config.ema else trained
     run = Run(args.output, args.stage, stage, trained, average, optimizer)
     first = run.resume() if args.resume else 0
+    if writes and not args.resume and (args.output / "metrics.jsonl").exists():
+        raise StageError(f"{args.output} holds a run that began meanwhile: give another --output")
     log = Log(args.output, settings_of(args, stage), first) if writes else None
     recorded = RecordedStep(stage) if args.graph else None
     failed, skipped, stop = 0, 0, []
@@ -256,8 +266,10 @@ def train(stage: Stage, args: argparse.Namespace) -> None:
             message = f"step {done} is saved in {args.output}; go on with --resume"
             raise StopRequested(stop[0] if stop else signal.SIGTERM, message)
         if writes and args.samples_every and (done == config.steps or done % args.samples_every == 0):
+            progress.set_description(f"{args.stage}, drawing samples")
             with averaged(trained, average):
                 stage.sheet(args.output / "samples" / f"{done:06d}.png")
+            progress.set_description(args.stage)
             log.show(done)
     if writes:
         with averaged(trained, average):

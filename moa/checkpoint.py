@@ -112,7 +112,8 @@ def read_moa(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
             config = config_in(file)
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  it has no iterator
     except (SafetensorError, OSError, RecursionError) as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+        cure = ": of a checkpoint weights/export_moa.py makes one" if str(path).endswith(".pt") else ""
+        raise ValueError(f"{path} is not a readable safetensors file{cure} ({error})") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path} is not a MoA file: its metadata holds no MoA config")
     return config, state
@@ -124,8 +125,9 @@ def config_in(file: safe_open) -> dict | None:
 
 
 def training_of(path: str | Path) -> dict:
-    """How a MoA file says that it was trained: the preset's values; empty where it says nothing."""
+    """How a MoA file says that it was trained: the preset's values, and on what its `references` stood,
+    "grey" or "noise"; empty where it says nothing."""
     with safe_open(path, "pt") as file:
         settings = config_in(file).get("settings")
     preset = settings.get("preset") if isinstance(settings, dict) else None
-    return preset if isinstance(preset, dict) else {}
+    return {**preset, "references": settings.get("references")} if isinstance(preset, dict) else {}

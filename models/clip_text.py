@@ -3,6 +3,7 @@
 With the default config: 196 tensors, 123,060,480 parameters (the text half of CLIP ViT-L/14).
 """
 import re
+import unicodedata
 import warnings
 from dataclasses import dataclass
 
@@ -178,9 +179,9 @@ class Tokenizer:
             word for word in self.words(text) if not self.kept_tokens.issuperset(self.bpe.encode(word))))
 
     def words(self, text: str) -> list[str]:
-        """The words of a text as the byte-pair encoding splits it, in lower case; no punctuation."""
+        """The words and emoji of a text as the byte-pair encoding splits it, in lower case; no punctuation."""
         found = self.bpe.pat.findall(self.bpe.clean_fn(cut(text)))
-        return [word for word in found if any(map(str.isalnum, word))]
+        return [word for word in found if any(c.isalnum() or unicodedata.category(c) == "So" for c in word)]
 
     def complaint(self, text: str) -> str | None:
         """Which words of a text are unknown, and known ones like them; None where there is nothing to say."""

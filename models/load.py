@@ -120,7 +120,7 @@ def build_config(config: dict, part: str):
         return (IMAGE_ENCODERS[kind] if part == "image_encoder" else ALL_PARTS[part])[1](**sizes)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise WeightsError(f"config.json has no usable sizes for {part!r} ({error}): a run writes them at "
-                           "its end") from error
+                           "its end, go on with it by --resume") from error
 
 
 def describe_sizes(cfg) -> dict:

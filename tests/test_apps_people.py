@@ -260,7 +260,7 @@ BOX = ["edit", "--image", "couple.png", "--source-prompt", COUPLE, "--subject", 
     (["story", "--output", "ada.png"], "would be replaced"),
     (["edit", "--source-prompt", ""], "--source-prompt is empty"),
     (["edit", "--inversion", "negative-prompt", "--negative-prompt", "x"], "leave one of them out"),
-    (["edit", "--keep", "3"], "no free one of number 3"),
+    (["edit", "--keep", "3"], "no word is free for number 3"),
     (["edit", "--mask", "ada.png"], "ada.png has 40 x 40 pixels, the picture 96 x 48"),
     (["edit", "--mask", "couple.png"], "colours besides black"),
     (["edit", "--output", "mask.png"], "would be replaced")], ids=lambda value: " ".join(value)[:60])

@@ -246,7 +246,7 @@ def test_outputs_that_are_left_alone(whole, tmp_path, capsys):
     checkpoint = tmp_path / "a.pt"
     shutil.copy(whole / "checkpoints" / "000006.pt", checkpoint)
     before = snapshot(tmp_path)
-    for output, match in ((checkpoint, "is the checkpoint itself"), (tmp_path, "is a folder"),
+    for output, match in ((checkpoint, "is the checkpoint itself"), (tmp_path, "exists already"),
                           (checkpoint / "b", "exists")):
         assert export(checkpoint, "--output", output) == 2
         assert match in capsys.readouterr().err

@@ -128,6 +128,12 @@ def test_strength(draw):
     assert 0.5 < half < whole
 
 
+def test_a_picture_that_is_not_ours_is_not_replaced(refuse, draw, place):
+    assert "not drawn by these commands" in refuse("--prior-only", "--output", "bob.png")
+    draw("--prior-only", "--output", "ours.png")
+    draw("--prior-only", "--output", "ours.png")
+
+
 def test_reused_self_attention(draw, refuse):
     """Another picture, and one that can be drawn again; not together with sparse routing."""
     for name, *flags in (("dense.png",), ("a.png", "--reuse"), ("b.png", "--reuse")):
@@ -278,7 +284,7 @@ def test_interrupted_as_a_process(place, world):
     assert process.returncode == 130 and out == ""
     warning, stopped = err.splitlines()
     assert warning.startswith("warning: pictures of 512 x 512 pixels are far")
-    assert stopped == "stopped: the files named above are kept, nothing else was written"
+    assert stopped == "stopped: what was saved is kept, nothing else was written"
     assert sorted(os.listdir()) == ["ada.png", "bob.png"]
 
 
@@ -459,7 +465,7 @@ def test_refuses_a_foreign_subject_unless_it_is_told_to(draw, refuse, other_worl
     (["--subject", "woman="], "a file is empty"),
     (["--subject", str(SCRIPT)], "cannot be used as a picture"),
     (["--subject", "man=ada.png"], "there is no 'man' in the prompt"),
-    (["--subject", "2=ada.png"], "the prompt has 1 words for people"),
+    (["--subject", "2=ada.png"], "no word is free for number 2"),
     (["--subject", "ada.png", "--subject", "bob.png"], "more subjects than words"),
     (["--subject", "woman=ada.png", "--subject", "woman=bob.png"], "every 'woman' in the prompt has"),
     (["--subject", "ada.png", "--prompt", "a womanly beach"], "nobody in the prompt"),
@@ -506,7 +512,7 @@ def test_refuses_a_broken_config(refuse, other_world, change):
 
 
 @pytest.mark.parametrize("error, code, words", [
-    (KeyboardInterrupt(), 130, "the files named above are kept"),
+    (KeyboardInterrupt(), 130, "what was saved is kept"),
     (torch.OutOfMemoryError("Tried to allocate 9 GiB"), 2, "error: not enough memory"),
     (OSError(28, "No space left on device"), 2, "No space left")])
 def test_stops_cleanly(draw, place, monkeypatch, capsys, error, code, words):

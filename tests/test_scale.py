@@ -150,7 +150,7 @@ def test_the_last_layers_of_the_image_encoder_are_trained(place, tmp_path):
                      for folder in (place / "prior", tmp_path / "run"))
     changed = {k for k in before if not torch.equal(before[k], after[k])}
     assert changed and all(".resblocks.0." in k for k in changed)  # the only layer there is
-    assert Pipeline.load(tmp_path / "run", tmp_path / "run" / "moa.safetensors").prompt is not None
+    assert Pipeline.load(tmp_path / "run", tmp_path / "run" / "moa.safetensors").references == "noise"
     with pytest.raises(ValueError, match="was trained together with its image encoder, which lies beside it"):
         Pipeline.load(place / "prior", tmp_path / "run" / "moa.safetensors")
     checkpoint, = (tmp_path / "run" / "checkpoints").iterdir()

@@ -532,6 +532,19 @@ def test_folders_that_hold_something_are_left_alone(runs, tmp_path, capsys):
                    match="mine holds files that are of no run")
 
 
+def test_a_run_that_has_begun_is_left_alone(runs, tmp_path, monkeypatch, capsys):
+    """Before its first checkpoint, and where it began after another was checked. Its data stay its data."""
+    for name in ("config.json", "metrics.jsonl"):
+        shutil.copy(runs / "vae" / name, tmp_path)
+    vae = options_of("vae", runs)
+    assert_refused(capsys, tmp_path, *vae, "--output", tmp_path, match="holds a run already")
+    monkeypatch.setattr(train, "check", lambda args: None)
+    assert run(*vae, "--output", tmp_path) == 2 and "that began meanwhile" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert_refused(capsys, runs, *options_of("prior", runs), "--output", runs / "prior", "--resume", "--data",
+                   tmp_path, match="was trained on rendered scenes: resume it with no --data")
+
+
 # Several processes -------------------------------------------------------------------------------
 
 

@@ -1,6 +1,7 @@
 """What a run tells about itself: config.json, metrics.jsonl, samples/, and TensorBoard where there is one."""
 import json
 import resource
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,8 @@ class Log:
         written = read_config(output) if first else {}
         codes = [*written.get("training", {}).get("code", "").split(", then "), settings["code"]]
         codes = ", then ".join(code for code in dict.fromkeys(codes) if code)  # it may have been edited
+        if codes != settings["code"]:
+            print(f"warning: this run goes on with other code than before: {codes}", file=sys.stderr)
         write_json({**written, "training": {**settings, "code": codes}}, output / "config.json")
         print(settings_table(settings))
         lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.exists() else []

@@ -116,7 +116,12 @@ class MoAStage(Stage):
             "prior_weight_background": (routing_map * background).sum() / background.sum().clamp(min=1)}
 
     def moa_config(self) -> dict:
-        return moa_config(self.unet, self.prompt, preset=asdict(self.config))
+        return moa_config(self.unet, self.prompt, **self.settings())
+
+    def settings(self) -> dict:
+        """What a MoA file says about its training. `references`: on what people stood that were cut out."""
+        return {"preset": asdict(self.config),
+                "references": "noise" if isinstance(self.samples, Folder) else "grey"}
 
     def sheet(self, path: Path) -> None:
         """First row the prior alone, then one row per subject: same seeds, another person. Beside it, as
@@ -141,7 +146,7 @@ class MoAStage(Stage):
             trained = self.models.image_encoder.named_parameters()
             encoder.load_state_dict({name: p for name, p in trained if p.requires_grad}, strict=False)
             save_part(encoder, folder, "image_encoder")
-        save_moa(self.unet, self.prompt, folder / "moa.safetensors", preset=asdict(self.config))
+        save_moa(self.unet, self.prompt, folder / "moa.safetensors", **self.settings())
         features = self.subject_features()
         if len(features) >= ENOUGH * features.shape[1]:
             save_tensors(feature_statistics(features), folder / "subjects.safetensors")

@@ -26,8 +26,8 @@ def export(checkpoint: Path, output: Path) -> None:
                          "hold: the run writes both at its end")
     if output.resolve() == checkpoint.resolve():
         raise ValueError(f"--output {output} is the checkpoint itself: give another name")
-    if output.is_dir():
-        raise ValueError(f"--output {output} is a folder: give a file's name")
+    if output.exists():
+        raise ValueError(f"--output {output} exists already: give another name")
     output.parent.mkdir(parents=True, exist_ok=True)
     tensors = {**state["average"], **state.get("buffers", {})}
     write_moa({name.removeprefix("unet."): value for name, value in tensors.items()}, state["moa"], output)
