@@ -179,7 +179,7 @@ class Tokenizer:
             word for word in self.words(text) if not self.kept_tokens.issuperset(self.bpe.encode(word))))
 
     def words(self, text: str) -> list[str]:
-        """The words and emoji of a text as the byte-pair encoding splits it, in lower case; no punctuation."""
+        """Words and emoji of a text as the byte-pair encoding splits it, in lower case; no punctuation."""
         found = self.bpe.pat.findall(self.bpe.clean_fn(cut(text)))
         return [word for word in found if any(c.isalnum() or unicodedata.category(c) == "So" for c in word)]
 
