@@ -162,7 +162,8 @@ class Pipeline:
                         "yet: docs/photos.md says what training them needs. "
                         if self.models.config.get("world") == "toyworld" else "")
             raise ValueError(f"{file} looks like nobody that these weights were trained on, so the picture "
-                             f"would show somebody else. {cartoons}--any-subject draws it all the same")
+                             f"would show somebody else. {cartoons}A mask (NAME_mask.png) cuts a person out "
+                             "of a photo with others or a background. --any-subject draws it all the same")
 
     def make_subjects(self, prompt: str, subjects: Sequence[BoundSubject], features: Sequence[Tensor]
                       ) -> list[Subject]:

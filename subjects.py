@@ -160,9 +160,12 @@ def read_photo(file: str, mask: Path | None = None) -> Tensor:
         number = max(people, key=people.get)
         if len(people) > 1:
             warnings.warn(f"{path} shows {len(people)} people, the largest is taken; "
-                          f"{path.name}#1 to #{max(people)} say who", stacklevel=2)
+                          f"{', '.join(f'{path.name}#{each}' for each in people)} say who", stacklevel=2)
     elif number not in people:
         raise ValueError(f"{file}: the people on {mask} are {', '.join(map(str, people))}")
+    if (labels == number).all():
+        raise ValueError(f"{mask}: person {number} covers the whole photo, so nobody is cut out: mark the "
+                         "pixels of the person only, or take the mask away")
     return cut_person(picture, torch.from_numpy(labels == number))
 
 

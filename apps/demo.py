@@ -6,7 +6,7 @@
 
 Open the address that is printed in a browser. Only this machine sees the page unless --host 0.0.0.0 is
 given; visitors take turns. --seed, --steps and --strength are what the page starts with, the other
-flags hold for all pictures. What visitors upload is kept in a temporary folder until Ctrl-C.
+flags hold for all pictures. What visitors upload is kept in a temporary folder until Ctrl-C or SIGTERM.
 """
 import argparse
 import json
@@ -14,6 +14,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -85,25 +86,34 @@ def run(args: argparse.Namespace) -> None:
     if (args.width or 0) * (args.height or 0) > BATCH_PIXELS // 2:
         raise ValueError(f"--width and --height: the page draws two pictures at a time, of at most "
                          f"{BATCH_PIXELS // 2} pixels each")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the folder goes, too
     with tempfile.TemporaryDirectory(prefix="moa-demo-") as folder:
         # Read when gradio is imported: it reports to nobody, and visitors can ask for what lies in its
         # folder. Its own fonts would come from Google.
         os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1",
                        "GRADIO_TEMP_DIR": f"{folder}/cache"}
         print(f"loading {os.path.relpath(args.weights)} ...", flush=True)
+        studio = Studio(args, Path(folder))
         try:
             import gradio
         except ImportError as error:
             raise ValueError(f"the page needs gradio ({error}): pip install -r requirements-demo.txt"
                              ) from error
-        page = build(gradio, Studio(args, Path(folder)))
+        page = build(gradio, studio)
         theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
-        page.queue(max_size=20).launch(
-            server_name=args.host, server_port=args.port or None, theme=theme, css=CSS, quiet=True,
-            prevent_thread_lock=True, ssr_mode=False, footer_links=[], max_file_size="20mb",
-            state_session_capacity=100)
+        try:
+            page.queue(max_size=20).launch(
+                server_name=args.host, server_port=args.port or None, theme=theme, css=CSS, quiet=True,
+                prevent_thread_lock=True, ssr_mode=False, footer_links=[], max_file_size="20mb",
+                state_session_capacity=100)
+        except OSError as error:
+            raise ValueError(f"{args.host} port {args.port} cannot be listened on, it may be in use: give "
+                             "another --port N, 0 for a free one") from error
         print(f"open {page.local_url} in a browser; Ctrl-C ends", flush=True)
-        Event().wait()
+        try:
+            Event().wait()
+        finally:
+            studio.end()
 
 
 class Studio:
@@ -114,7 +124,7 @@ class Studio:
         self.pipeline = load_pipeline(args)
         self.args, self.folder, self.numbers = args, folder, count()
         self.small_world = self.pipeline.models.config.get("world") == "toyworld"
-        self.pool = ThreadPoolExecutor(1)
+        self.pool, self.ended = ThreadPoolExecutor(1), Event()
 
     def new_file(self, name: str) -> Path:
         """A file of about this name in a folder of its own."""
@@ -218,7 +228,7 @@ class Studio:
         found, left = SimpleQueue(), Event()
 
         def show(value: dict) -> None:
-            if left.is_set():
+            if left.is_set() or self.ended.is_set():
                 raise InterruptedError
             found.put(value)
 
@@ -242,6 +252,11 @@ class Studio:
                 yield value
         finally:
             left.set()
+
+    def end(self) -> None:
+        """Wait until nothing is drawn any more; who waits for a picture is told that there is none."""
+        self.ended.set()
+        self.pool.shutdown()
 
     def clean(self, message: object) -> str:
         """In one line, without the folders that files lie in."""
@@ -388,9 +403,11 @@ def build(gr, studio: Studio):
                 (morph.click, studio.morph, {"frames": frames})):
             asked(partial(show, work, outputs), [first, second, both, prompt, seed, steps, strength],
                   [status, *outputs.values()], **busy)
-        gr.on([drawn.change, kind.change], fit, [drawn, kind, step], [download, kind, layer, step], **quick)
-        gr.on([drawn.change, kind.change, layer.change, step.change], heat_map, [drawn, kind, layer, step],
-              [heat, said], **quick)
+        fitted = gr.on([drawn.change, kind.change], fit, [drawn, kind, step], [download, kind, layer, step],
+                       **quick)
+        # The map comes after `fit`: a step above its new maximum would be refused.
+        for asked in (fitted.then, partial(gr.on, [layer.change, step.change])):
+            asked(heat_map, [drawn, kind, layer, step], [heat, said], **quick)
         gr.on([frames.change, amount.change], pick, [frames, amount], [frame, amount], **quick)
         gr.on([page.load, prompt.change], settle, prompt, [both, strength], **quick)
         # In the browser, so that no click on Draw can be faster.

@@ -19,8 +19,10 @@ def beside(picture: Path, ending: str) -> Path:
 
 
 def mask_of(picture: Path) -> Path:
-    """The file that says who is where on a picture, if it is there."""
-    return beside(picture, "_mask.png")
+    """The file that says who is where on a picture, if it is there. One that is no PNG is found, too, for
+    `read_mask` to refuse."""
+    usual, *others = (beside(picture, f"_mask.{suffix}") for suffix in ("png", "jpg", "jpeg", "webp"))
+    return next((path for path in (usual, *others) if path.exists()), usual)
 
 
 def read_mask(path: Path, size: tuple[int, int] | None) -> np.ndarray:

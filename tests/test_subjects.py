@@ -48,14 +48,23 @@ def test_subject_mask_takes_the_place_of_the_file_beside_it(pair):
         read_photo("couple.png#2", Path("left.png"))
 
 
+def test_people_are_named_by_the_numbers_of_their_pixels(pair):
+    Image.fromarray(np.array((0, 127, 255), np.uint8)[pair]).save("couple_mask.png")
+    with pytest.warns(UserWarning, match="; couple.png#127, couple.png#255 say who"):
+        read_photo("couple.png")
+
+
 @pytest.mark.parametrize(("name", "said"), [
     ("couple.png#3", "the people on couple_mask.png are 1, 2"), ("ada.png#1", "there is no ada_mask.png"),
     ("small.png", "the mask has 3 x 3 pixels, the picture"), ("empty.png", "there is nobody on the mask"),
-    ("couple.png#0", "the people on couple_mask.png are 1, 2")])
+    ("couple.png#0", "the people on couple_mask.png are 1, 2"), ("white.png", "person 1 covers the whole"),
+    ("lossy.png", "lossy_MASK.JPG: a mask is a PNG, this is JPEG: save it as PNG")])
 def test_masks_that_do_not_fit(pair, name, said):
-    for file in ("ada", "small", "empty"):
+    for file in ("ada", "small", "empty", "white", "lossy"):
         Image.new("RGB", (20, 20)).save(f"{file}.png")
     Image.new("L", (3, 3), 1).save("small_mask.png")
     Image.new("L", (20, 20)).save("empty_mask.png")
+    for file in ("white_mask.png", "lossy_MASK.JPG"):
+        Image.new("L", (20, 20), 255).save(file)
     with pytest.raises(ValueError, match=said):
         read_photo(name)
