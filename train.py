@@ -166,7 +166,7 @@ def check(args: argparse.Namespace) -> None:
         if "unet" in sizes and build_config(sizes, "unet") == UNetConfig():
             raise StageError(f"{args.weights} is of Stable Diffusion 1.5's size: give --preset sd15 "
                              "(toyworld is the default)")
-    if args.preset == "sd15" and args.weights and read_config(args.weights).get("world"):
+    if args.preset == "sd15" and args.weights and args.data and read_config(args.weights).get("world"):
         warnings.warn(f"--preset sd15 has Stable Diffusion's settings, {args.weights} is of the small world",
                       stacklevel=2)
     if args.output.exists() and not args.output.is_dir():

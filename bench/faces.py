@@ -31,7 +31,7 @@ from bench.face_scores import Networks, identity_score, load_networks, prompt_sc
 from bench.table3 import IMAGES, MULTI, SINGLE, SUBJECTS, TABLE3
 from evaluate import checksum, device_name
 from images import read_picture, read_settings, to_images
-from models.load import write_json, write_whole
+from models.load import read_json, write_json, write_whole
 from models.device import pick_device
 from subjects import PEOPLE, bind_subjects
 from train import git_describe
@@ -140,7 +140,7 @@ def read_subjects(folder: Path) -> list[Person | None]:
     if not folder.is_dir():
         raise ValueError(f"--subjects {folder} is not a folder: give one with a folder per person")
     table = folder / "subjects.json"
-    nouns = sample.read_json(table) if table.exists() else SUBJECTS
+    nouns = read_json(table) if table.exists() else SUBJECTS
     there = sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
     if not isinstance(nouns, dict) or not all(noun in PEOPLE for noun in nouns.values()):
         raise ValueError(f'{table} must say what to call each person, as {{"anna": "woman"}}, with one of '
@@ -215,7 +215,7 @@ def claim(args: argparse.Namespace, networks: Networks) -> dict[str, str]:
     files = {name: checksum(file) for name, file in {**parts, "moa": args.moa}.items()
              if file and file.is_file()} | networks.files
     note, mine = args.output / "run.json", {"protocol": "multi" if args.multi else "single", **files}
-    found = sample.read_json(note) if note.exists() else mine
+    found = read_json(note) if note.exists() else mine
     if wrong := [name for name in {**mine, **found} if mine.get(name) != found.get(name)]:
         raise ValueError(f"--output {args.output} has pictures of another run, with another "
                          f"{' and '.join(wrong)}: give another folder")

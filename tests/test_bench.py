@@ -14,7 +14,7 @@ TINY = ["--size", "small", "--device", "cpu", "--repeats", "1"]
 # Name -> flags, and how many rows there are.
 BENCHMARKS = {
     "unet": ([*TINY, "--pixels", "32", "--variants", "channels_last"], 4 + 1 + 3 + 3),
-    "sampling": ([*TINY, "--pixels", "32", "--steps", "2"], 4),
+    "sampling": ([*TINY, "--pixels", "32", "--steps", "2"], 5),
     "startup": (["--repeats", "1", "--cores", "1", "--only", "sample.py --help"], 1),
 }
 

@@ -180,13 +180,13 @@ def stress(folder: Path, kills: int, seed: int, cache: bool, stage: str) -> list
     rng.shuffle(kinds)
     last = steps - (3 if stage == "moa" else 50)
     for kind, step in zip(kinds, sorted(rng.randrange(1, last) for _ in kinds), strict=True):
-        resume = ["--resume"] if list_checkpoints(run) else []
+        resume = ["--resume"] if run.exists() else []
         since = (run / "metrics.jsonl").stat().st_ino if (run / "metrics.jsonl").exists() else 0
         process = start(folder, "killed", steps, *options, *resume, stage=stage)
         wait = rng.uniform(0, setup) if kind == "a start" else rng.uniform(0, pace)
         name, *rest = kill_once(process, run, since, kind, step, wait, rng)
         rows.append([str(len(rows) + 1), name, stage, *rest])
-    resume = ["--resume"] if list_checkpoints(run) else []
+    resume = ["--resume"] if run.exists() else []
     if start(folder, "killed", steps, *options, *resume, stage=stage).wait(LIMIT + 10 * steps):
         raise Unexpected(f"the last start failed: see {folder / 'killed' / 'log.txt'}")
     assert_same_run(run, folder / "whole" / "run")
