@@ -2,7 +2,7 @@
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
@@ -130,10 +130,13 @@ def is_foreign(path: Path) -> bool:
     """Whether this is a whole picture that `save_png` has not written."""
     try:
         with Image.open(path) as image:
+            with suppress(KeyError, ValueError, RecursionError):
+                json.loads(image.info["moa"])
+                return False  # known by its head: nothing is decoded
             image.load()
+            return True
     except (OSError, ValueError, SyntaxError, MemoryError):
         return False
-    return read_settings(path) is None
 
 
 def parameters_text(settings: dict) -> str:

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 # First: it says what is not installed, and how torch's threads wait.
-from models.errors import Parser, fail, no_file, one_line
+from models.errors import Parser, fail, fail_if_memory, no_file, one_line
 
 import torch
 from PIL import Image
@@ -325,10 +325,8 @@ def execute(run: Callable[[argparse.Namespace], None], args: argparse.Namespace)
     except (ValueError, OSError) as error:
         fail(error)
     except (MemoryError, RuntimeError) as error:
-        if "allocate" not in str(error):  # on a CPU, torch has no error class for it
-            raise
-        fail("not enough memory: make --width and --height smaller, draw fewer pictures at once, or take "
-             "--dtype fp16")
+        fail_if_memory(error, "make --width and --height smaller, draw fewer pictures at once, or take "
+                              "--dtype fp16")
     except KeyboardInterrupt:
         print("stopped: what was saved is kept, nothing else was written", file=sys.stderr)
         sys.exit(130)

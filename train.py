@@ -19,7 +19,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 # First: it says what is not installed, and how torch's threads wait.
-from models.errors import Parser, one_line
+from models.errors import Parser, fail, fail_if_memory
 
 import torch
 from tqdm import tqdm
@@ -130,14 +130,10 @@ def main() -> None:
     except (OSError, ValueError) as error:
         unnamed = isinstance(error, OSError) and error.errno and not error.filename  # of a file that is open
         place = f"{args.output}: " if unnamed else ""
-        print("error:", one_line(f"{place}{error}"), file=sys.stderr)
-        sys.exit(2)
+        fail(f"{place}{error}")
     except (MemoryError, RuntimeError) as error:
-        if "allocate" not in str(error):  # on a CPU, torch has no error class for it
-            raise
         larger = "" if args.graph else "a larger --accumulate, or "
-        print(f"error: not enough memory: give {larger}a smaller --batch-size", file=sys.stderr)
-        sys.exit(2)
+        fail_if_memory(error, f"give {larger}a smaller --batch-size")
     except (StopRequested, KeyboardInterrupt) as stop:
         number, message = stop.args or (signal.SIGINT, "before the first step")
         print("stopped:", message, file=sys.stderr)
@@ -161,12 +157,11 @@ def check(args: argparse.Namespace) -> None:
         raise StageError(f"{args.stage} needs --weights FOLDER with the models that it builds on")
     if args.cache and not args.data:
         raise StageError("--cache goes with --data: rendered scenes are always kept in .cache")
-    if args.preset == "toyworld" and args.weights:
-        sizes = read_config(args.weights)
-        if "unet" in sizes and build_config(sizes, "unet") == UNetConfig():
-            raise StageError(f"{args.weights} is of Stable Diffusion 1.5's size: give --preset sd15 "
-                             "(toyworld is the default)")
-    if args.preset == "sd15" and args.weights and args.data and read_config(args.weights).get("world"):
+    base = read_config(args.weights) if args.weights else {}
+    if args.preset == "toyworld" and "unet" in base and build_config(base, "unet") == UNetConfig():
+        raise StageError(f"{args.weights} is of Stable Diffusion 1.5's size: give --preset sd15 "
+                         "(toyworld is the default)")
+    if args.preset == "sd15" and args.data and base.get("world"):
         warnings.warn(f"--preset sd15 has Stable Diffusion's settings, {args.weights} is of the small world",
                       stacklevel=2)
     if args.output.exists() and not args.output.is_dir():

@@ -31,8 +31,8 @@ from bench.face_scores import Networks, identity_score, load_networks, prompt_sc
 from bench.table3 import IMAGES, MULTI, SINGLE, SUBJECTS, TABLE3
 from evaluate import checksum, device_name
 from images import read_picture, read_settings, to_images
-from models.load import read_json, write_json, write_whole
 from models.device import pick_device
+from models.load import read_json, write_json, write_whole
 from subjects import PEOPLE, bind_subjects
 from train import git_describe
 

@@ -23,10 +23,9 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from models.device import reuse_memory
+from models.device import pick_device, reuse_memory
 from models.errors import Parser
 from models.load import PARTS, write_json
-from models.device import pick_device
 from toyworld.presets import SMALL
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -89,8 +89,7 @@ def make_sides(args: argparse.Namespace, names: list[str]) -> dict:
     parts = {part: [model.to(device, dtype) for model in pair(part, cfg)]
              for part, cfg in sizes(args.size).items() if part != "image_encoder"}
     makers = {"ours": ours, "ours with MoA": ours_with_moa, REUSED: partial(ours_with_moa, reuse=True),
-              "diffusers": theirs,
-              "diffusers with MoA": theirs_with_moa}
+              "diffusers": theirs, "diffusers with MoA": theirs_with_moa}
     sides = {}
     for name in names:
         if name in makers:

@@ -26,13 +26,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import toyworld
-from models.device import reuse_memory
 from bench.fastcomposer import FastComposerStage
 from bench.measure import in_child, machine, peak_memory, positive, reset_peak, seconds, table
 from data.fastcomposer import Folder
+from models.device import pick_device, reuse_memory
 from models.errors import Parser
 from models.load import PARTS, read_config, save_part, write_json
-from models.device import pick_device
 from toyworld.presets import SMALL
 from train import STAGES, make_config
 

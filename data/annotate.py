@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 # First: it says what is not installed.
-from models.errors import Parser, fail, no_file
+from models.errors import Parser, fail, fail_if_memory, no_file
 
 import numpy as np
 import torch
@@ -88,9 +88,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (DataError, OSError, ValueError) as error:
         fail(str(error)[:400])
     except (MemoryError, RuntimeError) as error:
-        if "allocate" not in str(error):  # on a CPU, torch has no error class for it
-            raise
-        fail("not enough memory: give a smaller --batch-size or another --captioner")
+        fail_if_memory(error, "give a smaller --batch-size or another --captioner")
     except KeyboardInterrupt:
         print("stopped: what was written stays; give the command again to go on", file=sys.stderr)
         sys.exit(130)

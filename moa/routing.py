@@ -148,9 +148,16 @@ def sparse_routing(unet: nn.Module, threshold: float) -> Iterator[None]:
     """
     if not 0 <= threshold <= 1:
         raise ValueError(f"the threshold of sparse routing must be in [0, 1], not {threshold}")
-    layers = [moa for _, _, moa in moa_layers(unet)]
+    with replaced([moa for _, _, moa in moa_layers(unet)], sparse_forward, threshold):
+        yield
+
+
+@contextmanager
+def replaced(layers: list[MixtureOfAttention], forward: Callable[..., Tensor], option: object
+             ) -> Iterator[None]:
+    """Inside, these layers compute `forward(layer, option, z, context)` in place of the class's."""
     for moa in layers:
-        moa.forward = partial(sparse_forward, moa, threshold)  # shadows the class's
+        moa.forward = partial(forward, moa, option)  # shadows the class's
     try:
         yield
     finally:
@@ -196,14 +203,8 @@ def reuse_self_attention(unet: nn.Module, kept: dict[int, list[Tensor]]) -> Iter
     What the experts changed stays in `kept`, by layer l, from one call to the next: give each picture or
     batch a dictionary of its own. Routers and cross-attention are computed in every call.
     """
-    layers = [moa for _, kind, moa in moa_layers(unet) if kind == "self"]
-    for moa in layers:
-        moa.forward = partial(reusing_forward, moa, kept)  # shadows the class's
-    try:
+    with replaced([moa for _, kind, moa in moa_layers(unet) if kind == "self"], reusing_forward, kept):
         yield
-    finally:
-        for moa in layers:
-            del moa.forward
 
 
 def reusing_forward(moa: MixtureOfAttention, kept: dict[int, list[Tensor]], z: Tensor) -> Tensor:

@@ -28,6 +28,13 @@ def fail(error: Exception | str) -> NoReturn:
     sys.exit(2)
 
 
+def fail_if_memory(error: MemoryError | RuntimeError, cure: str) -> NoReturn:
+    """Say what to do where memory ran out, and leave with status 2; raises any other error again."""
+    if "allocate" not in str(error):  # on a CPU, torch has no error class for it
+        raise error
+    fail(f"not enough memory: {cure}")
+
+
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Keeps a command's help on one screen: its usage has only what it works on and what must be given."""
 

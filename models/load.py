@@ -140,17 +140,14 @@ def kind_of(cfg) -> str | None:
 
 def build_empty(cfg) -> nn.Module:
     """A part of these sizes, whose tensors have shapes but no memory. Raises WeightsError."""
+    kind, modules = kind_of(cfg), {sizes: module for module, sizes in ALL_PARTS.values()}
     try:
         for name in ("layers", "channels", "hint_channels"):
             value = getattr(cfg, name, 0)
             if (value if isinstance(value, int) else len(value)) > MOST_LAYERS:
                 raise ValueError(f"{name} has or is more than {MOST_LAYERS}")
-        kind = kind_of(cfg)
-        modules = {sizes: module for module, sizes in ALL_PARTS.values()}
         with torch.device("meta"):
             return (IMAGE_ENCODERS[kind][0] if kind else modules[type(cfg)])(cfg)
-    except WeightsError:
-        raise
     except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise WeightsError(f"the sizes {cfg} make no model: {error}") from error
 

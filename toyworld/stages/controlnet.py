@@ -8,9 +8,8 @@ from torch import Tensor
 import toyworld
 from images import to_picture, to_uint8
 from models import load_models
-from models.controlnet import ControlNet
+from models.controlnet import Control, ControlNet
 from models.load import carry_over, save_part
-from models.controlnet import Control
 from pipeline import Pipeline
 from toyworld.presets import SMALL
 from toyworld.skeleton import draw_skeletons, scene_joints
